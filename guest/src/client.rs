@@ -1,0 +1,1 @@
+//! Blocking host side of the protocol.

@@ -1,0 +1,438 @@
+//! The byte stream between the host and the agent: frames, requests, responses.
+//!
+//! One request per connection. A frame is `kind: u8, length: u32 little endian, payload`, the payload at most
+//! [`MAX_PAYLOAD`] bytes. Control frames carry one JSON document, the others raw bytes:
+//!
+//! ```text
+//! kind 0  control   host -> agent: Request; agent -> host: Response
+//! kind 1  stdin     host -> agent: input of an exec, contents of a put; an empty frame ends it
+//! kind 2  stdout    agent -> host: output of an exec, contents of a get
+//! kind 3  stderr    agent -> host: output of an exec
+//! ```
+//!
+//! What follows each request:
+//!
+//! ```text
+//! ping                        Pong
+//! status                      Status             (with wait: once the worker is no longer starting)
+//! exec   stdin*               Started, (stdout | stderr)*, Exited
+//!        signal               may follow at any time while the process runs
+//! eval                        Answer
+//! put    stdin* stdin(empty)  Ok                 (the file appears at once, with its last byte)
+//! get                         File, stdout*, Ok
+//! snapshot                    Ok                 (then the host closes, and the machine rings the doorbell)
+//! ```
+//!
+//! Any request may be answered with `Error` instead, at any point; it is then the last frame. A host that closes its
+//! connection gives up the request: an exec's process group is killed, an unfinished put leaves no file.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+/// The vsock port the agent listens on.
+pub const PORT: u32 = 5252;
+/// Longest payload of one frame in bytes.
+pub const MAX_PAYLOAD: usize = 1 << 20;
+/// Bytes in front of every payload.
+pub const HEADER_LEN: usize = 5;
+/// Longest file `put` takes and `get` gives, in bytes.
+pub const MAX_FILE_LEN: u64 = 4 << 30;
+
+/// What a frame's payload is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum FrameKind {
+    /// One JSON document.
+    Control = 0,
+    /// Bytes for the process or the file inside; empty means the end.
+    Stdin = 1,
+    /// Bytes the process wrote to its standard output, or a file's contents.
+    Stdout = 2,
+    /// Bytes the process wrote to its standard error.
+    Stderr = 3,
+}
+
+impl TryFrom<u8> for FrameKind {
+    type Error = ProtocolError;
+
+    fn try_from(byte: u8) -> Result<Self, ProtocolError> {
+        match byte {
+            0 => Ok(Self::Control),
+            1 => Ok(Self::Stdin),
+            2 => Ok(Self::Stdout),
+            3 => Ok(Self::Stderr),
+            other => Err(ProtocolError::Kind(other)),
+        }
+    }
+}
+
+/// Why a stream of frames cannot be read on.
+#[derive(Debug, Error)]
+pub enum ProtocolError {
+    /// The first byte of a frame is no [`FrameKind`].
+    #[error("frame kind {0} does not exist")]
+    Kind(u8),
+    /// A frame longer than the limit.
+    #[error("frame of {len} bytes is longer than the {MAX_PAYLOAD} bytes allowed")]
+    TooLong {
+        /// The announced or attempted length in bytes.
+        len: usize,
+    },
+    /// The stream ended within a frame.
+    #[error("the stream ended in the middle of a frame")]
+    Truncated,
+    /// A control frame that is not the JSON expected.
+    #[error("control frame does not hold the JSON expected")]
+    Json {
+        /// What the JSON reader said.
+        source: serde_json::Error,
+    },
+    /// The stream itself failed.
+    #[error("the stream cannot be read or written")]
+    Io {
+        /// The operating system's error.
+        #[from]
+        source: io::Error,
+    },
+}
+
+/// One frame.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Frame {
+    /// What the payload is.
+    pub kind: FrameKind,
+    /// At most [`MAX_PAYLOAD`] bytes.
+    pub payload: Vec<u8>,
+}
+
+/// The five bytes in front of a payload of `len` bytes.
+///
+/// # Errors
+/// [`ProtocolError::TooLong`].
+pub fn encode_header(kind: FrameKind, len: usize) -> Result<[u8; HEADER_LEN], ProtocolError> {
+    if len > MAX_PAYLOAD {
+        return Err(ProtocolError::TooLong { len });
+    }
+    let [a, b, c, d] = (len as u32).to_le_bytes();
+    Ok([kind as u8, a, b, c, d])
+}
+
+/// The kind and the payload's length in a header, both checked.
+///
+/// # Errors
+/// [`ProtocolError::Kind`], [`ProtocolError::TooLong`].
+pub fn decode_header(header: [u8; HEADER_LEN]) -> Result<(FrameKind, usize), ProtocolError> {
+    let [kind, a, b, c, d] = header;
+    let kind = FrameKind::try_from(kind)?;
+    let len = u32::from_le_bytes([a, b, c, d]) as usize;
+    if len > MAX_PAYLOAD {
+        return Err(ProtocolError::TooLong { len });
+    }
+    Ok((kind, len))
+}
+
+/// Writes one frame with a single `write_all`.
+///
+/// # Errors
+/// [`ProtocolError::TooLong`], [`ProtocolError::Io`].
+pub fn write_frame(writer: &mut impl Write, kind: FrameKind, payload: &[u8]) -> Result<(), ProtocolError> {
+    let header = encode_header(kind, payload.len())?;
+    let mut frame = Vec::with_capacity(HEADER_LEN + payload.len());
+    frame.extend_from_slice(&header);
+    frame.extend_from_slice(payload);
+    writer.write_all(&frame)?;
+    Ok(())
+}
+
+/// Writes one control frame.
+///
+/// # Errors
+/// As [`write_frame`], and [`ProtocolError::Json`] for a value JSON cannot hold.
+pub fn write_control(writer: &mut impl Write, message: &impl Serialize) -> Result<(), ProtocolError> {
+    write_frame(writer, FrameKind::Control, &encode_control(message)?)
+}
+
+/// Reads one frame; `None` at a clean end between two frames.
+///
+/// Memory grows with what arrives, not with what the header announces.
+///
+/// # Errors
+/// [`ProtocolError`] as its variants say.
+pub fn read_frame(reader: &mut impl Read) -> Result<Option<Frame>, ProtocolError> {
+    let mut header = [0; HEADER_LEN];
+    let mut filled = 0;
+    while filled < HEADER_LEN {
+        match reader.read(&mut header[filled..]) {
+            Ok(0) if filled == 0 => return Ok(None),
+            Ok(0) => return Err(ProtocolError::Truncated),
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let (kind, len) = decode_header(header)?;
+    let mut payload = Vec::new();
+    reader.take(len as u64).read_to_end(&mut payload)?;
+    if payload.len() < len {
+        return Err(ProtocolError::Truncated);
+    }
+    Ok(Some(Frame { kind, payload }))
+}
+
+/// The JSON of a control frame.
+///
+/// # Errors
+/// [`ProtocolError::Json`].
+pub fn encode_control(message: &impl Serialize) -> Result<Vec<u8>, ProtocolError> {
+    serde_json::to_vec(message).map_err(|source| ProtocolError::Json { source })
+}
+
+/// Reads the JSON of a control frame.
+///
+/// # Errors
+/// [`ProtocolError::Json`].
+pub fn decode_control<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Result<T, ProtocolError> {
+    serde_json::from_slice(payload).map_err(|source| ProtocolError::Json { source })
+}
+
+/// What the host asks, once per connection ([`Request::Signal`] excepted).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// Are you there?
+    Ping,
+    /// How is the warm worker?
+    Status {
+        /// Answer only once the worker is no longer starting.
+        #[serde(default)]
+        wait: bool,
+    },
+    /// Run a program.
+    Exec(ExecRequest),
+    /// Have the warm worker evaluate some code.
+    Eval {
+        /// In the worker's language.
+        code: String,
+    },
+    /// Close everything and ring the doorbell for a snapshot.
+    Snapshot,
+    /// Write a file.
+    Put {
+        /// Absolute path inside the machine.
+        path: String,
+        /// Permission bits, `0o7777` at most.
+        mode: u32,
+    },
+    /// Read a regular file.
+    Get {
+        /// Absolute path inside the machine.
+        path: String,
+    },
+    /// Send a signal to the process group of the exec running on this connection.
+    Signal {
+        /// Linux signal number, 1 to 64.
+        signal: i32,
+    },
+}
+
+/// A program to run.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExecRequest {
+    /// Program and arguments; a program without a slash is looked up in `PATH`.
+    pub argv: Vec<String>,
+    /// Added to, and overriding, the agent's own small environment.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Working directory; `/` when absent.
+    #[serde(default)]
+    pub cwd: Option<String>,
+    /// Whether stdin frames follow; otherwise the process reads `/dev/null`.
+    #[serde(default)]
+    pub stdin: bool,
+}
+
+/// What the agent answers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Response {
+    /// To `ping`.
+    Pong,
+    /// To `status`.
+    Status(Status),
+    /// To `exec`: the process exists.
+    Started {
+        /// Process id inside the machine; also its process group.
+        pid: u32,
+    },
+    /// To `exec`: the process ended, and this is the last frame.
+    Exited(Exit),
+    /// To `eval`.
+    Answer(Answer),
+    /// To `get`: contents follow.
+    File {
+        /// Length in bytes when the file was opened.
+        len: u64,
+        /// Permission bits.
+        mode: u32,
+    },
+    /// The request is done, or for `snapshot`, accepted.
+    Ok,
+    /// The request failed.
+    Error {
+        /// What failed and why, for a person.
+        message: String,
+    },
+}
+
+/// How a process ended: exactly one of the two is set.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// Exit code, 0 to 255.
+    pub code: Option<i32>,
+    /// The signal that killed it.
+    pub signal: Option<i32>,
+}
+
+/// What the warm worker made of some code.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The value, written as the worker's language writes values; absent when the code has none or failed.
+    #[serde(default)]
+    pub answer: Option<String>,
+    /// Why the code failed.
+    #[serde(default)]
+    pub error: Option<String>,
+    /// What the code printed.
+    #[serde(default)]
+    pub output: Option<String>,
+}
+
+/// The state of the warm worker and of the machine around it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The warm worker's state.
+    pub worker: WorkerState,
+    /// 0 in the original machine, else which fork this is.
+    pub generation: u64,
+    /// Requests being served, this one included.
+    pub connections: u32,
+}
+
+/// Life of the warm worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum WorkerState {
+    /// The machine's recipe names no warm command.
+    None,
+    /// Started, not yet ready.
+    Starting,
+    /// Printed `{"ready":true}`; evals are answered.
+    Ready,
+    /// Could not be started, ended, or broke the line protocol.
+    Failed {
+        /// What happened, for a person.
+        reason: String,
+        /// How it ended, when it did.
+        exit: Exit,
+        /// The end of what it wrote to its standard error.
+        stderr: String,
+    },
+}
+
+/// `/forkd/warm.json` in the root disk: what PID 1 reads at boot, written by the recipe's build.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineFile {
+    /// The warm worker; `None` for a machine without one.
+    #[serde(default)]
+    pub warm: Option<WarmCommand>,
+    /// Host name before any fork.
+    #[serde(default)]
+    pub hostname: Option<String>,
+}
+
+/// The warm worker: a process that prints `{"ready":true}` and then answers one line of JSON with one line of JSON.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WarmCommand {
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Added to the agent's own small environment.
+    #[serde(default)]
+    pub env: BTreeMap<String, String>,
+    /// Working directory; `/` when absent.
+    #[serde(default)]
+    pub cwd: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_survive_the_round_trip() {
+        let mut stream = Vec::new();
+        write_frame(&mut stream, FrameKind::Stdin, b"").unwrap();
+        write_frame(&mut stream, FrameKind::Stdout, &vec![7; MAX_PAYLOAD]).unwrap();
+        write_control(&mut stream, &Request::Ping).unwrap();
+        let mut reader = stream.as_slice();
+        let empty = read_frame(&mut reader).unwrap().unwrap();
+        assert_eq!(empty, Frame { kind: FrameKind::Stdin, payload: Vec::new() });
+        let big = read_frame(&mut reader).unwrap().unwrap();
+        assert_eq!((big.kind, big.payload.len()), (FrameKind::Stdout, MAX_PAYLOAD));
+        let control = read_frame(&mut reader).unwrap().unwrap();
+        assert_eq!(decode_control::<Request>(&control.payload).unwrap(), Request::Ping);
+        assert_eq!(read_frame(&mut reader).unwrap(), None);
+    }
+
+    #[test]
+    fn every_truncation_is_noticed() {
+        let mut stream = Vec::new();
+        write_frame(&mut stream, FrameKind::Stderr, b"abc").unwrap();
+        for len in 1..stream.len() {
+            assert!(matches!(read_frame(&mut &stream[..len]), Err(ProtocolError::Truncated)), "{len}");
+        }
+    }
+
+    #[test]
+    fn lengths_and_kinds_are_bounded_before_anything_is_read() {
+        let too_long = [0, 1, 0, 16, 0]; // 1 MiB + 1
+        assert!(matches!(
+            read_frame(&mut too_long.as_slice()),
+            Err(ProtocolError::TooLong { len: 0x10_0001 })
+        ));
+        let huge = [2, 0xff, 0xff, 0xff, 0xff];
+        assert!(matches!(read_frame(&mut huge.as_slice()), Err(ProtocolError::TooLong { .. })));
+        for kind in 4..=255u8 {
+            assert!(
+                matches!(read_frame(&mut [kind, 0, 0, 0, 0].as_slice()), Err(ProtocolError::Kind(k)) if k == kind)
+            );
+        }
+        let long = vec![0; MAX_PAYLOAD + 1];
+        assert!(matches!(
+            write_frame(&mut Vec::new(), FrameKind::Stdout, &long),
+            Err(ProtocolError::TooLong { .. })
+        ));
+    }
+
+    #[test]
+    fn json_is_the_documented_one() {
+        let request: Request = decode_control(br#"{"op":"exec","argv":["ls","-l"],"cwd":"/tmp"}"#).unwrap();
+        let Request::Exec(exec) = request else { panic!("not an exec") };
+        assert_eq!((exec.argv.len(), exec.cwd.as_deref(), exec.stdin), (2, Some("/tmp"), false));
+        assert_eq!(
+            decode_control::<Request>(br#"{"op":"status"}"#).unwrap(),
+            Request::Status { wait: false }
+        );
+        let status = Status { worker: WorkerState::Ready, generation: 3, connections: 1 };
+        let text = String::from_utf8(encode_control(&Response::Status(status)).unwrap()).unwrap();
+        assert_eq!(text, r#"{"reply":"status","worker":{"state":"ready"},"generation":3,"connections":1}"#);
+        for bad in [&b"{}"[..], b"", b"{\"op\":\"format_disk\"}", b"{\"op\":\"ping\"", b"\xff\xfe", b"[]"] {
+            assert!(matches!(decode_control::<Request>(bad), Err(ProtocolError::Json { .. })));
+        }
+    }
+}
