@@ -1,2 +1,91 @@
-//! forkd.
-fn main() {}
+//! `forkd-agent`: PID 1 of a forkd machine and the agent that serves its host, in one static binary.
+//!
+//! As PID 1 (`init=/forkd/agent`) it turns the read-only root disk into an ordinary Linux, listens on vsock, rings
+//! "booted" and starts the warm worker. With `--listen-unix PATH [--warm FILE]` it does none of PID 1's work and serves
+//! a Unix socket instead: so tests run the real agent on the host.
+
+mod agent;
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use forkd_guest::protocol::{MachineFile, PORT};
+
+use agent::init::{self, MACHINE_FILE};
+use agent::machine::{Machine, give_up};
+use agent::{Agent, BACKLOG, sys};
+
+const USAGE: &str = "usage: forkd-agent --listen-unix PATH [--warm FILE]
+As process 1 of a machine it takes no arguments.";
+
+fn main() -> ExitCode {
+    sys::keep_freed_memory();
+    // The kernel hands PID 1 whatever was on its command line and meant nothing to it.
+    if std::process::id() == 1 {
+        run_as_init();
+    }
+    let mut arguments = std::env::args_os().skip(1);
+    let mut socket = None;
+    let mut warm = None;
+    while let Some(argument) = arguments.next() {
+        match argument.to_str() {
+            Some("--listen-unix") => socket = arguments.next().map(PathBuf::from),
+            Some("--warm") => warm = arguments.next().map(PathBuf::from),
+            _ => return usage(),
+        }
+    }
+    let Some(socket) = socket else { return usage() };
+    match serve_unix(&socket, warm.as_deref()) {
+        Ok(error) => eprintln!("forkd-agent: cannot wait for requests: {error}"),
+        Err(error) => eprintln!("forkd-agent: {}: {error}", socket.display()),
+    }
+    ExitCode::FAILURE
+}
+
+fn usage() -> ExitCode {
+    eprintln!("{USAGE}");
+    ExitCode::from(2)
+}
+
+/// Serves a Unix socket until waiting fails.
+fn serve_unix(socket: &Path, warm: Option<&Path>) -> io::Result<io::Error> {
+    let machine_file = match warm {
+        Some(path) => init::read_machine_file(path).map_err(io::Error::other)?,
+        None => MachineFile::default(),
+    };
+    let listener = UnixListener::bind(socket)?;
+    listener.set_nonblocking(true)?;
+    let mut agent = Agent::new(listener.into(), None)?;
+    if let Some(warm) = &machine_file.warm {
+        agent.start_worker(warm);
+    }
+    Ok(agent.run())
+}
+
+fn run_as_init() -> ! {
+    std::panic::set_hook(Box::new(|panic| give_up(&panic.to_string())));
+    if let Err(error) = init::set_up_root() {
+        give_up(&format!("cannot {error}"));
+    }
+    let machine_file = match init::read_machine_file(Path::new(MACHINE_FILE)) {
+        Ok(machine_file) => machine_file,
+        Err(error) => give_up(&error.to_string()),
+    };
+    match start_machine(&machine_file) {
+        Ok(mut agent) => give_up(&format!("cannot wait for requests: {}", agent.run())),
+        Err(error) => give_up(&format!("cannot start the agent: {error}")),
+    }
+}
+
+fn start_machine(machine_file: &MachineFile) -> io::Result<Agent> {
+    let machine = Machine::new(machine_file.hostname.as_deref().unwrap_or("forkd"))?;
+    let listener = sys::listen_vsock(PORT, BACKLOG)?;
+    machine.booted();
+    let mut agent = Agent::new(listener, Some(machine))?;
+    if let Some(warm) = &machine_file.warm {
+        agent.start_worker(warm);
+    }
+    Ok(agent)
+}

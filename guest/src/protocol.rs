@@ -233,7 +233,7 @@ pub enum Request {
     },
     /// Send a signal to the process group of the exec running on this connection.
     Signal {
-        /// Linux signal number, 1 to 64.
+        /// Linux signal number, 1 to 31.
         signal: i32,
     },
 }

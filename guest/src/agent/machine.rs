@@ -1,0 +1,165 @@
+//! The machine around the agent when it is PID 1: the doorbell, and what makes a copy a machine of its own.
+//!
+//! Only the agent's loop uses this. In tests, where the agent is an ordinary process, there is no [`Machine`].
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::thread;
+use std::time::Duration;
+
+use forkd_guest::doorbell::Command;
+use forkd_guest::generation::{ENTROPY_LEN, Generation};
+use rustix::rand::{GetRandomFlags, getrandom};
+use rustix::system::sethostname;
+use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
+
+use super::sys::{self, Ports};
+
+const HOSTNAME_FILE: &str = "/etc/hostname";
+const MACHINE_ID_FILE: &str = "/etc/machine-id";
+/// Before a snapshot, for the kernel's own work (closing connections, freeing memory) to come to rest, so that no copy
+/// starts with the remains of it.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// What the resumed work needs, opened beforehand: a path lookup costs milliseconds on kvm_pvm.
+pub struct Machine {
+    urandom: File,
+    hostname: File,
+    machine_id: File,
+    generation: u64,
+}
+
+impl Machine {
+    /// Opens everything and gives the machine its first identity.
+    pub fn new(hostname: &str) -> io::Result<Self> {
+        let urandom = OpenOptions::new().write(true).open("/dev/urandom")?;
+        let machine = Self {
+            urandom,
+            hostname: overwrite(HOSTNAME_FILE)?,
+            machine_id: overwrite(MACHINE_ID_FILE)?,
+            generation: 0,
+        };
+        let mut machine_id = [0; 16];
+        getrandom(&mut machine_id, GetRandomFlags::empty())?;
+        machine.set_names(hostname, &machine_id)?;
+        Ok(machine)
+    }
+
+    /// 0 in the original machine, else which fork this is.
+    pub fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// Tells the monitor that the agent listens. Without a doorbell nobody hears it.
+    pub fn booted(&self) {
+        match Ports::open() {
+            Ok(ports) => ports.ring(Command::Booted),
+            Err(error) => eprintln!("forkd-agent: no access to the doorbell: {error}"),
+        }
+    }
+
+    /// Rings for a snapshot. Returns in the original and in every copy, there with an identity of its own.
+    ///
+    /// In a copy, `tell_worker` is called with a seed in hexadecimal, different in every copy, before "ready" is rung.
+    pub fn snapshot(&mut self, tell_worker: impl FnOnce(&str)) -> io::Result<()> {
+        // Somebody may have replaced the files since boot.
+        self.hostname = overwrite(HOSTNAME_FILE)?;
+        self.machine_id = overwrite(MACHINE_ID_FILE)?;
+        self.rehearse()?;
+        rustix::fs::sync();
+        thread::sleep(SETTLE);
+        let ports = Ports::open()?;
+        let _ = ports.read_record();
+
+        ports.ring_snapshot();
+
+        // In every copy each instruction from here on is on the way to its first answer.
+        match Generation::decode(&ports.read_record()) {
+            Ok(record) if record.generation != 0 => {
+                self.become_copy(&record, 8 * ENTROPY_LEN as i32);
+                let mut seed = [0; 32];
+                if getrandom(&mut seed, GetRandomFlags::empty()).is_ok() {
+                    tell_worker(&hex(&seed));
+                }
+                ports.ring(Command::Ready);
+            }
+            // The original, going on; or no doorbell, so no snapshot was taken either.
+            Ok(_) | Err(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Takes on the identity in the record. Each step is tried whatever became of the one before: a copy with an old
+    /// name but fresh entropy is better than one with neither.
+    fn become_copy(&mut self, record: &Generation, entropy_bits: i32) {
+        self.generation = record.generation;
+        let entropy = sys::add_entropy(self.urandom.as_fd(), &record.entropy, entropy_bits);
+        let seconds = i64::try_from(record.unix_time_ns / 1_000_000_000).unwrap_or(i64::MAX);
+        let time = Timespec { tv_sec: seconds, tv_nsec: (record.unix_time_ns % 1_000_000_000) as _ };
+        let clock = clock_settime(ClockId::Realtime, time).map_err(io::Error::from);
+        let names = self.set_names(&record.hostname, &record.machine_id);
+        for (what, result) in [("entropy", entropy), ("clock", clock), ("names", names)] {
+            if let Err(error) = result {
+                eprintln!("forkd-agent: resumed, but cannot set the {what}: {error}");
+            }
+        }
+    }
+
+    /// Does the resumed work once with the present identity, so that every page it touches is mapped in the snapshot.
+    fn rehearse(&mut self) -> io::Result<()> {
+        let now = clock_gettime(ClockId::Realtime);
+        let uname = rustix::system::uname();
+        let present = Generation {
+            generation: self.generation,
+            unix_time_ns: now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned(),
+            hostname: uname.nodename().to_string_lossy().into_owned(),
+            ..Generation::original()
+        };
+        if let Ok(bytes) = present.encode()
+            && let Ok(record) = Generation::decode(&bytes)
+        {
+            self.become_copy(&record, 0);
+        }
+        let mut seed = [0; 32];
+        getrandom(&mut seed, GetRandomFlags::empty())?;
+        Ok(())
+    }
+
+    /// An empty name or an all-zero id keeps the old one.
+    fn set_names(&self, hostname: &str, machine_id: &[u8; 16]) -> io::Result<()> {
+        if !hostname.is_empty() {
+            sethostname(hostname.as_bytes())?;
+            let line = format!("{hostname}\n");
+            self.hostname.write_all_at(line.as_bytes(), 0)?;
+            self.hostname.set_len(line.len() as u64)?;
+        }
+        if *machine_id != [0; 16] {
+            let mut line = hex(machine_id);
+            line.push('\n');
+            // Always the same length, so nothing old is left behind it.
+            self.machine_id.write_all_at(line.as_bytes(), 0)?;
+        }
+        Ok(())
+    }
+}
+
+/// Opens a file for writing over its contents, creating it if it is not there.
+fn overwrite(path: &str) -> io::Result<File> {
+    OpenOptions::new().write(true).create(true).truncate(false).open(path)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |nibble: u8| char::from(DIGITS[usize::from(nibble)]);
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
+}
+
+/// Says on the console what went wrong and resets the machine, which ends the monitor.
+pub fn give_up(message: &str) -> ! {
+    let _ = writeln!(io::stderr(), "forkd-agent: {message}");
+    let _ = rustix::system::reboot(rustix::system::RebootCommand::Restart);
+    // Only where PID 1 may not reboot: ending it makes the kernel panic, and `panic=-1` resets.
+    std::process::exit(1)
+}
