@@ -1,1 +1,25 @@
-//! Placeholder until the crate's first module lands.
+//! forkd's KVM monitor.
+//!
+//! Lower half of forkd: it maps lazily filled guest memory, builds and restores machines, and runs each in a
+//! process of its own. It knows nothing of packs or HTTP: whoever forks a machine supplies a [`pager::PageSource`].
+//! Callers are the root crate's `sandbox.rs`, `machine_build.rs` and `supervisor.rs`.
+#![deny(unsafe_code)]
+
+pub mod arch;
+pub mod boot;
+pub mod channel;
+pub mod devices;
+#[allow(unsafe_code)]
+pub mod kvm;
+pub mod machine;
+#[allow(unsafe_code)]
+pub mod memory;
+pub mod pager;
+pub mod process;
+pub mod pvm;
+pub mod snapshot;
+#[allow(unsafe_code)]
+pub mod sys;
+#[allow(unsafe_code)]
+pub mod uffd;
+pub mod vcpu;

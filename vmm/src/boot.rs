@@ -1,0 +1,112 @@
+//! Loads a Linux kernel into a new machine: ELF image, command line, zero page, random seed. Callers: `machine.rs`.
+
+use crate::arch;
+use crate::kvm::KvmKind;
+use crate::memory::MemoryLayout;
+use crate::pvm;
+use linux_loader::configurator::{BootConfigurator, BootParams, linux::LinuxBootConfigurator};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::{KernelLoader, elf::Elf};
+use std::fs::File;
+use std::io::{self, Read};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+
+/// `SETUP_RNG_SEED` of arch/x86/include/uapi/asm/setup_data.h.
+const SETUP_RNG_SEED: u32 = 9;
+const SEED_BYTES: usize = 64;
+/// `E820_TYPE_RAM`.
+const E820_RAM: u32 = 1;
+/// "HdrS".
+const HEADER_MAGIC: u32 = 0x5372_6448;
+
+/// A kernel could not be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// The file is not a 64-bit ELF kernel that fits.
+    #[error("the kernel is not a 64-bit ELF image (vmlinux) that fits into guest memory")]
+    Kernel(#[source] linux_loader::loader::Error),
+    /// Too long.
+    #[error("the kernel command line has {bytes} bytes, over the limit of {}", arch::COMMAND_LINE_MAX)]
+    CommandLine {
+        /// Its length.
+        bytes: usize,
+    },
+    /// Guest memory is too small.
+    #[error("guest memory is too small for the boot parameters")]
+    Memory(#[from] GuestMemoryError),
+    /// The zero page did not fit.
+    #[error("the zero page could not be written")]
+    ZeroPage(#[source] linux_loader::configurator::Error),
+    /// No random bytes.
+    #[error("/dev/urandom could not be read")]
+    Entropy(#[source] io::Error),
+}
+
+/// The kernel command line of a machine whose virtio devices have `mmio_slots` windows.
+pub fn command_line(kind: KvmKind, mmio_slots: usize, more: &str) -> String {
+    let mut line = String::from(
+        "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro rootwait \
+         init=/forkd/agent random.trust_bootloader=on i8042.noaux i8042.nokbd",
+    );
+    for slot in 0..mmio_slots {
+        let base = arch::MMIO_START + slot as u64 * arch::MMIO_WINDOW;
+        line.push_str(&format!(" virtio_mmio.device=4K@{base:#x}:{}", arch::VIRTIO_IRQS[slot]));
+    }
+    if kind == KvmKind::Pvm {
+        line.push(' ');
+        line.push_str(pvm::COMMAND_LINE);
+    }
+    if !more.is_empty() {
+        line.push(' ');
+        line.push_str(more);
+    }
+    line
+}
+
+/// Loads kernel and boot parameters; returns the entry point.
+pub fn load(
+    ram: &GuestMemoryMmap,
+    layout: &MemoryLayout,
+    kernel: &mut File,
+    command_line: &str,
+) -> Result<u64, BootError> {
+    let start = Some(GuestAddress(arch::HIGH_MEMORY_START));
+    let loaded = Elf::load(ram, None, kernel, start).map_err(BootError::Kernel)?;
+    if command_line.len() + 1 > arch::COMMAND_LINE_MAX {
+        return Err(BootError::CommandLine { bytes: command_line.len() + 1 });
+    }
+    ram.write_slice(command_line.as_bytes(), GuestAddress(arch::COMMAND_LINE))?;
+    ram.write_obj(0_u8, GuestAddress(arch::COMMAND_LINE + command_line.len() as u64))?;
+    write_seed(ram)?;
+
+    let mut params = boot_params::default();
+    params.hdr.type_of_loader = 0xff;
+    params.hdr.boot_flag = 0xaa55;
+    params.hdr.header = HEADER_MAGIC;
+    params.hdr.cmd_line_ptr = arch::COMMAND_LINE as u32;
+    params.hdr.cmdline_size = command_line.len() as u32 + 1;
+    params.hdr.setup_data = arch::SETUP_DATA;
+    let mut usable = vec![0..arch::LOW_MEMORY_END];
+    for range in layout.ram_ranges() {
+        usable.push(range.start.max(arch::HIGH_MEMORY_START)..range.end);
+    }
+    for (entry, range) in params.e820_table.iter_mut().zip(&usable) {
+        *entry = boot_e820_entry { addr: range.start, size: range.end - range.start, r#type: E820_RAM };
+    }
+    params.e820_entries = usable.len() as u8;
+    let params = BootParams::new(&params, GuestAddress(arch::ZERO_PAGE));
+    LinuxBootConfigurator::write_bootparams(&params, ram).map_err(BootError::ZeroPage)?;
+    Ok(loaded.kernel_load.0)
+}
+
+/// Entropy from the first moment: without it a guest whose CPU random instructions are masked waits for seconds.
+fn write_seed(ram: &GuestMemoryMmap) -> Result<(), BootError> {
+    let mut seed = [0; SEED_BYTES];
+    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut seed)).map_err(BootError::Entropy)?;
+    // struct setup_data: next (u64), type (u32), len (u32), data.
+    ram.write_obj(0_u64, GuestAddress(arch::SETUP_DATA))?;
+    ram.write_obj(SETUP_RNG_SEED, GuestAddress(arch::SETUP_DATA + 8))?;
+    ram.write_obj(SEED_BYTES as u32, GuestAddress(arch::SETUP_DATA + 12))?;
+    ram.write_slice(&seed, GuestAddress(arch::SETUP_DATA + 16))?;
+    Ok(())
+}

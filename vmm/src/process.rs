@@ -1,0 +1,331 @@
+//! Machines as processes: a zygote, forked while forkd has no threads yet, forks one process a machine. Everything a
+//! machine needs comes as file descriptors; its process opens /dev/kvm and /dev/userfaultfd and no other path.
+//! Callers: the root crate's `supervisor.rs` and `machine_build.rs`.
+
+use crate::channel::{Channel, ChannelError};
+use crate::devices::doorbell::Ring;
+use crate::kvm::{Hypervisor, KvmKind};
+use crate::machine::{Flow, Machine, MachineError, Peripherals, Stop};
+use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
+use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
+use crate::sys::{self, ForkError, Forked};
+use crate::uffd::{Uffd, UffdError};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::process::{Pid, Resource, Rlimit};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::net::UnixListener;
+
+/// How a machine starts.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Start {
+    /// From a kernel. Its images are mapped shared, so that their owner can save them.
+    Boot {
+        /// More kernel command line.
+        command_line: String,
+    },
+    /// From a snapshot. Its images are mapped privately.
+    Restore {
+        /// Images are incomplete: the machine's faults go to a pager.
+        lazy: bool,
+        /// Per image, ranges (start and end, bytes) known to be zero.
+        zero_runs: Vec<Vec<(u64, u64)>>,
+    },
+}
+
+/// What a machine's process is told.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MachineSpec {
+    /// Sizes of its memory.
+    pub layout: MemoryLayout,
+    /// Kind of this host's KVM.
+    pub kind: KvmKind,
+    /// What the guest reads at its doorbell.
+    pub record: Vec<u8>,
+    /// How it starts.
+    pub start: Start,
+}
+
+/// The files of a machine.
+#[derive(Debug)]
+pub struct MachineFiles<'a> {
+    /// RAM and, if the layout has one, root disk.
+    pub images: Vec<BorrowedFd<'a>>,
+    /// Kernel (to boot) or vmstate (to restore).
+    pub start: BorrowedFd<'a>,
+    /// Console output.
+    pub console: BorrowedFd<'a>,
+    /// Listening Unix socket for the guest's vsock.
+    pub vsock: BorrowedFd<'a>,
+}
+
+/// What a machine's process says.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Report {
+    /// Its userfaultfd (with the message) and where it mapped each image.
+    Attached {
+        /// Addresses in its address space.
+        bases: Vec<u64>,
+    },
+    /// The guest rang the doorbell.
+    Rang {
+        /// What it said.
+        ring: Ring,
+        /// When, on CLOCK_MONOTONIC, ns.
+        at_ns: u64,
+    },
+    /// The machine stopped for a snapshot; its vmstate is in the file that comes with the message.
+    Snapshot,
+    /// The guest ended by itself (reset or power off).
+    Ended,
+    /// The machine cannot go on.
+    Failed {
+        /// Why, with causes.
+        error: String,
+    },
+}
+
+/// What a machine's process is asked for after it reported a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// Run on.
+    Resume,
+}
+
+/// A machine could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum SpawnError {
+    /// fork(2) of the zygote.
+    #[error("the process that starts machines could not be created")]
+    Fork(#[from] ForkError),
+    /// The zygote is gone or confused.
+    #[error("the process that starts machines does not answer")]
+    Channel(#[from] ChannelError),
+    /// The zygote could not fork.
+    #[error("a machine's process could not be created: {error}")]
+    Refused {
+        /// Why.
+        error: String,
+    },
+}
+
+/// A running machine's process, seen from its owner.
+#[derive(Debug)]
+pub struct MachineProcess {
+    /// Process id.
+    pub pid: i32,
+    /// Its reports, and the way for orders.
+    pub channel: Channel,
+}
+
+/// The process that forks machines.
+#[derive(Debug)]
+pub struct Zygote {
+    channel: Channel,
+}
+
+#[derive(Serialize, Deserialize)]
+enum Spawned {
+    Pid(i32),
+    Failed(String),
+}
+
+impl Zygote {
+    /// Forks the zygote. Must be called before this process starts any thread; the zygote and all machines end with it.
+    pub fn start() -> Result<Zygote, SpawnError> {
+        let (ours, theirs) = Channel::pair()?;
+        match sys::fork_process()? {
+            Forked::Parent(_) => Ok(Zygote { channel: ours }),
+            Forked::Child => {
+                drop(ours);
+                serve_spawns(&theirs);
+                sys::exit_now(0)
+            }
+        }
+    }
+
+    /// Starts a machine.
+    pub fn spawn(&self, spec: &MachineSpec, files: &MachineFiles<'_>) -> Result<MachineProcess, SpawnError> {
+        let (ours, theirs) = Channel::pair()?;
+        let mut fds = vec![theirs.as_fd(), files.start, files.console, files.vsock];
+        fds.extend(&files.images);
+        self.channel.send(spec, &fds)?;
+        match self.channel.receive()?.0 {
+            Spawned::Pid(pid) => Ok(MachineProcess { pid, channel: ours }),
+            Spawned::Failed(error) => Err(SpawnError::Refused { error }),
+        }
+    }
+}
+
+impl MachineProcess {
+    /// Ends the machine at once.
+    pub fn kill(&self) {
+        if let Some(pid) = Pid::from_raw(self.pid) {
+            // It may have ended by itself.
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+fn serve_spawns(channel: &Channel) {
+    sys::ignore_child_signals();
+    // Ctrl-C reaches the whole terminal group; the owner decides when machines end.
+    let _ = rustix::process::setsid();
+    while let Ok((spec, fds)) = channel.receive::<MachineSpec>() {
+        let answer = match sys::fork_process() {
+            Ok(Forked::Parent(pid)) => Spawned::Pid(pid.as_raw_nonzero().get()),
+            Ok(Forked::Child) => run_machine(spec, fds),
+            Err(error) => Spawned::Failed(describe(&error)),
+        };
+        if channel.send(&answer, &[]).is_err() {
+            return;
+        }
+    }
+}
+
+fn describe(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>) -> ! {
+    // A core dump of a machine would hold the guest's memory.
+    let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
+    let _ = rustix::thread::set_no_new_privs(true);
+    let mut fds = fds.into_iter();
+    let Some(channel) = fds.next().map(Channel::from_fd) else { sys::exit_now(1) };
+    let outcome = MachineRun::new(spec, fds, &channel).and_then(|run| run.run(&channel));
+    let (report, code) = match outcome {
+        Ok(()) => (Report::Ended, 0),
+        Err(error) => (Report::Failed { error: describe(&error) }, 1),
+    };
+    let _ = channel.send(&report, &[]);
+    sys::exit_now(code)
+}
+
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("the message that started this machine lacks a file")]
+    Files,
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Uffd(#[from] UffdError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    #[error("the vmstate cannot be read")]
+    ReadState(#[source] io::Error),
+    #[error("the vmstate cannot be handed over")]
+    WriteState(#[source] io::Error),
+    #[error("the vmstate and its machine's configuration disagree on the memory layout")]
+    Layout,
+}
+
+struct MachineRun {
+    machine: Machine,
+    vsock: UnixListener,
+    /// Kept open: were the last descriptor closed, missing pages would become zero pages.
+    _uffd: Option<Uffd>,
+}
+
+impl MachineRun {
+    fn new(
+        spec: MachineSpec,
+        mut fds: impl Iterator<Item = OwnedFd>,
+        channel: &Channel,
+    ) -> Result<MachineRun, RunError> {
+        let mut next = || fds.next().ok_or(RunError::Files);
+        let mut start = File::from(next()?);
+        let console = File::from(next()?);
+        let vsock = UnixListener::from(next()?);
+        let images: Vec<OwnedFd> = fds.collect();
+        let (mappings, uffd) = map_images(&spec, &images)?;
+        if let Some(uffd) = &uffd {
+            let bases = mappings.iter().map(Mapping::address).collect();
+            channel.send(&Report::Attached { bases }, &[uffd.as_fd()])?;
+        }
+        let memory = GuestMemory::new(&spec.layout, mappings)?;
+        let hypervisor = Hypervisor::open(spec.kind).map_err(MachineError::Kvm)?;
+        let peripherals = Peripherals { console: Some(console), vsock: None, record: spec.record };
+        let machine = match &spec.start {
+            Start::Boot { command_line } => {
+                Machine::boot(hypervisor, spec.layout, memory, &mut start, command_line, peripherals)?
+            }
+            Start::Restore { .. } => {
+                let mut bytes = Vec::new();
+                start.seek(SeekFrom::Start(0)).map_err(RunError::ReadState)?;
+                start.take(BODY_MAX as u64 + 4096).read_to_end(&mut bytes).map_err(RunError::ReadState)?;
+                let state = MachineState::decode(&bytes)?;
+                if state.layout != spec.layout {
+                    return Err(RunError::Layout);
+                }
+                Machine::restore(hypervisor, &state, memory, peripherals)?
+            }
+        };
+        Ok(MachineRun { machine, vsock, _uffd: uffd })
+    }
+
+    fn run(mut self, channel: &Channel) -> Result<(), RunError> {
+        let backend = self.machine.vsock_backend(self.vsock)?;
+        std::thread::spawn(move || backend.run());
+        loop {
+            let mut lost = None;
+            let stop = self.machine.run(|ring| {
+                let report = Report::Rang { ring, at_ns: monotonic_ns() };
+                lost = channel.send(&report, &[]).err();
+                if ring == Ring::SnapshotHere || lost.is_some() { Flow::Stop } else { Flow::Continue }
+            })?;
+            if let Some(error) = lost {
+                return Err(error.into());
+            }
+            if stop == Stop::Reset {
+                return Ok(());
+            }
+            let state = self.machine.save()?.encode()?;
+            let mut file = File::from(create_image("vmstate", state.len() as u64)?);
+            file.write_all(&state).map_err(RunError::WriteState)?;
+            channel.send(&Report::Snapshot, &[file.as_fd()])?;
+            let (Order::Resume, _) = channel.receive()?;
+        }
+    }
+}
+
+/// Now on CLOCK_MONOTONIC, ns: comparable between processes of one host.
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+fn map_images(spec: &MachineSpec, files: &[OwnedFd]) -> Result<(Vec<Mapping>, Option<Uffd>), RunError> {
+    let wanted: Vec<_> = ImageId::ALL.into_iter().filter(|id| spec.layout.image_bytes(*id) > 0).collect();
+    if files.len() != wanted.len() {
+        return Err(RunError::Files);
+    }
+    let (sharing, lazy, zero_runs) = match &spec.start {
+        Start::Boot { .. } => (Sharing::Shared, false, &[][..]),
+        Start::Restore { lazy, zero_runs } => (Sharing::Private, *lazy, &zero_runs[..]),
+    };
+    let uffd = lazy.then(Uffd::new).transpose()?;
+    let mut mappings = Vec::new();
+    for (position, (id, file)) in wanted.into_iter().zip(files).enumerate() {
+        // No machine writes to a root disk, and its file may be one that must not change.
+        let sharing = if id == ImageId::RootDisk { Sharing::Private } else { sharing };
+        let mapping = Mapping::of_file(file, spec.layout.image_bytes(id), sharing)?;
+        if let Some(uffd) = &uffd {
+            uffd.register(&mapping)?;
+        }
+        let runs: Vec<_> =
+            zero_runs.get(position).into_iter().flatten().map(|(start, end)| *start..*end).collect();
+        mapping.overlay_zero(&runs)?;
+        mappings.push(mapping);
+    }
+    Ok((mappings, uffd))
+}

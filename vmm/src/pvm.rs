@@ -1,0 +1,226 @@
+//! What a Linux guest needs on `kvm_pvm` and nowhere else. Switched on by detection; machines on hardware virtualisation
+//! use none of it.
+//!
+//! kvm_pvm runs user code natively and emulates supervisor code instruction by instruction. Three things are
+//! missing there, each found by measurement:
+//! - the emulator does not know some instructions: the command line keeps the kernel from using them, and two
+//!   that remain (`fwait`, `int3`) are carried out here;
+//! - SYSCALL from user mode arrives at LSTAR still in user mode, so that fetching its first instruction faults: a stub
+//!   before the guest's page fault handler recognises that fault and goes on at LSTAR;
+//! - user mode sees CPUID bits of AVX, though the guest kernel, booted with `noxsave`, does not save those registers
+//!   when it switches tasks: the C library and numpy are told not to use them.
+
+use crate::kvm::{KvmError, internal_suberror, ioctl};
+use kvm_bindings::{
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry,
+};
+use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+
+/// Extra kernel command line. The last three are no kernel parameters: the kernel hands them to PID 1 as environment.
+pub const COMMAND_LINE: &str = "noxsave nopti mitigations=off clocksource=kvm-clock no_timer_check lpj=2300000 \
+     clearcpuid=popcnt,smap,smep,umip,fsgsbase,pcid,invpcid,erms,fsrm,cx16,rdpid,rdrand,rdseed \
+     GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW,-AVX512DQ,-AVX512CD,-FMA,-FMA4 \
+     OPENBLAS_CORETYPE=NEHALEM NPY_DISABLE_CPU_FEATURES=AVX,F16C,FMA3,AVX2,AVX512F,AVX512CD,AVX512_SKX,AVX512_CLX,AVX512_CNL,AVX512_ICL";
+
+const MSR_LSTAR: u32 = 0xc000_0082;
+/// `KVM_INTERNAL_ERROR_EMULATION`.
+const EMULATION_FAILED: u32 = 1;
+const PAGE_FAULT_VECTOR: u64 = 14;
+const BREAKPOINT_VECTOR: u8 = 3;
+const INT3: u8 = 0xcc;
+const FWAIT: u8 = 0x9b;
+/// Padding that the stub needs, bytes; some is left free on both sides.
+const PADDING: usize = 40;
+/// How far behind the handler padding is looked for, bytes.
+const SEARCH: usize = 16 << 20;
+
+/// The guest did what cannot be mended.
+#[derive(Debug, thiserror::Error)]
+pub enum PvmError {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Guest memory could not be read or written.
+    #[error("guest memory could not be reached while mending an instruction")]
+    Memory(#[from] GuestMemoryError),
+    /// An instruction that nobody knows.
+    #[error(
+        "kvm_pvm cannot emulate the instruction at {address:#x} (bytes {bytes:02x?}); \
+         a guest kernel for it must not use this instruction in supervisor mode"
+    )]
+    Instruction {
+        /// Where.
+        address: u64,
+        /// What is there.
+        bytes: Vec<u8>,
+    },
+    /// Something else than emulation failed.
+    #[error("KVM reports an internal error (sub-error {suberror}) at {address:#x}")]
+    Internal {
+        /// Linux' KVM_INTERNAL_ERROR_* number.
+        suberror: u32,
+        /// Where.
+        address: u64,
+    },
+    /// The kernel has no room for the stub.
+    #[error(
+        "the guest kernel has no {PADDING} bytes of padding behind its page fault handler at {handler:#x}"
+    )]
+    NoPadding {
+        /// Address of the handler.
+        handler: u64,
+    },
+}
+
+/// Asks for an exit when the guest sets LSTAR, the moment at which the stub can be installed.
+pub fn watch_syscall_entry(vm: &VmFd) -> Result<(), KvmError> {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_X86_USER_SPACE_MSR, ..Default::default() };
+    cap.args[0] = KVM_MSR_EXIT_REASON_FILTER.into();
+    vm.enable_cap(&cap).map_err(ioctl("KVM_CAP_X86_USER_SPACE_MSR"))?;
+    let range =
+        MsrFilterRange { flags: MsrFilterRangeFlags::WRITE, base: MSR_LSTAR, msr_count: 1, bitmap: &[0] };
+    vm.set_msr_filter(MsrFilterDefaultAction::ALLOW, &[range]).map_err(ioctl("KVM_X86_SET_MSR_FILTER"))
+}
+
+/// Carries out a filtered MSR write; for LSTAR also installs the SYSCALL stub.
+pub fn write_msr(vcpu: &VcpuFd, ram: &GuestMemoryMmap, index: u32, value: u64) -> Result<(), PvmError> {
+    let entry = kvm_msr_entry { index, data: value, ..Default::default() };
+    if let Ok(msrs) = Msrs::from_entries(&[entry]) {
+        vcpu.set_msrs(&msrs).map_err(ioctl("KVM_SET_MSRS"))?;
+    }
+    if index == MSR_LSTAR { install_syscall_stub(vcpu, ram, value) } else { Ok(()) }
+}
+
+/// Mends the instruction that KVM_EXIT_INTERNAL_ERROR stopped at, or says why not.
+pub fn mend_instruction(vcpu: &mut VcpuFd, ram: &GuestMemoryMmap) -> Result<(), PvmError> {
+    let suberror = internal_suberror(vcpu);
+    let mut regs = vcpu.get_regs().map_err(ioctl("KVM_GET_REGS"))?;
+    let address = regs.rip;
+    if suberror != EMULATION_FAILED {
+        return Err(PvmError::Internal { suberror, address });
+    }
+    let mut bytes = vec![0; 15];
+    let physical = translate(vcpu, address)?.ok_or(PvmError::Internal { suberror, address })?;
+    let read = ram.read(&mut bytes, physical)?;
+    bytes.truncate(read);
+    regs.rip += 1;
+    match bytes.first() {
+        Some(&FWAIT) => vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?,
+        Some(&INT3) => {
+            vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?;
+            let mut events = vcpu.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?;
+            events.exception.injected = 1;
+            events.exception.nr = BREAKPOINT_VECTOR;
+            events.exception.has_error_code = 0;
+            vcpu.set_vcpu_events(&events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))?;
+        }
+        _ => return Err(PvmError::Instruction { address, bytes }),
+    }
+    Ok(())
+}
+
+fn translate(vcpu: &VcpuFd, address: u64) -> Result<Option<GuestAddress>, KvmError> {
+    let translation = vcpu.translate_gva(address).map_err(ioctl("KVM_TRANSLATE"))?;
+    Ok((translation.valid != 0).then_some(GuestAddress(translation.physical_address)))
+}
+
+/// A 64-bit interrupt gate (Intel SDM volume 3, "64-Bit IDT Gate Descriptors").
+#[derive(Clone, Copy)]
+struct Gate(u128);
+
+impl Gate {
+    fn handler(self) -> u64 {
+        let (low, middle) = (self.0 as u64 & 0xffff, (self.0 >> 48) as u64 & 0xffff);
+        low | middle << 16 | ((self.0 >> 64) as u64 & 0xffff_ffff) << 32
+    }
+
+    fn with_handler(self, handler: u64) -> Gate {
+        let mask = 0xffff_u128 | 0xffff_u128 << 48 | 0xffff_ffff_u128 << 64;
+        let handler = u128::from(handler);
+        let spread =
+            (handler & 0xffff) | (handler >> 16 & 0xffff) << 48 | (handler >> 32 & 0xffff_ffff) << 64;
+        Gate(self.0 & !mask | spread)
+    }
+}
+
+fn install_syscall_stub(vcpu: &VcpuFd, ram: &GuestMemoryMmap, lstar: u64) -> Result<(), PvmError> {
+    let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
+    let gate_address = sregs.idt.base + PAGE_FAULT_VECTOR * 16;
+    let unmapped = |address| PvmError::Internal { suberror: EMULATION_FAILED, address };
+    let gate_at = translate(vcpu, gate_address)?.ok_or(unmapped(gate_address))?;
+    let gate = Gate(ram.read_obj(gate_at)?);
+    let handler = gate.handler();
+    let handler_at = translate(vcpu, handler)?.ok_or(unmapped(handler))?;
+    let offset = find_padding(ram, handler_at)?.ok_or(PvmError::NoPadding { handler })?;
+    let stub_address = handler + offset as u64;
+    let stub = syscall_stub(stub_address, lstar, handler);
+    ram.write_slice(&stub, GuestAddress(handler_at.0 + offset as u64))?;
+    ram.write_obj(gate.with_handler(stub_address).0, gate_at)?;
+    tracing::debug!(lstar, handler, stub_address, "SYSCALL stub installed");
+    Ok(())
+}
+
+/// Offset behind `start` of padding that the stub fits into, a few bytes inside of it.
+fn find_padding(ram: &GuestMemoryMmap, start: GuestAddress) -> Result<Option<usize>, GuestMemoryError> {
+    let mut text = vec![0; SEARCH];
+    let read = ram.read(&mut text, start)?;
+    let found = text[..read].windows(PADDING).position(|window| window.iter().all(|byte| *byte == INT3));
+    Ok(found.map(|position| position + 8))
+}
+
+/// ```text
+/// cmp qword [rsp+8], lstar     ; the faulting instruction pointer (after the error code)
+/// jne original
+/// mov rsp, [rsp+32]            ; the user's stack pointer, as SYSCALL would have left it
+/// jmp lstar
+/// original: jmp handler
+/// ```
+fn syscall_stub(at: u64, lstar: u64, handler: u64) -> Vec<u8> {
+    let mut code = vec![0x48, 0x81, 0x7c, 0x24, 0x08];
+    code.extend((lstar as u32).to_le_bytes());
+    code.extend([0x75, 0x0a]);
+    code.extend([0x48, 0x8b, 0x64, 0x24, 0x20]);
+    for target in [lstar, handler] {
+        code.push(0xe9);
+        let next = at + code.len() as u64 + 4;
+        code.extend((target.wrapping_sub(next) as u32).to_le_bytes());
+    }
+    code
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gates_keep_everything_but_the_handler() {
+        let gate = Gate(0xffff_ffff_8180_8e00_0010_0f30_u128 | 0x1234 << 96);
+        let moved = gate.with_handler(0xffff_ffff_8200_1238);
+        assert_eq!(moved.handler(), 0xffff_ffff_8200_1238);
+        assert_eq!(moved.with_handler(gate.handler()).0, gate.0);
+    }
+
+    #[test]
+    fn the_stub_jumps_where_it_should() {
+        let (at, lstar, handler) = (0xffff_ffff_8100_1000, 0xffff_ffff_8180_0000, 0xffff_ffff_8180_0f30);
+        let stub = syscall_stub(at, lstar, handler);
+        assert_eq!(stub.len(), 26);
+        let jump = |offset: usize| {
+            assert_eq!(stub[offset], 0xe9);
+            let relative = i32::from_le_bytes(stub[offset + 1..offset + 5].try_into().unwrap());
+            at.wrapping_add(offset as u64 + 5).wrapping_add(i64::from(relative) as u64)
+        };
+        assert_eq!((jump(16), jump(21)), (lstar, handler));
+        // jne skips to the second jump.
+        assert_eq!(11 + usize::from(stub[10]), 21);
+    }
+
+    #[test]
+    fn padding_is_found_and_missed() {
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        assert_eq!(find_padding(&ram, GuestAddress(0x1000)).unwrap(), None);
+        ram.write_slice(&[INT3; PADDING], GuestAddress(0x2003)).unwrap();
+        assert_eq!(find_padding(&ram, GuestAddress(0x1000)).unwrap(), Some(0x1003 + 8));
+    }
+}

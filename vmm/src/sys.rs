@@ -1,0 +1,69 @@
+//! The few process primitives that safe crates do not offer. Callers: `process.rs` and the root crate's
+//! `--detach`, always before the first thread is started.
+
+use rustix::process::{Pid, Signal};
+use std::io;
+
+/// Which side of [`fork_process`] the caller is on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Forked {
+    /// The original process; holds the new process's id.
+    Parent(Pid),
+    /// The new process.
+    Child,
+}
+
+/// `fork_process` was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// A thread exists besides the caller, so its locks could be held forever in the child.
+    #[error("fork(2) needs a single-threaded process, but {threads} threads run")]
+    Threads {
+        /// Threads of this process.
+        threads: usize,
+    },
+    /// The kernel refused.
+    #[error("fork(2) failed")]
+    Os(#[source] io::Error),
+}
+
+/// Splits this process in two with fork(2). The child is killed when the calling thread dies.
+///
+/// Refuses while other threads run: only then may the child go on to use the allocator and standard library.
+pub fn fork_process() -> Result<Forked, ForkError> {
+    let threads = std::fs::read_dir("/proc/self/task").map_err(ForkError::Os)?.count();
+    if threads != 1 {
+        return Err(ForkError::Threads { threads });
+    }
+    let parent = rustix::process::getpid();
+    // SAFETY: fork(2) is sound in a single-threaded process, which was checked above and cannot change meanwhile,
+    // as this is the only thread that could start another.
+    match unsafe { libc::fork() } {
+        -1 => Err(ForkError::Os(io::Error::last_os_error())),
+        0 => {
+            let bound = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
+            // The parent may have died before the death signal was armed.
+            if bound.is_err() || rustix::process::getppid() != Some(parent) {
+                exit_now(1);
+            }
+            Ok(Forked::Child)
+        }
+        pid => match Pid::from_raw(pid) {
+            Some(pid) => Ok(Forked::Parent(pid)),
+            None => Err(ForkError::Os(io::Error::other("fork(2) returned an impossible process id"))),
+        },
+    }
+}
+
+/// Ends this process at once, without destructors or exit handlers: closing a VM costs tens of milliseconds
+/// (measured on kvm_pvm), which the kernel then spends without anybody waiting.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: _exit(2) has no preconditions and does not return.
+    unsafe { libc::_exit(code) }
+}
+
+/// Leaves SIGCHLD ignored, so the kernel reaps this process's children by itself.
+pub fn ignore_child_signals() {
+    // SAFETY: SIG_IGN installs no handler code; signal(2) with valid constants has no other preconditions.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
