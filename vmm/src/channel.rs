@@ -1,6 +1,7 @@
 //! A message channel between forkd's processes: JSON messages with file descriptors over a SOCK_SEQPACKET pair.
 //! Both ends are ours, but a child may have been taken over by its guest, so sizes and descriptors are bounded.
 
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
@@ -10,6 +11,7 @@ use rustix::net::{
 use serde::{Serialize, de::DeserializeOwned};
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
+use std::time::Instant;
 
 /// Longest message, bytes.
 pub const MESSAGE_MAX: usize = 64 * 1024;
@@ -78,6 +80,24 @@ impl Channel {
                 Ok(_) => return Ok(()),
                 Err(Errno::INTR) => {}
                 Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => return Err(ChannelError::Closed),
+                Err(errno) => return Err(ChannelError::Socket(errno)),
+            }
+        }
+    }
+
+    /// Waits for the next message at most until `deadline`; `None` when none came.
+    pub fn receive_until<M: DeserializeOwned>(
+        &self,
+        deadline: Instant,
+    ) -> Result<Option<(M, Vec<OwnedFd>)>, ChannelError> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let timeout = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+            let mut polled = [PollFd::new(&self.socket, PollFlags::IN)];
+            match rustix::event::poll(&mut polled, Some(&timeout)) {
+                Ok(0) => return Ok(None),
+                Ok(_) => return self.receive().map(Some),
+                Err(Errno::INTR) => {}
                 Err(errno) => return Err(ChannelError::Socket(errno)),
             }
         }

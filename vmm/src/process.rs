@@ -8,7 +8,7 @@ use crate::kvm::{Hypervisor, KvmKind};
 use crate::machine::{Flow, Machine, MachineError, Peripherals, Stop};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
 use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
-use crate::sys::{self, ForkError, Forked};
+use crate::sys::{self, ForkError, Forked, Lifetime};
 use crate::uffd::{Uffd, UffdError};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::process::{Pid, Resource, Rlimit};
@@ -138,7 +138,7 @@ impl Zygote {
     /// Forks the zygote. Must be called before this process starts any thread; the zygote and all machines end with it.
     pub fn start() -> Result<Zygote, SpawnError> {
         let (ours, theirs) = Channel::pair()?;
-        match sys::fork_process()? {
+        match sys::fork_process(Lifetime::BoundToParent)? {
             Forked::Parent(_) => Ok(Zygote { channel: ours }),
             Forked::Child => {
                 drop(ours);
@@ -176,7 +176,7 @@ fn serve_spawns(channel: &Channel) {
     // Ctrl-C reaches the whole terminal group; the owner decides when machines end.
     let _ = rustix::process::setsid();
     while let Ok((spec, fds)) = channel.receive::<MachineSpec>() {
-        let answer = match sys::fork_process() {
+        let answer = match sys::fork_process(Lifetime::BoundToParent) {
             Ok(Forked::Parent(pid)) => Spawned::Pid(pid.as_raw_nonzero().get()),
             Ok(Forked::Child) => run_machine(spec, fds),
             Err(error) => Spawned::Failed(describe(&error)),

@@ -27,10 +27,19 @@ pub enum ForkError {
     Os(#[source] io::Error),
 }
 
-/// Splits this process in two with fork(2). The child is killed when the calling thread dies.
+/// When the new process ends by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lifetime {
+    /// It is killed when the thread that forked it dies.
+    BoundToParent,
+    /// It goes on.
+    Independent,
+}
+
+/// Splits this process in two with fork(2).
 ///
 /// Refuses while other threads run: only then may the child go on to use the allocator and standard library.
-pub fn fork_process() -> Result<Forked, ForkError> {
+pub fn fork_process(lifetime: Lifetime) -> Result<Forked, ForkError> {
     let threads = std::fs::read_dir("/proc/self/task").map_err(ForkError::Os)?.count();
     if threads != 1 {
         return Err(ForkError::Threads { threads });
@@ -40,6 +49,7 @@ pub fn fork_process() -> Result<Forked, ForkError> {
     // as this is the only thread that could start another.
     match unsafe { libc::fork() } {
         -1 => Err(ForkError::Os(io::Error::last_os_error())),
+        0 if lifetime == Lifetime::Independent => Ok(Forked::Child),
         0 => {
             let bound = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
             // The parent may have died before the death signal was armed.
