@@ -86,10 +86,9 @@ pub fn load(
     params.hdr.cmd_line_ptr = arch::COMMAND_LINE as u32;
     params.hdr.cmdline_size = command_line.len() as u32 + 1;
     params.hdr.setup_data = arch::SETUP_DATA;
-    let mut usable = vec![0..arch::LOW_MEMORY_END];
-    for range in layout.ram_ranges() {
-        usable.push(range.start.max(arch::HIGH_MEMORY_START)..range.end);
-    }
+    let above_legacy_hole =
+        layout.ram_ranges().into_iter().map(|range| range.start.max(arch::HIGH_MEMORY_START)..range.end);
+    let usable: Vec<_> = std::iter::once(0..arch::LOW_MEMORY_END).chain(above_legacy_hole).collect();
     for (entry, range) in params.e820_table.iter_mut().zip(&usable) {
         *entry = boot_e820_entry { addr: range.start, size: range.end - range.start, r#type: E820_RAM };
     }

@@ -145,13 +145,11 @@ struct Devices {
 }
 
 impl Machine {
-    /// A new machine about to execute a kernel's first instruction.
-    pub fn boot(
+    /// A new machine whose vCPU is in its reset state. Callers set its registers.
+    pub fn new(
         hypervisor: Hypervisor,
         layout: MemoryLayout,
         memory: GuestMemory,
-        kernel: &mut File,
-        more_command_line: &str,
         peripherals: Peripherals,
     ) -> Result<Machine, MachineError> {
         let vm = hypervisor.create_vm(&layout, &memory)?;
@@ -161,10 +159,24 @@ impl Machine {
         }
         let vcpu = vm.create_vcpu(0).map_err(ioctl("KVM_CREATE_VCPU"))?;
         vcpu.set_cpuid2(&hypervisor.supported_cpuid()?).map_err(ioctl("KVM_SET_CPUID2"))?;
-        let line = boot::command_line(hypervisor.kind(), devices.windows.len(), more_command_line);
-        let entry = boot::load(memory.ram(), &layout, kernel, &line)?;
-        arch::enter_linux(&vcpu, memory.ram(), entry)?;
         Ok(Machine { hypervisor, vm, vcpu, memory, layout, devices })
+    }
+
+    /// A new machine about to execute a Linux kernel's first instruction.
+    pub fn boot(
+        hypervisor: Hypervisor,
+        layout: MemoryLayout,
+        memory: GuestMemory,
+        kernel: &mut File,
+        more_command_line: &str,
+        peripherals: Peripherals,
+    ) -> Result<Machine, MachineError> {
+        let machine = Machine::new(hypervisor, layout, memory, peripherals)?;
+        let (kind, windows) = (machine.hypervisor.kind(), machine.devices.windows.len());
+        let line = boot::command_line(kind, windows, more_command_line);
+        let entry = boot::load(machine.memory.ram(), &layout, kernel, &line)?;
+        arch::enter_linux(&machine.vcpu, machine.memory.ram(), entry)?;
+        Ok(machine)
     }
 
     /// A machine as it was saved. Its memory must answer already.
@@ -274,6 +286,11 @@ impl Machine {
             windows: self.devices.windows.iter().map(lock).collect(),
             vsock: vsock_state,
         })
+    }
+
+    /// The vCPU, to be looked at or set up while it does not run.
+    pub fn vcpu(&self) -> &VcpuFd {
+        &self.vcpu
     }
 
     /// The machine's memory.

@@ -131,7 +131,8 @@ impl MemoryLayout {
     /// Refuses sizes that a machine cannot have (layouts also come from snapshots, which may be hostile).
     pub fn check(&self) -> Result<(), MemoryError> {
         check_size("guest memory (MiB)", self.memory_mib, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
-        let aligned = if self.root_disk_bytes % PMEM_ALIGN == 0 { self.root_disk_bytes } else { u64::MAX };
+        let aligned =
+            if self.root_disk_bytes.is_multiple_of(PMEM_ALIGN) { self.root_disk_bytes } else { u64::MAX };
         check_size("a root disk region", aligned, 0, ROOT_DISK_MAX)
     }
 
@@ -387,7 +388,8 @@ mod tests {
         let image = create_image("test", 4 * PAGE_BYTES).unwrap();
         rustix::io::pwrite(&image, &[7; 4 * PAGE_BYTES as usize], 0).unwrap();
         let mapping = Mapping::of_file(&image, 4 * PAGE_BYTES, Sharing::Private).unwrap();
-        mapping.overlay_zero(&[PAGE_BYTES..2 * PAGE_BYTES]).unwrap();
+        let second_page = PAGE_BYTES..2 * PAGE_BYTES;
+        mapping.overlay_zero(std::slice::from_ref(&second_page)).unwrap();
         // A megabyte layout needs a megabyte mapping; here the region is looked at directly.
         let region = mapping.region(0, 4 * PAGE_BYTES).unwrap();
         let slice = vm_memory::VolatileMemory::get_slice(&region, 0, 4 * PAGE_BYTES as usize).unwrap();

@@ -320,7 +320,10 @@ impl Drop for Pager {
 
 impl Image {
     fn new(id: ImageId, shape: ImageShape, uffd: &Uffd) -> Result<Image, PagerError> {
-        assert!(shape.bytes % PAGE_BYTES == 0 && shape.chunk_bytes % PAGE_BYTES == 0, "whole pages only");
+        assert!(
+            shape.bytes.is_multiple_of(PAGE_BYTES) && shape.chunk_bytes.is_multiple_of(PAGE_BYTES),
+            "whole pages only"
+        );
         let file = create_image(&format!("forkd-{id:?}"), shape.bytes)?;
         let alias = Mapping::of_file(&file, shape.bytes, Sharing::Shared)?;
         uffd.register(&alias)?;

@@ -110,7 +110,10 @@ impl Uffd {
     ///
     /// `bytes` must be a multiple of the page size and `image` a registered mapping of this process.
     pub fn copy(&self, image: &Mapping, offset: u64, bytes: &[u8]) -> Result<(), UffdError> {
-        assert!(bytes.len() as u64 % PAGE_BYTES == 0 && offset % PAGE_BYTES == 0, "whole pages only");
+        assert!(
+            (bytes.len() as u64).is_multiple_of(PAGE_BYTES) && offset.is_multiple_of(PAGE_BYTES),
+            "whole pages only"
+        );
         let base = image.range(offset, bytes.len() as u64);
         self.fill(offset, bytes.len() as u64, |done| {
             let rest = &bytes[done as usize..];
@@ -122,7 +125,7 @@ impl Uffd {
 
     /// Puts zero pages into `image`, as [`Uffd::copy`] puts data.
     pub fn zero(&self, image: &Mapping, offset: u64, bytes: u64) -> Result<(), UffdError> {
-        assert!(bytes % PAGE_BYTES == 0 && offset % PAGE_BYTES == 0, "whole pages only");
+        assert!(bytes.is_multiple_of(PAGE_BYTES) && offset.is_multiple_of(PAGE_BYTES), "whole pages only");
         let base = image.range(offset, bytes);
         self.fill(offset, bytes, |done| {
             // SAFETY: as in `copy`: in bounds of a live mapping, and only absent pages are added.

@@ -51,12 +51,12 @@ fn register(index: u8, unix: u64) -> u8 {
 }
 
 fn bcd(value: u64) -> u8 {
-    (value / 10 << 4 | value % 10) as u8
+    (((value / 10) << 4) | (value % 10)) as u8
 }
 
 /// Year, month and day of a day number since 1970-01-01 (proleptic Gregorian calendar).
 fn civil_date(day_number: u64) -> (u64, u64, u64) {
-    let leap = |year: u64| (year % 4 == 0 && year % 100 != 0) || year % 400 == 0;
+    let leap = |year: u64| (year.is_multiple_of(4) && !year.is_multiple_of(100)) || year.is_multiple_of(400);
     let (mut year, mut days) = (1970, day_number);
     while days >= 365 + u64::from(leap(year)) {
         days -= 365 + u64::from(leap(year));

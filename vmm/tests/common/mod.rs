@@ -1,0 +1,151 @@
+//! A tiny guest for tests: a few instructions in ring 3 with I/O privilege, identity-mapped memory, no kernel. It
+//! starts in two milliseconds and needs none of kvm_pvm's quirks.
+#![allow(dead_code)]
+
+use forkd_vmm::devices::doorbell::Ring;
+use forkd_vmm::kvm::{Hypervisor, KvmKind};
+use forkd_vmm::machine::{Flow, Machine, Peripherals, Stop};
+use forkd_vmm::memory::{GuestMemory, Mapping, MemoryLayout, Sharing, create_image};
+use kvm_bindings::{kvm_regs, kvm_segment};
+use rustix::fd::OwnedFd;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Where the code lies.
+pub const CODE: u64 = 0x1_0000;
+/// The word that [`COUNTER`] increases.
+pub const WORD: u64 = 0x20_0000;
+
+/// Rings "snapshot here" and, as its very next instruction but one, "resumed"; adds 5 to the word; prints it; rings
+/// "ready"; loops.
+pub const COUNTER: &[u8] = &[
+    0x48, 0xc7, 0xc3, 0x00, 0x00, 0x20, 0x00, // mov rbx, WORD
+    0x66, 0xba, 0x00, 0xfd, // mov dx, 0xfd00
+    0xb0, 0x01, 0xee, // mov al, 1; out dx, al
+    0xb0, 0x02, 0xee, // mov al, 2; out dx, al
+    0x83, 0x03, 0x05, // add dword [rbx], 5
+    0x8b, 0x03, // mov eax, [rbx]
+    0x66, 0xba, 0xf8, 0x03, 0xee, // mov dx, 0x3f8; out dx, al
+    0x66, 0xba, 0x00, 0xfd, 0xb0, 0x03, 0xee, // mov dx, 0xfd00; mov al, 3; out dx, al
+    0xeb, 0xfe, // jmp $
+];
+
+/// Rings "snapshot here" and "resumed"; adds the first words of all pages from WORD to 6 MiB; prints the sum; rings
+/// "ready"; loops.
+pub const SUM: &[u8] = &[
+    0x66, 0xba, 0x00, 0xfd, 0xb0, 0x01, 0xee, 0xb0, 0x02, 0xee, // ring 1, ring 2
+    0x48, 0xc7, 0xc6, 0x00, 0x00, 0x20, 0x00, // mov rsi, 2 MiB
+    0x31, 0xc0, // xor eax, eax
+    0x03, 0x06, // L: add eax, [rsi]
+    0x48, 0x81, 0xc6, 0x00, 0x10, 0x00, 0x00, // add rsi, 4096
+    0x48, 0x81, 0xfe, 0x00, 0x00, 0x60, 0x00, // cmp rsi, 6 MiB
+    0x72, 0xee, // jb L
+    0x66, 0xba, 0xf8, 0x03, 0xef, // mov dx, 0x3f8; out dx, eax
+    0x66, 0xba, 0x00, 0xfd, 0xb0, 0x03, 0xee, // ring 3
+    0xeb, 0xfe,
+];
+
+/// Reads 8 bytes of the record with `rep insb` into WORD, prints them, rings "ready".
+pub const READ_RECORD: &[u8] = &[
+    0x66, 0xba, 0x00, 0xfd, 0xb0, 0x10, 0xee, // mov dx, 0xfd00; mov al, 0x10; out dx, al
+    0x66, 0xba, 0x04, 0xfd, // mov dx, 0xfd04
+    0x48, 0xc7, 0xc7, 0x00, 0x00, 0x20, 0x00, // mov rdi, WORD
+    0xb9, 0x08, 0x00, 0x00, 0x00, 0xf3, 0x6c, // mov ecx, 8; rep insb
+    0x66, 0xba, 0xf8, 0x03, // mov dx, 0x3f8
+    0x48, 0xc7, 0xc6, 0x00, 0x00, 0x20, 0x00, // mov rsi, WORD
+    0xb9, 0x08, 0x00, 0x00, 0x00, 0xf3, 0x6e, // mov ecx, 8; rep outsb
+    0x66, 0xba, 0x00, 0xfd, 0xb0, 0x03, 0xee, // ring 3
+    0xeb, 0xfe,
+];
+
+/// Eight megabytes, no root disk.
+pub fn layout() -> MemoryLayout {
+    MemoryLayout::new(8, 0).unwrap()
+}
+
+/// An image with the guest's page tables and code.
+pub fn image(code: &[u8]) -> OwnedFd {
+    let layout = layout();
+    let file = create_image("test-ram", layout.ram_bytes()).unwrap();
+    let mapping = Mapping::of_file(&file, layout.ram_bytes(), Sharing::Shared).unwrap();
+    let memory = GuestMemory::new(&layout, vec![mapping]).unwrap();
+    let ram = memory.ram();
+    // PML4 at 0x1000, one table below it, 2 MiB pages; present, writable, user.
+    ram.write_obj(0x2007_u64, GuestAddress(0x1000)).unwrap();
+    ram.write_obj(0x3007_u64, GuestAddress(0x2000)).unwrap();
+    for page in 0..4_u64 {
+        ram.write_obj(page << 21 | 0x87, GuestAddress(0x3000 + page * 8)).unwrap();
+    }
+    ram.write_slice(code, GuestAddress(CODE)).unwrap();
+    file
+}
+
+/// An open /dev/kvm; its absence fails the test with the reason.
+pub fn hypervisor() -> Hypervisor {
+    Hypervisor::open(KvmKind::detect()).expect("these tests need /dev/kvm")
+}
+
+/// A machine about to run an image's code, its memory shared with the image.
+pub fn machine(image: &OwnedFd, record: Vec<u8>) -> (Machine, File) {
+    let layout = layout();
+    let mapping = Mapping::of_file(image, layout.ram_bytes(), Sharing::Shared).unwrap();
+    let memory = GuestMemory::new(&layout, vec![mapping]).unwrap();
+    let (peripherals, console) = peripherals(record);
+    let machine = Machine::new(hypervisor(), layout, memory, peripherals).unwrap();
+    enter_ring3(&machine);
+    (machine, console)
+}
+
+/// A console in a temporary file, and a handle to read it.
+pub fn peripherals(record: Vec<u8>) -> (Peripherals, File) {
+    let console = tempfile::tempfile().unwrap();
+    let peripherals = Peripherals { console: Some(console.try_clone().unwrap()), vsock: None, record };
+    (peripherals, console)
+}
+
+/// Runs until the guest rings `wanted`; returns everything it rang.
+pub fn run_until(machine: &mut Machine, wanted: Ring) -> Vec<Ring> {
+    let mut rung = Vec::new();
+    let stop = machine.run(|ring| {
+        rung.push(ring);
+        if ring == wanted { Flow::Stop } else { Flow::Continue }
+    });
+    assert_eq!(stop.expect("the guest runs"), Stop::Asked);
+    rung
+}
+
+/// What the guest printed.
+pub fn printed(mut console: File) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    console.seek(SeekFrom::Start(0)).unwrap();
+    console.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+fn enter_ring3(machine: &Machine) {
+    let vcpu = machine.vcpu();
+    let mut sregs = vcpu.get_sregs().unwrap();
+    sregs.cr3 = 0x1000;
+    sregs.cr4 = 0x620;
+    sregs.cr0 = 0x8005_0033;
+    sregs.efer = 0xd01;
+    let code = kvm_segment {
+        limit: 0xffff_ffff,
+        selector: 0x33,
+        type_: 11,
+        present: 1,
+        dpl: 3,
+        s: 1,
+        l: 1,
+        g: 1,
+        ..Default::default()
+    };
+    let data = kvm_segment { selector: 0x2b, type_: 3, l: 0, db: 1, ..code };
+    sregs.cs = code;
+    (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data, data);
+    vcpu.set_sregs(&sregs).unwrap();
+    // Interrupts off, I/O privilege level 3.
+    let regs = kvm_regs { rip: CODE, rsp: 0x2_0000, rflags: 0x3002, ..Default::default() };
+    vcpu.set_regs(&regs).unwrap();
+}
