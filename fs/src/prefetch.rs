@@ -1,0 +1,140 @@
+//! What to fetch ahead: a recorded trace turned into batches of chunks. Pure; [`crate::store::Store::fetch`] does it.
+
+use std::ops::Range;
+
+use crate::index::{ChunkId, FileId, Index};
+use crate::trace::{PAGE_SIZE, PageRun, Trace};
+
+/// The stored chunks that `trace` touches: one batch a bucket, in pack order within it. A chunk stands in the earliest
+/// bucket that touches it only; zero chunks and files the pack does not have are left out.
+pub fn plan(index: &Index, trace: &Trace) -> Vec<Vec<ChunkId>> {
+    let buckets = trace.regions.iter().map(|region| region.buckets.len()).max().unwrap_or(0);
+    let mut planned = vec![false; index.stored_chunk_count() as usize];
+    let mut batches = Vec::with_capacity(buckets);
+    for bucket in 0..buckets {
+        let mut records: Vec<u32> = Vec::new();
+        for region in &trace.regions {
+            let (Some(file), Some(runs)) = (index.file(&region.file), region.buckets.get(bucket)) else {
+                continue;
+            };
+            for chunks in chunk_ranges(index, file, runs) {
+                records.extend(index.records_in(file, chunks).filter(|&record| !planned[record as usize]));
+            }
+        }
+        records.sort_unstable();
+        records.dedup();
+        records.iter().for_each(|&record| planned[record as usize] = true);
+        batches.push(records.into_iter().map(|record| index.chunk_at(record)).collect());
+    }
+    batches
+}
+
+/// Every stored chunk that `planned` leaves out, in pack order.
+pub fn remaining(index: &Index, planned: &[Vec<ChunkId>]) -> Vec<ChunkId> {
+    let mut left = vec![true; index.stored_chunk_count() as usize];
+    for record in planned.iter().flatten().filter_map(|&id| index.record_number(id)) {
+        left[record as usize] = false;
+    }
+    (0..index.stored_chunk_count())
+        .filter(|&record| left[record as usize])
+        .map(|r| index.chunk_at(r))
+        .collect()
+}
+
+/// The chunks under `runs`, as ranges without overlap: a hostile trace may name the same pages a million times.
+fn chunk_ranges(index: &Index, file: FileId, runs: &[PageRun]) -> Vec<Range<u32>> {
+    let (count, chunk_size) = (u64::from(index.chunk_count(file)), u64::from(index.chunk_size()));
+    let chunks = |run: &PageRun| {
+        let (first, pages) = (u64::from(run.first_page) * PAGE_SIZE, u64::from(run.pages) * PAGE_SIZE);
+        let (from, to) = (first / chunk_size, (first + pages).div_ceil(chunk_size).min(count));
+        (from < to).then(|| from as u32..to as u32)
+    };
+    let mut ranges: Vec<Range<u32>> = runs.iter().filter_map(chunks).collect();
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u32>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::digest::Digest;
+    use crate::format::MIN_CHUNK_SIZE;
+    use crate::index::ChunkRecord;
+    use crate::trace::RegionTrace;
+
+    /// Two files of 40 chunks each with the given ones stored.
+    fn index(stored: [&BTreeSet<u32>; 2]) -> Index {
+        let mut offset = 0;
+        let files = ["memory.bin", "rootfs.erofs"].iter().zip(stored).map(|(name, chunks)| {
+            let record = |&chunk| {
+                offset += 10;
+                ChunkRecord { chunk, length: 10, offset: offset - 10, digest: Digest::of(b"") }
+            };
+            (name.to_string(), 40 * u64::from(MIN_CHUNK_SIZE), chunks.iter().map(record).collect())
+        });
+        Index::new(MIN_CHUNK_SIZE, 1 << 20, files.collect())
+    }
+
+    fn runs() -> impl Strategy<Value = Vec<PageRun>> {
+        let run = (0u32..800, 1u32..100).prop_map(|(first_page, pages)| PageRun { first_page, pages });
+        proptest::collection::vec(run, 0..8)
+    }
+
+    fn traces() -> impl Strategy<Value = Trace> {
+        let region = |file: &'static str| {
+            proptest::collection::vec(runs(), 0..4)
+                .prop_map(move |buckets| RegionTrace { file: file.into(), buckets })
+        };
+        (region("rootfs.erofs"), region("memory.bin"), region("no-such-file"))
+            .prop_map(|(a, b, c)| Trace { regions: vec![a, b, c] })
+    }
+
+    proptest! {
+        #[test]
+        fn plan_and_remaining_split_the_stored_chunks(
+            trace in traces(),
+            memory in proptest::collection::btree_set(0u32..40, 0..40),
+            rootfs in proptest::collection::btree_set(0u32..40, 0..40),
+        ) {
+            let index = index([&memory, &rootfs]);
+            let batches = plan(&index, &trace);
+            let rest = remaining(&index, &batches);
+            let mut all: Vec<ChunkId> = batches.iter().flatten().chain(&rest).copied().collect();
+            all.sort();
+            let stored: Vec<ChunkId> = index.files().flat_map(|(file, _)| index.stored_chunks(file).map(|(id, _)| id)).collect();
+            prop_assert_eq!(all, stored, "every stored chunk exactly once");
+            // Model: the first bucket whose pages meet the chunk.
+            let pages = MIN_CHUNK_SIZE / PAGE_SIZE as u32;
+            for (number, batch) in batches.iter().enumerate() {
+                prop_assert!(batch.is_sorted());
+                for id in batch {
+                    let name = &index.entry(id.file).unwrap().name;
+                    let touches = |runs: &Vec<PageRun>| runs.iter().any(|run| {
+                        run.first_page < (id.chunk + 1) * pages && run.first_page + run.pages > id.chunk * pages
+                    });
+                    let first = trace.region(name).unwrap().buckets.iter().position(touches);
+                    prop_assert_eq!(first, Some(number));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_trace_plans_nothing() {
+        let stored = BTreeSet::from([1, 2]);
+        let index = index([&stored, &BTreeSet::new()]);
+        assert!(plan(&index, &Trace::default()).is_empty());
+        assert_eq!(remaining(&index, &[]).len(), 2);
+    }
+}

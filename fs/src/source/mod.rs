@@ -1,0 +1,153 @@
+//! Where a pack's bytes come from: an HTTP server or a local file. Used by [`crate::store`] alone; nothing here knows
+//! what the bytes mean, and nothing here is trusted to return the right ones.
+
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+
+pub mod file;
+pub mod http;
+
+pub use file::{FileError, FileSource};
+pub use http::{HttpClient, HttpError, HttpOptions, HttpSource};
+
+/// Why bytes are wanted. Each class has its own budget of requests, so demand never waits behind prefetch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Someone is waiting for them now.
+    Demand,
+    /// Someone may want them soon.
+    Prefetch,
+}
+
+/// How long a read may fail and be retried before it ends in an error. Counts from the last sign of progress; one silent
+/// attempt may add the HTTP idle timeout.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadlines {
+    /// For [`Class::Demand`].
+    pub demand: Duration,
+    /// For [`Class::Prefetch`].
+    pub prefetch: Duration,
+}
+
+/// One object bytes are read from.
+#[derive(Debug)]
+pub enum Source {
+    /// An object on an HTTP server.
+    Http(HttpSource),
+    /// A local file.
+    File(FileSource),
+}
+
+/// Why bytes could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// From an HTTP server.
+    #[error(transparent)]
+    Http(#[from] HttpError),
+    /// From a local file.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// What went over the wire (or came from the file) so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Requests sent, repeated ones included.
+    pub requests: u64,
+    /// Body bytes received, useless ones included.
+    pub bytes: u64,
+}
+
+/// A source that does not deliver at the moment and is being retried.
+#[derive(Debug, Clone)]
+pub struct Trouble {
+    /// Since when nothing has arrived on the oldest failing read.
+    pub since: Instant,
+    /// What the last attempt met.
+    pub last_error: String,
+}
+
+/// A byte range on its way, delivered piece by piece; retries and resumes by itself.
+#[derive(Debug)]
+pub enum RangeBody {
+    /// From an HTTP server.
+    Http(Box<http::HttpBody>),
+    /// From a local file.
+    File(file::FileBody),
+}
+
+impl Source {
+    /// Starts reading `len` bytes at `offset`. Nothing is requested until the first [`RangeBody::next`].
+    pub fn stream_at(&self, offset: u64, len: u64, class: Class) -> RangeBody {
+        match self {
+            Self::Http(source) => RangeBody::Http(Box::new(source.stream_at(offset, len, class))),
+            Self::File(source) => RangeBody::File(source.stream_at(offset, len)),
+        }
+    }
+
+    /// Reads exactly `len` bytes at `offset`. The caller bounds `len`.
+    pub async fn read_at(&self, offset: u64, len: u64, class: Class) -> Result<Bytes, SourceError> {
+        let mut body = self.stream_at(offset, len, class);
+        let first = body.next().await?.unwrap_or_default();
+        if first.len() as u64 == len {
+            return Ok(first);
+        }
+        let mut all = BytesMut::with_capacity(len as usize);
+        all.extend_from_slice(&first);
+        while let Some(piece) = body.next().await? {
+            all.extend_from_slice(&piece);
+        }
+        Ok(all.freeze())
+    }
+
+    /// Size of the object in bytes; costs a request when an HTTP server was not asked for anything yet.
+    pub async fn size(&self) -> Result<u64, SourceError> {
+        match self {
+            Self::Http(source) => Ok(source.size().await?),
+            Self::File(source) => Ok(source.size()),
+        }
+    }
+
+    /// Size of the object in bytes, if no request is needed to tell.
+    pub fn known_size(&self) -> Option<u64> {
+        match self {
+            Self::Http(source) => source.known_size(),
+            Self::File(source) => Some(source.size()),
+        }
+    }
+
+    /// The URL or path, for messages.
+    pub fn describe(&self) -> &str {
+        match self {
+            Self::Http(source) => source.url(),
+            Self::File(source) => source.path(),
+        }
+    }
+
+    /// What was transferred so far.
+    pub fn counters(&self) -> Counters {
+        match self {
+            Self::Http(source) => source.counters(),
+            Self::File(source) => source.counters(),
+        }
+    }
+
+    /// Whether reads are failing and being retried right now.
+    pub fn trouble(&self) -> Option<Trouble> {
+        match self {
+            Self::Http(source) => source.trouble(),
+            Self::File(_) => None,
+        }
+    }
+}
+
+impl RangeBody {
+    /// The next piece, `None` after the last byte of the range. Ends in an error when retries ran out or are pointless.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, SourceError> {
+        match self {
+            Self::Http(body) => Ok(body.next().await?),
+            Self::File(body) => Ok(body.next().await?),
+        }
+    }
+}

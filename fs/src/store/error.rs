@@ -1,0 +1,164 @@
+//! Why a pack cannot be opened or read.
+
+use std::sync::Arc;
+
+use crate::digest::Digest;
+use crate::index::IndexError;
+use crate::manifest::ManifestError;
+use crate::source::{HttpError, SourceError};
+
+/// Why a pack could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The bytes could not be had.
+    #[error("cannot open the pack {location}")]
+    Source {
+        /// URL or path.
+        location: String,
+        /// Why.
+        #[source]
+        source: SourceError,
+    },
+    /// The predecessor's layout: readable as a whole only.
+    #[error("{location} is a pack of layout {version}, which cannot be read in part")]
+    Legacy {
+        /// URL or path.
+        location: String,
+        /// Its forkd_pack_version.
+        version: u32,
+    },
+    /// A v3 pack without its end.
+    #[error("the pack {location} is cut short: it has {size} bytes and no index at its end")]
+    Truncated {
+        /// URL or path.
+        location: String,
+        /// The size it has.
+        size: u64,
+    },
+    /// Not a pack at all.
+    #[error("{location} is not a forkd pack")]
+    NotAPack {
+        /// URL or path.
+        location: String,
+    },
+    /// The index is not the one that was pinned.
+    #[error("the index of {location} has sha256 {found}, the registry says {expected}")]
+    IndexDigest {
+        /// URL or path.
+        location: String,
+        /// What the registry says.
+        expected: Digest,
+        /// What the bytes hash to.
+        found: Digest,
+    },
+    /// The index breaks the format's rules.
+    #[error("the index of {location} cannot be used")]
+    Index {
+        /// URL or path.
+        location: String,
+        /// Which rule.
+        #[source]
+        source: IndexError,
+    },
+}
+
+/// Why a read failed. Cheap to clone: everyone waiting for the same chunk gets it.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ReadError {
+    /// The bytes could not be had.
+    #[error("cannot read chunk {chunk} of {file}")]
+    Source {
+        /// The file.
+        file: String,
+        /// Which chunk.
+        chunk: u32,
+        /// Why.
+        #[source]
+        source: Arc<SourceError>,
+    },
+    /// The bytes were had twice and are not the ones the index vouches for.
+    #[error("chunk {chunk} of {file} from {location} is corrupt: sha256 {found}, the index says {expected}")]
+    Corrupt {
+        /// The file.
+        file: String,
+        /// Which chunk.
+        chunk: u32,
+        /// What the index says.
+        expected: Digest,
+        /// What the bytes hash to.
+        found: Digest,
+        /// URL or path of the pack.
+        location: String,
+    },
+    /// The frame is the one the index vouches for, yet does not decode to the chunk's length: the pack was built wrong.
+    #[error("chunk {chunk} of {file} from {location} does not decode to {plain_len} bytes")]
+    Decode {
+        /// The file.
+        file: String,
+        /// Which chunk.
+        chunk: u32,
+        /// URL or path of the pack.
+        location: String,
+        /// What it should decode to.
+        plain_len: u32,
+    },
+    /// No such file in the pack.
+    #[error("the pack has no file {name}")]
+    NoSuchFile {
+        /// Its name.
+        name: String,
+    },
+    /// A chunk past the end of its file, or an id of another pack.
+    #[error("the pack has no chunk {chunk} in file {file}")]
+    NoSuchChunk {
+        /// Position of the file.
+        file: u32,
+        /// Which chunk.
+        chunk: u32,
+    },
+    /// A file too large to be read whole.
+    #[error("{name} has {size} bytes, at most {limit} are read at once")]
+    TooLarge {
+        /// The file.
+        name: String,
+        /// Its size.
+        size: u64,
+        /// The caller's limit.
+        limit: u64,
+    },
+    /// The manifest cannot be used.
+    #[error("the pack's manifest cannot be used")]
+    Manifest(#[source] Arc<ManifestError>),
+    /// The runtime is shutting down.
+    #[error("the read was abandoned because forkd is stopping")]
+    Stopped,
+}
+
+/// What kind of failure a read met: what a file system tells its callers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Failure {
+    /// The pack on the server is not the one that was opened (ESTALE).
+    Replaced,
+    /// The server denies access (EACCES).
+    Denied,
+    /// There is no such file or chunk (ENOENT).
+    Missing,
+    /// Anything else (EIO).
+    Io,
+}
+
+impl ReadError {
+    /// What kind of failure this is.
+    pub fn failure(&self) -> Failure {
+        match self {
+            Self::Source { source, .. } => match &**source {
+                SourceError::Http(HttpError::Replaced { .. }) => Failure::Replaced,
+                SourceError::Http(HttpError::Denied { .. }) => Failure::Denied,
+                SourceError::Http(_) | SourceError::File(_) => Failure::Io,
+            },
+            Self::NoSuchFile { .. } | Self::NoSuchChunk { .. } => Failure::Missing,
+            Self::Corrupt { .. } | Self::Decode { .. } | Self::TooLarge { .. } => Failure::Io,
+            Self::Manifest(_) | Self::Stopped => Failure::Io,
+        }
+    }
+}
