@@ -1,0 +1,42 @@
+# `make quickstart` and `make test` set a fresh Debian machine up by themselves (as root).
+
+.DEFAULT_GOAL := build
+SHELL := /bin/bash
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+TRIPLE := x86_64-unknown-linux-gnu
+FORKD := $(TARGET)/release/forkd
+PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse3 jq bsdextrautils \
+	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils
+
+.PHONY: build deps machine quickstart test lint clean
+
+## forkd and, beside it, the guest's agent (static: it runs as the only program of a root disk)
+build:
+	cargo build --release -p forkd
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release -p forkd-guest --target $(TRIPLE) \
+		--target-dir $(TARGET)/guest
+	install -m 755 $(TARGET)/guest/$(TRIPLE)/release/forkd-agent $(TARGET)/release/forkd-agent
+
+## the system packages, when they are missing and we may install them
+deps:
+	@benches/install-packages.sh $(PACKAGES)
+
+## the guest kernel and the python-numpy snapshot; both are kept and reused
+machine: deps build
+	$(FORKD) kernel build
+	@benches/build-machine.sh $(FORKD)
+
+## the main job, end to end: build, publish, serve, mount, fork lazily, compare
+quickstart: machine
+	@benches/quickstart.sh $(FORKD)
+
+## every test, the one on a real Linux guest among them
+test: machine
+	cargo nextest run --workspace --release --no-fail-fast
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+
+clean:
+	cargo clean
