@@ -10,6 +10,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
+use crate::kernel::KernelError;
 use crate::output::Output;
 use crate::paths::PathsError;
 
@@ -22,6 +23,9 @@ pub enum CommandError {
     /// A directory of forkd's own.
     #[error(transparent)]
     Paths(#[from] PathsError),
+    /// The guest kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// The async runtime could not be started.
     #[error("the async runtime does not start")]
     Runtime(#[source] std::io::Error),
@@ -63,6 +67,7 @@ fn describe(error: &CommandError) -> Row {
     match error {
         CommandError::NotBuilt(verb) => Row::failed("run", *verb),
         CommandError::Paths(error) => describe_paths(error),
+        CommandError::Kernel(error) => describe_kernel(error),
         CommandError::Runtime(_) => {
             Row::failed("start", "threads").hint("check the process and thread limits (ulimit -u)")
         }
@@ -71,14 +76,34 @@ fn describe(error: &CommandError) -> Row {
 
 fn describe_paths(error: &PathsError) -> Row {
     match error {
-        PathsError::NoHome { variable } => {
-            Row::failed("find forkd's directories", "").hint(format!("set HOME or {variable} to an absolute path"))
-        }
+        PathsError::NoHome { variable } => Row::failed("find forkd's directories", "")
+            .hint(format!("set HOME or {variable} to an absolute path")),
         PathsError::Directory { .. } => Row::failed("use a directory of forkd's", "")
             .hint("set XDG_DATA_HOME, XDG_CACHE_HOME or XDG_RUNTIME_DIR to a place you can write"),
-        PathsError::Foreign { .. } => Row::failed("use the run directory", "")
-            .hint("set XDG_RUNTIME_DIR to a directory of your own"),
+        PathsError::Foreign { .. } => {
+            Row::failed("use the run directory", "").hint("set XDG_RUNTIME_DIR to a directory of your own")
+        }
         PathsError::Tag { .. } => Row::usage("name a snapshot", ""),
+    }
+}
+
+fn describe_kernel(error: &KernelError) -> Row {
+    let row = Row::failed("provide a guest kernel", "");
+    match error {
+        KernelError::NotBuilt { .. } => {
+            row.hint("run `forkd kernel build` (about 5 minutes), or give one with --kernel FILE")
+        }
+        KernelError::Missing { packages } => {
+            row.hint(format!("as root: apt-get install {}", packages.join(" ")))
+        }
+        KernelError::NoSource { .. } => {
+            row.hint("as root: apt-get install linux-source-6.12, or give a source tree with --source DIR")
+        }
+        KernelError::NotASource { .. } => Row::usage("provide a guest kernel", "")
+            .hint("give the top of an unpacked kernel source: it has Makefile, Kconfig and arch/"),
+        KernelError::Space { .. } => row.hint("free some space, or set XDG_CACHE_HOME to a larger disk"),
+        KernelError::Options { .. } => row.hint("use the source of Linux 6.12 or later"),
+        KernelError::Tool { .. } | KernelError::Build { .. } | KernelError::File { .. } => row,
     }
 }
 

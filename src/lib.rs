@@ -8,9 +8,11 @@
 pub mod cli;
 pub mod commands;
 pub mod error;
+pub mod kernel;
 pub mod output;
 pub mod paths;
 pub mod progress;
+pub mod tools;
 pub mod units;
 
 use std::ffi::OsString;

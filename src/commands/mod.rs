@@ -9,14 +9,15 @@ use crate::error::CommandError;
 use crate::output::Output;
 
 pub mod completions;
+pub mod kernel;
 
 /// Runs the command. The exit code is 0 unless the command has one of its own to pass on (`forkd exec`).
 pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
     match verb {
         Verb::Completions(args) => completions::run(&args, output),
         Verb::Doctor => Err(CommandError::NotBuilt("doctor")),
-        Verb::Kernel(KernelVerb::Build(_)) => Err(CommandError::NotBuilt("kernel build")),
-        Verb::Kernel(KernelVerb::Path) => Err(CommandError::NotBuilt("kernel path")),
+        Verb::Kernel(KernelVerb::Build(args)) => kernel::build(&args, output),
+        Verb::Kernel(KernelVerb::Path) => kernel::path(output),
         Verb::Build(_) => Err(CommandError::NotBuilt("build")),
         Verb::Snapshot(_) => Err(CommandError::NotBuilt("snapshot")),
         Verb::Snapshots => Err(CommandError::NotBuilt("snapshots")),

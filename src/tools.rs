@@ -1,0 +1,421 @@
+//! External programs (make, apt-get, mmdebstrap, mkfs.erofs): run with their output watched, their failure explained,
+//! and an end when the user wants one.
+//!
+//! Used by [`crate::kernel`] and [`crate::recipe`]. Knows nothing of what the programs do.
+
+use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+
+/// Lines of a failed program's output that its error shows.
+const TAIL_LINES: usize = 12;
+/// Longest line that is kept; the rest of it is dropped.
+const LINE_MAX: usize = 4096;
+/// How often a running program is checked for the user's interrupt.
+const POLL: Duration = Duration::from_millis(100);
+/// How long an interrupted program may take to clean up before it is killed.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Why an external program did not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// It is not installed, or cannot be started.
+    #[error("{tool} cannot be started")]
+    Start {
+        /// The program.
+        tool: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It ran and failed.
+    #[error("{tool} ended with {status}{}", tail_text(tail))]
+    Failed {
+        /// The program.
+        tool: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// The end of its output.
+        tail: String,
+    },
+    /// The user pressed Ctrl-C or asked us to end; the program has been stopped.
+    #[error("interrupted")]
+    Interrupted,
+    /// Its output could not be read or logged.
+    #[error("the output of {tool} cannot be kept")]
+    Output {
+        /// The program.
+        tool: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn tail_text(tail: &str) -> String {
+    if tail.is_empty() { String::new() } else { format!("; its last words:\n{tail}") }
+}
+
+/// Whether the user wants us to stop: SIGINT or SIGTERM since [`Interrupt::watch`].
+#[derive(Debug, Clone, Default)]
+pub struct Interrupt(Arc<AtomicBool>);
+
+impl Interrupt {
+    /// Takes over SIGINT and SIGTERM for the rest of the process, on a thread of its own. Where that is not possible
+    /// the signals keep ending the process at once.
+    pub fn watch() -> Self {
+        let interrupt = Self::default();
+        let flag = Arc::clone(&interrupt.0);
+        let ready = Arc::new(std::sync::Barrier::new(2));
+        let started = Arc::clone(&ready);
+        thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+            let signals = runtime.as_ref().ok().and_then(|runtime| {
+                use tokio::signal::unix::{SignalKind, signal};
+                let _context = runtime.enter();
+                Some((signal(SignalKind::interrupt()).ok()?, signal(SignalKind::terminate()).ok()?))
+            });
+            started.wait();
+            let (Ok(runtime), Some((mut interrupt, mut terminate))) = (runtime, signals) else { return };
+            runtime.block_on(async {
+                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+            });
+            flag.store(true, Ordering::Relaxed);
+        });
+        ready.wait();
+        interrupt
+    }
+
+    /// Whether the user has asked us to stop.
+    pub fn is_set(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Stops what watches this, as a signal would.
+    pub fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// An error once it is set; for loops that are not programs.
+    pub fn check(&self) -> Result<(), ToolError> {
+        if self.is_set() { Err(ToolError::Interrupted) } else { Ok(()) }
+    }
+}
+
+/// A program about to be run.
+pub struct Tool<'a> {
+    command: Command,
+    name: String,
+    interrupt: &'a Interrupt,
+    log: Option<&'a mut dyn Write>,
+}
+
+impl<'a> Tool<'a> {
+    /// `program` is looked up in PATH. It reads nothing and writes to us.
+    pub fn new(program: &str, interrupt: &'a Interrupt) -> Self {
+        let mut command = Command::new(program);
+        // A group of its own: the terminal's Ctrl-C comes to us, and we end it in an order that lets it clean up.
+        command.stdin(Stdio::null()).env("LC_ALL", "C.UTF-8").process_group(0);
+        Self { command, name: program.to_owned(), interrupt, log: None }
+    }
+
+    /// Adds one argument.
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
+        self.command.arg(arg);
+        self
+    }
+
+    /// Adds arguments.
+    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
+        self.command.args(args);
+        self
+    }
+
+    /// Sets a variable of its environment.
+    pub fn env(mut self, key: &str, value: impl AsRef<OsStr>) -> Self {
+        self.command.env(key, value);
+        self
+    }
+
+    /// Also writes its whole output to `log`.
+    pub fn log(mut self, log: &'a mut dyn Write) -> Self {
+        self.log = Some(log);
+        self
+    }
+
+    /// Runs it to its end, handing each line it writes, on either stream, to `line`.
+    pub fn run(mut self, mut line: impl FnMut(&str)) -> Result<(), ToolError> {
+        self.interrupt.check()?;
+        let output = |tool: &str| {
+            let tool = tool.to_owned();
+            move |source| ToolError::Output { tool, source }
+        };
+        let (reader, writer) = io::pipe().map_err(output(&self.name))?;
+        let copy = writer.try_clone().map_err(output(&self.name))?;
+        self.command.stdout(writer).stderr(copy);
+        let mut child =
+            self.command.spawn().map_err(|source| ToolError::Start { tool: self.name.clone(), source })?;
+        // The command keeps its copies of the pipe's end, and the reader would wait for those.
+        drop(self.command);
+
+        let (sender, lines) = mpsc::sync_channel(64);
+        thread::spawn(move || read_lines(BufReader::new(reader), |text| sender.send(text).is_ok()));
+        let mut tail = VecDeque::with_capacity(TAIL_LINES);
+        loop {
+            match lines.recv_timeout(POLL) {
+                Ok(text) => {
+                    if let Some(Err(source)) = self.log.as_mut().map(|log| writeln!(log, "{text}")) {
+                        stop(&mut child);
+                        return Err(ToolError::Output { tool: self.name, source });
+                    }
+                    line(&text);
+                    if tail.len() == TAIL_LINES {
+                        tail.pop_front();
+                    }
+                    tail.push_back(text);
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    // A daemon it left behind may hold the pipe open for ever.
+                    if matches!(child.try_wait(), Ok(Some(_))) {
+                        break;
+                    }
+                }
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+            if self.interrupt.is_set() {
+                stop(&mut child);
+                return Err(ToolError::Interrupted);
+            }
+        }
+        let status = child.wait().map_err(output(&self.name))?;
+        if status.success() {
+            return Ok(());
+        }
+        let tail = Vec::from(tail).join("\n").trim().to_owned();
+        Err(ToolError::Failed { tool: self.name, status, tail })
+    }
+
+    /// Runs it and returns what it wrote, at most 1 MiB.
+    pub fn capture(self) -> Result<String, ToolError> {
+        let mut text = String::new();
+        self.run(|line| {
+            if text.len() < 1 << 20 {
+                text.push_str(line);
+                text.push('\n');
+            }
+        })?;
+        Ok(text)
+    }
+}
+
+/// Asks a program and its children to end, then makes them.
+fn stop(child: &mut Child) {
+    let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let signal = |signal| group.map(|group| kill_process_group(group, signal));
+    let _ = signal(Signal::TERM);
+    let end = Instant::now() + GRACE;
+    while Instant::now() < end && matches!(child.try_wait(), Ok(None)) {
+        thread::sleep(POLL / 4);
+    }
+    let _ = signal(Signal::KILL);
+    let _ = child.wait();
+}
+
+/// Splits output into lines. A carriage return ends one too: that is how progress is shown.
+fn read_lines(mut reader: impl BufRead, mut each: impl FnMut(String) -> bool) {
+    let mut line = Vec::new();
+    loop {
+        let buffer = match reader.fill_buf() {
+            Ok([]) => break,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(_) => break,
+            Ok(buffer) => buffer,
+        };
+        let end = buffer.iter().position(|byte| matches!(byte, b'\n' | b'\r'));
+        let text = &buffer[..end.unwrap_or(buffer.len())];
+        line.extend_from_slice(&text[..text.len().min(LINE_MAX - line.len().min(LINE_MAX))]);
+        let used = end.map_or(buffer.len(), |end| end + 1);
+        reader.consume(used);
+        if end.is_some() && !line.is_empty() {
+            if !each(String::from_utf8_lossy(&line).into_owned()) {
+                return;
+            }
+            line.clear();
+        }
+    }
+    if !line.is_empty() {
+        each(String::from_utf8_lossy(&line).into_owned());
+    }
+}
+
+/// Where `program` is in PATH.
+pub fn find(program: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    // Administrators' programs are often missing from a user's PATH.
+    let extra = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(extra).map(|dir| dir.join(program)).find(|path| is_executable(path))
+}
+
+fn is_executable(path: &Path) -> bool {
+    path.is_file() && rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok()
+}
+
+/// Whether packages can be installed: by root, with apt-get.
+pub fn can_install() -> bool {
+    rustix::process::geteuid().is_root() && find("apt-get").is_some()
+}
+
+/// Installs Debian packages.
+pub fn install(
+    packages: &[&str],
+    interrupt: &Interrupt,
+    mut line: impl FnMut(&str),
+) -> Result<(), ToolError> {
+    let install = |line: &mut dyn FnMut(&str)| {
+        Tool::new("apt-get", interrupt)
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .args(["install", "--yes", "--no-install-recommends"])
+            .args(packages)
+            .run(line)
+    };
+    // Lists that are absent or old are the usual reason for a failure.
+    match install(&mut line) {
+        Err(ToolError::Failed { .. }) => {
+            Tool::new("apt-get", interrupt).arg("update").run(&mut line)?;
+            install(&mut line)
+        }
+        result => result,
+    }
+}
+
+/// SHA-256 of a file, in hexadecimal.
+pub fn sha256_file(path: &Path) -> io::Result<String> {
+    use sha2::{Digest, Sha256};
+    let mut file = std::fs::File::open(path)?;
+    let mut digest = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut buffer)? {
+            0 => return Ok(hex(&digest.finalize())),
+            n => digest.update(&buffer[..n]),
+        }
+    }
+}
+
+/// SHA-256 over length-prefixed parts, in hexadecimal: no two lists of parts run into each other.
+pub fn sha256_parts<'a>(parts: impl IntoIterator<Item = &'a [u8]>) -> String {
+    use sha2::{Digest, Sha256};
+    let mut digest = Sha256::new();
+    for part in parts {
+        digest.update((part.len() as u64).to_le_bytes());
+        digest.update(part);
+    }
+    hex(&digest.finalize())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell<'a>(script: &str, interrupt: &'a Interrupt) -> Tool<'a> {
+        Tool::new("sh", interrupt).args(["-c", script])
+    }
+
+    #[test]
+    fn lines_of_both_streams_arrive_in_order_and_in_the_log() {
+        let interrupt = Interrupt::default();
+        let mut log = Vec::new();
+        let mut lines = Vec::new();
+        let tool = shell("echo a; echo b >&2; printf 'c\\rd\\n\\ne'", &interrupt).log(&mut log);
+        tool.run(|line| lines.push(line.to_owned())).unwrap();
+        assert_eq!(lines, ["a", "b", "c", "d", "e"]);
+        assert_eq!(log, b"a\nb\nc\nd\ne\n");
+    }
+
+    #[test]
+    fn failures_show_how_and_with_which_last_words() {
+        let interrupt = Interrupt::default();
+        let error = shell("seq 100; echo broken >&2; exit 3", &interrupt).capture().unwrap_err();
+        let ToolError::Failed { tail, status, .. } = &error else { panic!("{error}") };
+        assert_eq!(status.code(), Some(3));
+        assert_eq!(tail.lines().count(), TAIL_LINES);
+        assert!(tail.ends_with("100\nbroken"), "{tail}");
+        let error = Tool::new("no-such-program", &interrupt).capture().unwrap_err();
+        assert!(matches!(error, ToolError::Start { .. }));
+    }
+
+    #[test]
+    fn an_interrupt_ends_the_program_and_its_children() {
+        let interrupt = Interrupt::default();
+        let setter = interrupt.clone();
+        let mut child = 0;
+        let started = Instant::now();
+        let result = shell("sleep 60 & echo $!; wait", &interrupt).run(|line| {
+            child = line.parse().unwrap();
+            setter.set();
+        });
+        assert!(matches!(result, Err(ToolError::Interrupted)), "{result:?}");
+        assert!(started.elapsed() < GRACE);
+        let pid = Pid::from_raw(child).unwrap();
+        assert!(
+            rustix::process::test_kill_process(pid).is_err()
+                || !Path::new(&format!("/proc/{child}/exe")).exists()
+        );
+        assert!(matches!(shell("true", &interrupt).capture(), Err(ToolError::Interrupted)));
+    }
+
+    #[test]
+    fn a_daemon_left_behind_does_not_hold_us_up() {
+        let interrupt = Interrupt::default();
+        let started = Instant::now();
+        let text = shell("sleep 5 & echo $!", &interrupt).capture().unwrap();
+        assert!(started.elapsed() < Duration::from_secs(3));
+        shell(&format!("kill {text}"), &interrupt).capture().unwrap();
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_written_stops_the_program() {
+        struct Full;
+        impl Write for Full {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(io::ErrorKind::StorageFull.into())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let interrupt = Interrupt::default();
+        let result = shell("yes", &interrupt).log(&mut Full).run(|_| {});
+        assert!(matches!(result, Err(ToolError::Output { .. })), "{result:?}");
+    }
+
+    #[test]
+    fn long_lines_are_cut() {
+        let interrupt = Interrupt::default();
+        let text =
+            shell("head -c 100000 /dev/zero | tr '\\0' x; echo; echo next", &interrupt).capture().unwrap();
+        let lengths: Vec<usize> = text.lines().map(str::len).collect();
+        assert_eq!(lengths, [LINE_MAX, 4]);
+    }
+
+    #[test]
+    fn parts_do_not_run_into_each_other() {
+        let one = sha256_parts([&b"ab"[..], b"c"]);
+        assert_ne!(one, sha256_parts([&b"a"[..], b"bc"]));
+        assert_eq!(one.len(), 64);
+    }
+}
