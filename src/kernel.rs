@@ -18,15 +18,14 @@ use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use rustix::fs::{FlockOperation, flock, statvfs};
-use rustix::io::Errno;
+use rustix::fs::statvfs;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
-use crate::tools::{Interrupt, Tool, ToolError, sha256_parts};
+use crate::tools::{self, Interrupt, Tool, ToolError, sha256_parts};
 
 mod source;
 
@@ -216,7 +215,12 @@ pub fn build(
     for dir in [&kernels, &paths.cache] {
         fs::create_dir_all(dir).map_err(|source| KernelError::File { path: dir.clone(), source })?;
     }
-    let _lock = lock(&kernels.join("build.lock"), output, interrupt)?;
+    let mut waiting = None;
+    let _lock = tools::lock(&kernels.join("build.lock"), interrupt, || {
+        waiting = Some(Progress::spinner(output, "waiting for another kernel build"));
+    })
+    .map_err(|source| KernelError::Tool { step: "waiting for another build", source })?;
+    drop(waiting);
     let source = source::prepare(options.source.as_deref(), output, interrupt)?;
     let compiler = Tool::new("gcc", interrupt).arg("--version").capture();
     let compiler =
@@ -242,41 +246,16 @@ pub fn build(
     })
 }
 
-/// One build at a time; the lock ends with the process.
-fn lock(path: &Path, output: &Output, interrupt: &Interrupt) -> Result<File, KernelError> {
-    let failed = |source| KernelError::File { path: path.to_owned(), source };
-    let file = File::options().create(true).truncate(false).write(true).open(path).map_err(failed)?;
-    let mut waiting = None;
-    loop {
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(file),
-            Err(Errno::WOULDBLOCK | Errno::INTR) => {
-                waiting.get_or_insert_with(|| Progress::spinner(output, "waiting for another kernel build"));
-                interrupt
-                    .check()
-                    .map_err(|source| KernelError::Tool { step: "waiting for another build", source })?;
-                std::thread::sleep(Progress::INTERVAL);
-            }
-            Err(errno) => return Err(failed(errno.into())),
-        }
-    }
-}
-
-/// A new directory for a build, once those of builds that were killed are gone (the lock is held, so none is in use).
+/// A new directory for a build, if there is room for one.
 fn work_directory(cache: &Path) -> Result<TempDir, KernelError> {
-    const PREFIX: &str = "kernel-build-";
     let failed = |source| KernelError::File { path: cache.to_owned(), source };
-    for entry in fs::read_dir(cache).map_err(failed)?.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(PREFIX) {
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
+    let work = tools::work_directory(cache, "kernel-build-").map_err(failed)?;
     let space = statvfs(cache).map_err(|errno| failed(errno.into()))?;
     let free = space.f_bavail.saturating_mul(space.f_frsize);
     if free < BUILD_BYTES {
         return Err(KernelError::Space { directory: cache.to_owned(), free, needed: BUILD_BYTES });
     }
-    tempfile::Builder::new().prefix(PREFIX).tempdir_in(cache).map_err(failed)
+    Ok(work)
 }
 
 /// Unpacks, configures and compiles; returns the path of vmlinux below `work`.

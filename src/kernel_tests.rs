@@ -58,26 +58,6 @@ fn half_a_kernel_is_none() {
 }
 
 #[test]
-fn a_second_build_waits_and_can_be_interrupted() {
-    let root = TempDir::new().unwrap();
-    let path = root.path().join("build.lock");
-    let output = Output::new(true);
-    let interrupt = Interrupt::default();
-    let held = lock(&path, &output, &interrupt).unwrap();
-    let second = {
-        let (path, interrupt) = (path.clone(), interrupt.clone());
-        std::thread::spawn(move || lock(&path, &output, &interrupt).map(drop))
-    };
-    std::thread::sleep(std::time::Duration::from_millis(150));
-    assert!(!second.is_finished());
-    interrupt.set();
-    let result = second.join().unwrap();
-    assert!(matches!(result, Err(KernelError::Tool { source: ToolError::Interrupted, .. })), "{result:?}");
-    drop(held);
-    lock(&path, &output, &Interrupt::default()).unwrap();
-}
-
-#[test]
 fn what_a_killed_build_left_is_removed() {
     let root = TempDir::new().unwrap();
     let left = root.path().join("kernel-build-left");

@@ -12,6 +12,7 @@ pub mod kernel;
 pub mod output;
 pub mod paths;
 pub mod progress;
+pub mod recipe;
 pub mod tools;
 pub mod units;
 

@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -15,7 +16,10 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process_group};
+use tempfile::TempDir;
 
 /// Lines of a failed program's output that its error shows.
 const TAIL_LINES: usize = 12;
@@ -51,6 +55,15 @@ pub enum ToolError {
     /// The user pressed Ctrl-C or asked us to end; the program has been stopped.
     #[error("interrupted")]
     Interrupted,
+    /// A lock file cannot be used.
+    #[error("{}", path.display())]
+    Lock {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Its output could not be read or logged.
     #[error("the output of {tool} cannot be kept")]
     Output {
@@ -298,10 +311,42 @@ pub fn install(
     }
 }
 
+/// Takes the lock a file stands for, waiting for whoever has it; `waiting` is called once if that takes time. It is
+/// given back when the file is dropped or the process ends.
+pub fn lock(path: &Path, interrupt: &Interrupt, waiting: impl FnOnce()) -> Result<File, ToolError> {
+    let failed = |source| ToolError::Lock { path: path.to_owned(), source };
+    let file = File::options().create(true).truncate(false).write(true).open(path).map_err(failed)?;
+    let mut waiting = Some(waiting);
+    loop {
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            Err(Errno::WOULDBLOCK | Errno::INTR) => {
+                if let Some(waiting) = waiting.take() {
+                    waiting();
+                }
+                interrupt.check()?;
+                thread::sleep(POLL);
+            }
+            Err(errno) => return Err(failed(errno.into())),
+        }
+    }
+}
+
+/// A new directory for a build in `parent`, after removing what builds that were killed left there. Only for who holds
+/// the lock on that work: nothing that starts with `prefix` is in use then.
+pub fn work_directory(parent: &Path, prefix: &str) -> io::Result<TempDir> {
+    for entry in fs::read_dir(parent)?.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(prefix) && entry.file_type()?.is_dir() {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+    tempfile::Builder::new().prefix(prefix).tempdir_in(parent)
+}
+
 /// SHA-256 of a file, in hexadecimal.
 pub fn sha256_file(path: &Path) -> io::Result<String> {
     use sha2::{Digest, Sha256};
-    let mut file = std::fs::File::open(path)?;
+    let mut file = File::open(path)?;
     let mut digest = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
     loop {
@@ -410,6 +455,26 @@ mod tests {
             shell("head -c 100000 /dev/zero | tr '\\0' x; echo; echo next", &interrupt).capture().unwrap();
         let lengths: Vec<usize> = text.lines().map(str::len).collect();
         assert_eq!(lengths, [LINE_MAX, 4]);
+    }
+
+    #[test]
+    fn a_lock_is_waited_for_and_the_wait_can_be_interrupted() {
+        let root = TempDir::new().unwrap();
+        let path = root.path().join("build.lock");
+        let interrupt = Interrupt::default();
+        let held = lock(&path, &interrupt, || panic!("nobody has it")).unwrap();
+        let (path_too, setter) = (path.clone(), interrupt.clone());
+        let second = thread::spawn(move || lock(&path_too, &interrupt, || setter.set()).map(drop));
+        let result = second.join().unwrap();
+        assert!(matches!(result, Err(ToolError::Interrupted)), "{result:?}");
+        let path_too = path.clone();
+        let third = thread::spawn(move || lock(&path_too, &Interrupt::default(), || {}).map(drop));
+        thread::sleep(Duration::from_millis(50));
+        assert!(!third.is_finished());
+        drop(held);
+        third.join().unwrap().unwrap();
+        let nowhere = lock(&root.path().join("no/lock"), &Interrupt::default(), || {});
+        assert!(matches!(nowhere, Err(ToolError::Lock { .. })));
     }
 
     #[test]
