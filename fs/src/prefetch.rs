@@ -47,7 +47,7 @@ fn chunk_ranges(index: &Index, file: FileId, runs: &[PageRun]) -> Vec<Range<u32>
     let chunks = |run: &PageRun| {
         let (first, pages) = (u64::from(run.first_page) * PAGE_SIZE, u64::from(run.pages) * PAGE_SIZE);
         let (from, to) = (first / chunk_size, (first + pages).div_ceil(chunk_size).min(count));
-        (from < to).then(|| from as u32..to as u32)
+        (from < to).then_some(from as u32..to as u32)
     };
     let mut ranges: Vec<Range<u32>> = runs.iter().filter_map(chunks).collect();
     ranges.sort_unstable_by_key(|range| range.start);

@@ -24,7 +24,7 @@ pub enum UnpackError {
         location: String,
         /// Why.
         #[source]
-        source: ReadError,
+        source: Box<ReadError>,
     },
     /// Manifest and index do not tell of the same files.
     #[error("the manifest and the index of {location} disagree about {name}")]
@@ -73,7 +73,8 @@ pub async fn unpack(
     dest: &Path,
     on_progress: &(dyn Fn(Progress) + Send + Sync),
 ) -> Result<Arc<Manifest>, UnpackError> {
-    let unreadable = |source| UnpackError::Read { location: store.location().to_owned(), source };
+    let unreadable =
+        |error| UnpackError::Read { location: store.location().to_owned(), source: Box::new(error) };
     let manifest = store.manifest().await.map_err(unreadable)?;
     let outputs = create(store, &manifest, dest)?;
     let failure = Mutex::new(None);
@@ -139,8 +140,10 @@ async fn check(store: &Store, outputs: Vec<Output>) -> Result<(), UnpackError> {
     };
     let running: Vec<_> = outputs.into_iter().map(check_one).collect();
     for checked in running {
-        let stopped =
-            |_| UnpackError::Read { location: store.location().to_owned(), source: ReadError::Stopped };
+        let stopped = |_| {
+            let (location, source) = (store.location().to_owned(), Box::new(ReadError::Stopped));
+            UnpackError::Read { location, source }
+        };
         let (Output { path, expected, .. }, found) = checked.await.map_err(stopped)?;
         let found = found.map_err(|source| UnpackError::Write { path: path.clone(), source })?;
         if let Some(expected) = expected.filter(|&expected| expected != found) {

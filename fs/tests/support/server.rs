@@ -1,0 +1,259 @@
+//! An HTTP server for one object, on loopback, that does as it is told: slowly, wrongly, or not at all.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+
+/// What goes wrong with one request.
+#[derive(Debug, Clone)]
+pub enum Fault {
+    /// Nothing.
+    Fine,
+    /// 200 and the whole object.
+    Whole,
+    /// 206 for one byte further on.
+    WrongRange,
+    /// 206 without saying of what.
+    NoContentRange,
+    /// The connection closes in mid-body.
+    ShortBody,
+    /// A shorter body, honestly announced, of a range that claims to be whole.
+    ShortLength,
+    /// More bytes than the range, chunked.
+    LongBody,
+    /// The connection is reset before the answer.
+    Reset,
+    /// No answer ever.
+    Stall,
+    /// Half of the body, then nothing.
+    StallHalfway,
+    /// This status, with Retry-After if given.
+    Status(u16, Option<u32>),
+    /// A gzip-encoded answer.
+    Gzip,
+    /// A redirect to this location.
+    Redirect(String),
+}
+
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub range: Option<Range<usize>>,
+    pub if_match: Option<String>,
+    pub accept_encoding: Option<String>,
+}
+
+pub struct State {
+    pub object: Mutex<Arc<Vec<u8>>>,
+    pub etag: Mutex<Option<String>>,
+    /// Faults for the next requests, in order; then `always`.
+    pub next: Mutex<VecDeque<Fault>>,
+    pub always: Mutex<Fault>,
+    /// Offsets of bytes sent flipped, each so many times.
+    pub flips: Mutex<Vec<(usize, u32)>>,
+    pub latency: Mutex<Duration>,
+    pub requests: Mutex<Vec<Request>>,
+}
+
+pub struct Server {
+    pub state: Arc<State>,
+    address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Server {
+    pub async fn start(object: Vec<u8>) -> Self {
+        let state = State {
+            object: Mutex::new(Arc::new(object)),
+            etag: Mutex::new(Some("\"one\"".into())),
+            next: Mutex::default(),
+            always: Mutex::new(Fault::Fine),
+            flips: Mutex::default(),
+            latency: Mutex::default(),
+            requests: Mutex::default(),
+        };
+        Self::listen("127.0.0.1:0".parse().unwrap(), Arc::new(state)).await
+    }
+
+    async fn listen(address: SocketAddr, state: Arc<State>) -> Self {
+        let listener = TcpListener::bind(address).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let shared = state.clone();
+        let task = tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.spawn(serve(stream, shared.clone()));
+            }
+        });
+        Self { state, address, task }
+    }
+
+    /// Closes the port and every connection.
+    pub async fn stop(&mut self) {
+        self.task.abort();
+        let _ = (&mut self.task).await;
+    }
+
+    /// Opens the port again.
+    pub async fn resume(&mut self) {
+        *self = Self::listen(self.address, self.state.clone()).await;
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}/test.forkd-snapshot.tar.zst", self.address)
+    }
+
+    pub fn requests(&self) -> Vec<Request> {
+        self.state.requests.lock().unwrap().clone()
+    }
+
+    pub fn request_count(&self) -> usize {
+        self.state.requests.lock().unwrap().len()
+    }
+
+    /// The next requests meet these faults.
+    pub fn fail_next(&self, faults: impl IntoIterator<Item = Fault>) {
+        self.state.next.lock().unwrap().extend(faults);
+    }
+
+    /// Every request from now on meets this fault.
+    pub fn fail_always(&self, fault: Fault) {
+        *self.state.always.lock().unwrap() = fault;
+    }
+
+    pub fn set_latency(&self, latency: Duration) {
+        *self.state.latency.lock().unwrap() = latency;
+    }
+
+    /// The byte at `offset` arrives flipped so many times.
+    pub fn flip(&self, offset: usize, times: u32) {
+        self.state.flips.lock().unwrap().push((offset, times));
+    }
+
+    pub fn replace(&self, object: Vec<u8>, etag: Option<&str>) {
+        *self.state.object.lock().unwrap() = Arc::new(object);
+        *self.state.etag.lock().unwrap() = etag.map(str::to_owned);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl State {
+    fn body(&self, range: Range<usize>) -> Vec<u8> {
+        let mut body = self.object.lock().unwrap()[range.clone()].to_vec();
+        for (offset, times) in self.flips.lock().unwrap().iter_mut() {
+            if *times > 0 && range.contains(offset) {
+                *times -= 1;
+                body[*offset - range.start] ^= 1;
+            }
+        }
+        body
+    }
+}
+
+async fn serve(mut stream: TcpStream, state: Arc<State>) {
+    stream.set_nodelay(true).unwrap();
+    while let Some(request) = read_request(&mut stream).await {
+        state.requests.lock().unwrap().push(request.clone());
+        let fault = state.next.lock().unwrap().pop_front();
+        let fault = fault.unwrap_or_else(|| state.always.lock().unwrap().clone());
+        let latency = *state.latency.lock().unwrap();
+        tokio::time::sleep(latency).await;
+        if !answer(&mut stream, &state, request, fault).await {
+            return;
+        }
+    }
+}
+
+async fn read_request(stream: &mut TcpStream) -> Option<Request> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await.ok()?);
+    }
+    let head = String::from_utf8(head).ok()?;
+    let header = |name: &str| {
+        let line = head.lines().find(|line| line.to_ascii_lowercase().starts_with(&format!("{name}:")))?;
+        Some(line.split_once(':')?.1.trim().to_owned())
+    };
+    let range = header("range").map(|text| {
+        let (first, last) = text.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
+        first.parse().unwrap()..last.parse::<usize>().unwrap() + 1
+    });
+    Some(Request { range, if_match: header("if-match"), accept_encoding: header("accept-encoding") })
+}
+
+/// Answers one request; whether the connection lives on.
+async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: Fault) -> bool {
+    let object = state.object.lock().unwrap().clone();
+    let etag = state.etag.lock().unwrap().clone();
+    let etag_line = etag.as_ref().map_or_else(String::new, |etag| format!("ETag: {etag}\r\n"));
+    if let Fault::Status(status, retry_after) = fault {
+        let retry = retry_after.map_or_else(String::new, |seconds| format!("Retry-After: {seconds}\r\n"));
+        return send(stream, &format!("{status} X\r\n{retry}Content-Length: 0"), b"").await;
+    }
+    if let Fault::Redirect(to) = fault {
+        return send(stream, &format!("302 Found\r\nLocation: {to}\r\nContent-Length: 0"), b"").await;
+    }
+    if matches!(fault, Fault::Reset) {
+        // With unread or unsent data pending, closing resets; linger 0 does so always.
+        let _ = stream.set_zero_linger();
+        return false;
+    }
+    if matches!(fault, Fault::Stall) {
+        std::future::pending::<()>().await;
+    }
+    if request.if_match.is_some() && request.if_match != etag {
+        return send(stream, "412 Precondition Failed\r\nContent-Length: 0", b"").await;
+    }
+    let whole = matches!(fault, Fault::Whole);
+    let Some(range) = request.range.filter(|_| !whole) else {
+        let body = state.body(0..object.len());
+        return send(stream, &format!("200 OK\r\n{etag_line}Content-Length: {}", body.len()), &body).await;
+    };
+    if range.end > object.len() {
+        return send(stream, "416 Range Not Satisfiable\r\nContent-Length: 0", b"").await;
+    }
+    let (first, last, total, len) = (range.start, range.end - 1, object.len(), range.len());
+    let head = format!("206 Partial Content\r\n{etag_line}Content-Range: bytes {first}-{last}/{total}\r\n");
+    let body = state.body(range);
+    match fault {
+        Fault::WrongRange => {
+            let head = format!("206 X\r\nContent-Range: bytes {}-{}/{total}\r\n", first + 1, last + 1);
+            send(stream, &format!("{head}Content-Length: {len}"), &body).await
+        }
+        Fault::NoContentRange => send(stream, &format!("206 X\r\nContent-Length: {len}"), &body).await,
+        Fault::Gzip => {
+            send(stream, &format!("{head}Content-Encoding: gzip\r\nContent-Length: {len}"), &body).await
+        }
+        Fault::ShortLength => {
+            send(stream, &format!("{head}Content-Length: {}", len / 2), &body[..len / 2]).await
+        }
+        Fault::LongBody => {
+            let body = [format!("{:x}\r\n", len + 3).as_bytes(), &body, b"xyz\r\n0\r\n\r\n"].concat();
+            send(stream, &format!("{head}Transfer-Encoding: chunked"), &body).await
+        }
+        Fault::ShortBody => {
+            send(stream, &format!("{head}Content-Length: {len}"), &body[..len / 2]).await;
+            false
+        }
+        Fault::StallHalfway => {
+            send(stream, &format!("{head}Content-Length: {len}"), &body[..len / 2]).await;
+            std::future::pending().await
+        }
+        _ => send(stream, &format!("{head}Content-Length: {len}"), &body).await,
+    }
+}
+
+async fn send(stream: &mut TcpStream, head: &str, body: &[u8]) -> bool {
+    let head = format!("HTTP/1.1 {head}\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.is_ok() && stream.write_all(body).await.is_ok()
+}
