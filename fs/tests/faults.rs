@@ -55,7 +55,9 @@ async fn lasting_faults_end_in_their_error() {
     use Fault::*;
     type Expected = fn(&HttpError) -> bool;
     type Case = (&'static str, Fault, bool, Failure, Expected);
-    let cases: [Case; 14] = [
+    let drip = Drip(Duration::from_millis(100));
+    let cases: [Case; 15] = [
+        ("drip", drip, true, Failure::Io, |e| matches!(e, HttpError::TooSlow { .. })),
         ("no ranges", Whole, true, Failure::Io, |e| matches!(e, HttpError::NoRanges { .. })),
         ("wrong range", WrongRange, true, Failure::Io, |e| matches!(e, HttpError::WrongRange { .. })),
         ("no range", NoContentRange, true, Failure::Io, |e| matches!(e, HttpError::WrongRange { .. })),
@@ -260,7 +262,12 @@ async fn documents_are_fetched_whole_and_bounded() {
     server.fail_next([Fault::Redirect(server.url())]);
     assert!(http().get(&server.url(), 100).await.is_ok(), "redirects are followed");
     server.fail_always(Fault::Redirect(server.url()));
-    assert!(http().get(&server.url(), 100).await.is_err(), "but not for ever");
+    let failed = http().get(&server.url(), 100).await.unwrap_err();
+    assert!(matches!(failed, HttpError::Redirects { .. }), "but not for ever: {failed}");
+    // Nobody speaks TLS there; that it is tried shows in the error of the handshake.
+    server.fail_always(Fault::Redirect("https://127.0.0.1:1/x".into()));
+    let failed = http().get(&server.url(), 100).await.unwrap_err();
+    assert!(matches!(failed, HttpError::Deadline { last, .. } if matches!(*last, HttpError::Connect { .. })));
     assert!(matches!(http().get("file:///etc/passwd", 100).await, Err(HttpError::Url { .. })));
     let started = Instant::now();
     let failed = http().get("http://127.0.0.1:1/registry.json", 100).await.unwrap_err();

@@ -5,245 +5,22 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
-use reqwest::header::{self, HeaderMap};
+use bytes::Bytes;
+use reqwest::header;
 use reqwest::{Response, StatusCode};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::{Class, Counters, Deadlines, Trouble};
 
+mod client;
 mod error;
 
+pub use client::{HttpClient, HttpOptions};
+use client::{Retries, bad_status, check_encoding, next_piece};
 pub use error::HttpError;
 
 /// Bytes that must arrive within one deadline: a server that drips is treated like one that is silent.
 const PROGRESS: u64 = 64 << 10;
-/// First pause before trying again; doubles up to [`LONGEST_PAUSE`], each time scattered by half.
-const FIRST_PAUSE: Duration = Duration::from_millis(50);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-
-/// Timeouts and budgets of an [`HttpClient`].
-#[derive(Debug, Clone)]
-pub struct HttpOptions {
-    /// Longest wait for a connection.
-    pub connect_timeout: Duration,
-    /// Longest wait for an answer to begin, or for its next bytes.
-    pub idle_timeout: Duration,
-    /// How long fetching a whole document ([`HttpClient::get`]) may fail and be retried.
-    pub document_deadline: Duration,
-    /// Most demand requests under way.
-    pub demand_requests: usize,
-    /// Most prefetch requests under way, beside those.
-    pub prefetch_requests: usize,
-}
-
-impl Default for HttpOptions {
-    fn default() -> Self {
-        Self {
-            connect_timeout: Duration::from_secs(5),
-            idle_timeout: Duration::from_secs(10),
-            document_deadline: Duration::from_secs(5),
-            demand_requests: 32,
-            prefetch_requests: 4,
-        }
-    }
-}
-
-/// Connections, budgets and timeouts, shared by everything that talks HTTP in a process. Cheap to clone; keep one, so
-/// that a pack is fetched over the connection its registry came through.
-#[derive(Debug, Clone)]
-pub struct HttpClient(Arc<ClientShared>);
-
-#[derive(Debug)]
-struct ClientShared {
-    options: HttpOptions,
-    client: OnceLock<reqwest::Client>,
-    demand: Arc<Semaphore>,
-    prefetch: Arc<Semaphore>,
-}
-
-impl Default for HttpClient {
-    fn default() -> Self {
-        Self::new(HttpOptions::default())
-    }
-}
-
-impl HttpClient {
-    /// Costs nothing: the client proper is set up by its first request.
-    pub fn new(options: HttpOptions) -> Self {
-        let (demand, prefetch) =
-            (Semaphore::new(options.demand_requests), Semaphore::new(options.prefetch_requests));
-        let client = OnceLock::new();
-        Self(Arc::new(ClientShared {
-            options,
-            client,
-            demand: Arc::new(demand),
-            prefetch: Arc::new(prefetch),
-        }))
-    }
-
-    /// Fetches a whole document of at most `limit` bytes, such as a registry.json, retrying up to the document deadline.
-    pub async fn get(&self, url: &str, limit: u64) -> Result<Bytes, HttpError> {
-        let started = Instant::now();
-        let mut retries = Retries::new(self.0.options.document_deadline);
-        loop {
-            match self.get_once(url, limit).await {
-                Ok(document) => return Ok(document),
-                Err(error) => retries.pause(url, started, error).await?,
-            }
-        }
-    }
-
-    /// An object to read ranges of. `size` is what a registry says about it; an object of another size is refused.
-    pub fn source(
-        &self,
-        url: &str,
-        size: Option<u64>,
-        deadlines: Deadlines,
-    ) -> Result<HttpSource, HttpError> {
-        check_url(url)?;
-        let known_size = OnceLock::new();
-        if let Some(size) = size {
-            let _ = known_size.set(size);
-        }
-        Ok(HttpSource(Arc::new(SourceShared {
-            client: self.clone(),
-            url: url.to_owned(),
-            deadlines,
-            etag: OnceLock::new(),
-            size: known_size,
-            requests: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
-            failing: Mutex::default(),
-        })))
-    }
-
-    fn client(&self) -> Result<&reqwest::Client, HttpError> {
-        if let Some(client) = self.0.client.get() {
-            return Ok(client);
-        }
-        // Fails when another provider is installed already, which is as good.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = reqwest::Client::builder()
-            .connect_timeout(self.0.options.connect_timeout)
-            .tcp_nodelay(true)
-            .http1_only()
-            .pool_idle_timeout(Duration::from_secs(30))
-            .user_agent(concat!("forkd/", env!("CARGO_PKG_VERSION")))
-            .build()
-            .map_err(HttpError::Client)?;
-        Ok(self.0.client.get_or_init(|| client))
-    }
-
-    async fn get_once(&self, url: &str, limit: u64) -> Result<Bytes, HttpError> {
-        check_url(url)?;
-        let idle = self.0.options.idle_timeout;
-        let request = self.client()?.get(url).header(header::ACCEPT_ENCODING, "identity");
-        let mut response = send(url, idle, request).await?;
-        check_encoding(url, response.headers())?;
-        if response.status() != StatusCode::OK {
-            return Err(bad_status(url, &response));
-        }
-        let too_long = || HttpError::TooLong { url: url.to_owned(), limit };
-        if response.content_length().is_some_and(|len| len > limit) {
-            return Err(too_long());
-        }
-        let mut document = BytesMut::new();
-        while let Some(piece) = next_piece(url, idle, &mut response).await? {
-            if (document.len() + piece.len()) as u64 > limit {
-                return Err(too_long());
-            }
-            document.extend_from_slice(&piece);
-        }
-        Ok(document.freeze())
-    }
-}
-
-fn check_url(url: &str) -> Result<(), HttpError> {
-    let parsed = reqwest::Url::parse(url).ok();
-    match parsed.filter(|parsed| matches!(parsed.scheme(), "http" | "https") && parsed.has_host()) {
-        Some(_) => Ok(()),
-        None => Err(HttpError::Url { url: url.to_owned() }),
-    }
-}
-
-async fn send(url: &str, idle: Duration, request: reqwest::RequestBuilder) -> Result<Response, HttpError> {
-    match timeout(idle, request.send()).await {
-        Err(_) => Err(HttpError::Stalled { url: url.to_owned(), waited: idle }),
-        Ok(answer) => answer.map_err(|e| HttpError::Connect { url: url.to_owned(), source: e.without_url() }),
-    }
-}
-
-async fn next_piece(url: &str, idle: Duration, response: &mut Response) -> Result<Option<Bytes>, HttpError> {
-    match timeout(idle, response.chunk()).await {
-        Err(_) => Err(HttpError::Stalled { url: url.to_owned(), waited: idle }),
-        Ok(piece) => piece.map_err(|e| HttpError::Transfer { url: url.to_owned(), source: e.without_url() }),
-    }
-}
-
-fn check_encoding(url: &str, headers: &HeaderMap) -> Result<(), HttpError> {
-    match headers.get(header::CONTENT_ENCODING) {
-        Some(encoding) if encoding != "identity" => {
-            let encoding = String::from_utf8_lossy(encoding.as_bytes()).into_owned();
-            Err(HttpError::Encoded { url: url.to_owned(), encoding })
-        }
-        _ => Ok(()),
-    }
-}
-
-/// The error for a status that is not success.
-fn bad_status(url: &str, response: &Response) -> HttpError {
-    let (url, status) = (url.to_owned(), response.status().as_u16());
-    match status {
-        401 | 403 => HttpError::Denied { url, status },
-        404 | 410 => HttpError::NotFound { url, status },
-        408 | 429 | 500.. => {
-            // Only the form in seconds; a date would need the server's clock to be right.
-            let seconds = response
-                .headers()
-                .get(header::RETRY_AFTER)
-                .and_then(|value| value.to_str().ok()?.parse().ok());
-            HttpError::Busy { url, status, retry_after: seconds.map(Duration::from_secs) }
-        }
-        _ => HttpError::Status { url, status },
-    }
-}
-
-/// Counts attempts and pauses between them until a deadline.
-#[derive(Debug)]
-struct Retries {
-    deadline: Duration,
-    attempts: u32,
-}
-
-impl Retries {
-    fn new(deadline: Duration) -> Self {
-        Self { deadline, attempts: 0 }
-    }
-
-    /// Waits before the next attempt, or ends in an error when `error` is final or the deadline, which counts from
-    /// `since`, would pass.
-    async fn pause(&mut self, url: &str, since: Instant, error: HttpError) -> Result<(), HttpError> {
-        if !error.is_transient() {
-            return Err(error);
-        }
-        self.attempts += 1;
-        let doubled = FIRST_PAUSE.saturating_mul(1 << (self.attempts - 1).min(16)).min(LONGEST_PAUSE);
-        let mut pause = doubled.mul_f64(0.5 + fastrand::f64());
-        if let HttpError::Busy { retry_after: Some(asked), .. } = &error {
-            pause = pause.max(*asked);
-        }
-        let waited = since.elapsed();
-        if waited.saturating_add(pause) > self.deadline {
-            let (url, attempts) = (url.to_owned(), self.attempts);
-            return Err(HttpError::Deadline { url, attempts, waited, last: Box::new(error) });
-        }
-        tracing::debug!(%error, attempts = self.attempts, pause_ms = pause.as_millis(), "trying again");
-        tokio::time::sleep(pause).await;
-        Ok(())
-    }
-}
 
 /// One object on an HTTP server.
 #[derive(Debug, Clone)]
@@ -270,6 +47,19 @@ struct Failing {
 }
 
 impl HttpSource {
+    fn new(client: HttpClient, url: &str, size: Option<u64>, deadlines: Deadlines) -> Self {
+        Self(Arc::new(SourceShared {
+            client,
+            url: url.to_owned(),
+            deadlines,
+            etag: OnceLock::new(),
+            size: size.map_or_else(OnceLock::new, OnceLock::from),
+            requests: AtomicU64::new(0),
+            bytes: AtomicU64::new(0),
+            failing: Mutex::default(),
+        }))
+    }
+
     /// Its URL.
     pub fn url(&self) -> &str {
         &self.0.url
@@ -304,11 +94,12 @@ impl HttpSource {
         HttpBody {
             source: self.0.clone(),
             class,
-            idle: self.0.client.0.options.idle_timeout.min(deadline),
+            idle: self.0.client.idle_timeout().min(deadline),
             start: offset,
             next: offset,
             end: offset + len,
             answer: None,
+            deadline,
             retries: Retries::new(deadline),
             failing: false,
             progress: (Instant::now(), offset),
@@ -326,6 +117,7 @@ pub struct HttpBody {
     next: u64,
     end: u64,
     answer: Option<(Response, OwnedSemaphorePermit)>,
+    deadline: Duration,
     retries: Retries,
     failing: bool,
     /// When, and up to where, the last [`PROGRESS`] bytes had arrived.
@@ -340,7 +132,7 @@ impl HttpBody {
             }
             match self.attempt().await {
                 Ok(Some(piece)) => {
-                    self.arrived(piece.len() as u64);
+                    self.arrived(piece.len() as u64)?;
                     return Ok(Some(piece));
                 }
                 Ok(None) => self.answer = None,
@@ -374,23 +166,17 @@ impl HttpBody {
     }
 
     async fn request(&self) -> Result<(Response, OwnedSemaphorePermit), HttpError> {
-        let client = &self.source.client;
-        let budget = match self.class {
-            Class::Demand => &client.0.demand,
-            Class::Prefetch => &client.0.prefetch,
-        };
-        let permit = budget.clone().acquire_owned().await.expect("the budgets are never closed");
+        let permit = self.source.client.permit(self.class).await;
         let range = format!("bytes={}-{}", self.next, self.end - 1);
-        let mut request = client
-            .client()?
-            .get(&self.source.url)
-            .header(header::ACCEPT_ENCODING, "identity")
-            .header(header::RANGE, range);
-        if let Some(Some(etag)) = self.source.etag.get() {
-            request = request.header(header::IF_MATCH, etag);
-        }
         self.source.requests.fetch_add(1, Relaxed);
-        let response = send(&self.source.url, self.idle, request).await?;
+        let dress = |request: reqwest::RequestBuilder| {
+            let request = request.header(header::RANGE, &range);
+            match self.source.etag.get() {
+                Some(Some(etag)) => request.header(header::IF_MATCH, etag),
+                _ => request,
+            }
+        };
+        let response = self.source.client.send(&self.source.url, self.idle, dress).await?;
         self.check(&response)?;
         Ok((response, permit))
     }
@@ -454,13 +240,21 @@ impl HttpBody {
         }
     }
 
-    fn arrived(&mut self, len: u64) {
+    fn arrived(&mut self, len: u64) -> Result<(), HttpError> {
         self.next += len;
-        if self.next - self.progress.1 >= PROGRESS || self.next == self.end {
-            self.progress = (Instant::now(), self.next);
-            self.retries.attempts = 0;
-        }
         self.note_recovery();
+        let (since, from) = self.progress;
+        if self.next - from >= PROGRESS || self.next == self.end {
+            self.progress = (Instant::now(), self.next);
+            self.retries.reset();
+            return Ok(());
+        }
+        match since.elapsed() {
+            waited if waited > self.deadline => {
+                Err(HttpError::TooSlow { url: self.source.url.clone(), got: self.next - from, waited })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn note_failure(&mut self, error: &HttpError) {
@@ -508,14 +302,6 @@ mod tests {
         for bad in ["", "bytes */100", "bytes 0-9/*", "bytes 0-9", "0-9/100", "bytes -9/100", "items 0-9/100"]
         {
             assert_eq!(parse_content_range(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn only_http_urls_are_taken() {
-        assert!(check_url("http://127.0.0.1:1/x").is_ok() && check_url("https://host/x").is_ok());
-        for bad in ["", "x", "/path", "file:///x", "ftp://host/x", "http://"] {
-            assert!(matches!(check_url(bad), Err(HttpError::Url { .. })), "{bad}");
         }
     }
 }

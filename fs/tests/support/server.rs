@@ -33,6 +33,8 @@ pub enum Fault {
     Stall,
     /// Half of the body, then nothing.
     StallHalfway,
+    /// A byte every so often.
+    Drip(Duration),
     /// This status, with Retry-After if given.
     Status(u16, Option<u32>),
     /// A gzip-encoded answer.
@@ -244,6 +246,14 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
         Fault::ShortBody => {
             send(stream, &format!("{head}Content-Length: {len}"), &body[..len / 2]).await;
             false
+        }
+        Fault::Drip(pause) => {
+            let mut alive = send(stream, &format!("{head}Content-Length: {len}"), b"").await;
+            for byte in body {
+                alive = alive && stream.write_u8(byte).await.is_ok();
+                tokio::time::sleep(pause).await;
+            }
+            alive
         }
         Fault::StallHalfway => {
             send(stream, &format!("{head}Content-Length: {len}"), &body[..len / 2]).await;

@@ -40,6 +40,16 @@ pub enum HttpError {
         /// How long it was waited for.
         waited: Duration,
     },
+    /// Bytes drip in, so few that the deadline passes.
+    #[error("{url} sent only {got} bytes in {:.1} s", waited.as_secs_f64())]
+    TooSlow {
+        /// What was asked.
+        url: String,
+        /// How many came.
+        got: u64,
+        /// In how long.
+        waited: Duration,
+    },
     /// The server is busy or broken (429, 408, 5xx).
     #[error("{url} answered {status}")]
     Busy {
@@ -100,6 +110,12 @@ pub enum HttpError {
         /// By how much it differs.
         got: u64,
     },
+    /// Redirected in circles.
+    #[error("{url} redirects too often")]
+    Redirects {
+        /// What was asked.
+        url: String,
+    },
     /// A compressed body although only identity was accepted.
     #[error("{url} sent its answer {encoding}-encoded although that was not accepted")]
     Encoded {
@@ -157,7 +173,9 @@ impl HttpError {
             Self::Status { .. } | Self::NoRanges { .. } | Self::WrongRange { .. } | Self::Encoded { .. } => {
                 false
             }
-            Self::Replaced { .. }
+            Self::Redirects { .. }
+            | Self::TooSlow { .. }
+            | Self::Replaced { .. }
             | Self::OutOfRange { .. }
             | Self::TooLong { .. }
             | Self::Deadline { .. } => false,
