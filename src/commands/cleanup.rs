@@ -1,0 +1,47 @@
+//! `forkd cleanup`: removes what dead processes left behind. What lives is not touched.
+
+use crate::commands::mount::MountCommandError;
+use crate::error::CommandError;
+use crate::mounts;
+use crate::output::Output;
+use crate::paths::Paths;
+use crate::run_dir::ForkDir;
+use crate::snapshot;
+use serde::Serialize;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// What was removed.
+#[derive(Debug, Serialize)]
+struct Cleaned {
+    forks: Vec<String>,
+    mounts: Vec<PathBuf>,
+    drafts: Vec<PathBuf>,
+}
+
+/// Runs the command.
+pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
+    let paths = Paths::from_env()?;
+    let mut forks = Vec::new();
+    for fork in ForkDir::all(&paths)? {
+        if fork.remove_if_dead()? {
+            forks.push(fork.id);
+        }
+    }
+    let cleaned = Cleaned {
+        forks,
+        mounts: mounts::clear_dead(&paths).map_err(MountCommandError::from)?,
+        drafts: snapshot::remove_dead_drafts(&paths)?,
+    };
+    output.report(&cleaned, |cleaned| {
+        let count =
+            |number: usize, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });
+        format!(
+            "removed {}, {} and {}\n",
+            count(cleaned.forks.len(), "dead fork"),
+            count(cleaned.mounts.len(), "dead mount"),
+            count(cleaned.drafts.len(), "unfinished snapshot")
+        )
+    });
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,153 @@
+//! `forkd doctor`: what this machine has of what forkd needs, and how to mend what it lacks.
+
+use crate::error::{CommandError, chain};
+use crate::output::{Output, table};
+use crate::paths::Paths;
+use crate::units::show_size;
+use crate::{kernel, recipe, tools};
+use forkd_vmm::kvm::{Hypervisor, KvmKind};
+use forkd_vmm::uffd::Uffd;
+use serde::Serialize;
+use std::path::Path;
+use std::process::ExitCode;
+
+/// Free space below which a build or a full pull is likely to fail, bytes.
+const SPACE_WANTED: u64 = 6 << 30;
+/// Programs that `forkd build` runs, and the Debian package of each.
+const BUILD_TOOLS: [(&str, &str); 2] = [("mmdebstrap", "mmdebstrap"), ("mkfs.erofs", "erofs-utils")];
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Verdict {
+    Pass,
+    /// Something works less well, or not for everybody.
+    Warn,
+    /// `forkd fork` or `forkd mount` cannot work.
+    Fail,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    verdict: Verdict,
+    found: String,
+    mend: Option<String>,
+}
+
+impl Check {
+    fn pass(name: &'static str, found: impl Into<String>) -> Check {
+        Check { name, verdict: Verdict::Pass, found: found.into(), mend: None }
+    }
+
+    fn warn(name: &'static str, found: impl Into<String>, mend: impl Into<String>) -> Check {
+        Check { name, verdict: Verdict::Warn, found: found.into(), mend: Some(mend.into()) }
+    }
+
+    fn fail(name: &'static str, found: impl Into<String>, mend: impl Into<String>) -> Check {
+        Check { verdict: Verdict::Fail, ..Check::warn(name, found, mend) }
+    }
+}
+
+/// Runs the command; exits with 1 when a check fails.
+pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
+    let paths = Paths::from_env()?;
+    let mut checks = vec![kvm(), userfaultfd(), fuse(), guest_kernel(&paths), agent()];
+    checks.extend(BUILD_TOOLS.map(|(program, package)| build_tool(program, package)));
+    checks.push(space("data", &paths.data));
+    checks.push(space("cache", &paths.cache));
+    let failed = checks.iter().any(|check| check.verdict == Verdict::Fail);
+    output.report(&checks, |checks| {
+        let row = |check: &Check| {
+            let verdict = match check.verdict {
+                Verdict::Pass => "pass",
+                Verdict::Warn => "warn",
+                Verdict::Fail => "FAIL",
+            };
+            let mend = check.mend.as_ref().map(|mend| format!("; {mend}")).unwrap_or_default();
+            vec![verdict.to_owned(), check.name.to_owned(), format!("{}{mend}", check.found)]
+        };
+        table(&checks.iter().map(row).collect::<Vec<_>>())
+    });
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn kvm() -> Check {
+    let kind = KvmKind::detect();
+    let mend =
+        "load kvm_intel or kvm_amd, switch virtualisation on in the firmware, and open /dev/kvm to this user";
+    match Hypervisor::open(kind) {
+        Ok(_) if kind == KvmKind::Pvm => {
+            let found = "kvm_pvm: works without VMX or SVM; guest kernel code is emulated and slow";
+            Check::pass("kvm", found)
+        }
+        Ok(_) => Check::pass("kvm", "hardware virtualisation"),
+        Err(error) => Check::fail("kvm", chain(&error), mend),
+    }
+}
+
+fn userfaultfd() -> Check {
+    match Uffd::new() {
+        Ok(_) => Check::pass("userfaultfd", "works, for faults of KVM too"),
+        Err(error) => Check::fail(
+            "userfaultfd",
+            chain(&error),
+            "run as root or open /dev/userfaultfd to this user; without it only `forkd fork --eager` and --tag work",
+        ),
+    }
+}
+
+fn fuse() -> Check {
+    match std::fs::File::options().read(true).write(true).open("/dev/fuse") {
+        Ok(_) => Check::pass("fuse", "/dev/fuse opens"),
+        Err(error) => Check::fail(
+            "fuse",
+            format!("/dev/fuse: {error}"),
+            "load the fuse module; without it only `forkd mount` fails",
+        ),
+    }
+}
+
+fn guest_kernel(paths: &Paths) -> Check {
+    match kernel::find(paths) {
+        Ok(kernel) => Check::pass("guest kernel", kernel.path.display().to_string()),
+        Err(error) => {
+            Check::warn("guest kernel", chain(&error), "`forkd kernel build` makes one; only builds need it")
+        }
+    }
+}
+
+fn agent() -> Check {
+    match recipe::agent_binary() {
+        Ok(path) => Check::pass("guest agent", path.display().to_string()),
+        Err(error) => {
+            Check::warn("guest agent", chain(&error), "`make build` makes it; only `forkd build` needs it")
+        }
+    }
+}
+
+fn build_tool(program: &'static str, package: &str) -> Check {
+    match tools::find(program) {
+        Some(path) => Check::pass(program, path.display().to_string()),
+        None => {
+            let mend = format!("apt-get install {package}; `forkd build` does it when run as root");
+            Check::warn(program, "not installed", mend)
+        }
+    }
+}
+
+fn space(name: &'static str, dir: &Path) -> Check {
+    let existing = dir.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
+    match rustix::fs::statvfs(existing) {
+        Ok(stat) => {
+            let free = stat.f_bavail * stat.f_frsize;
+            let found = format!("{} free at {}", show_size(free), existing.display());
+            if free >= SPACE_WANTED {
+                Check::pass(name, found)
+            } else {
+                let variable = if name == "cache" { "XDG_CACHE_HOME" } else { "XDG_DATA_HOME" };
+                Check::warn(name, found, format!("free some space, or set {variable} to a larger disk"))
+            }
+        }
+        Err(errno) => Check::warn(name, format!("{}: {errno}", existing.display()), "make it readable"),
+    }
+}

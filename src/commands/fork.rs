@@ -1,0 +1,368 @@
+//! `forkd fork`: copies of a machine, from a pack that need not be there yet.
+//!
+//! Order matters here. The process is split (for `--detach`) and the zygote forked while there is one thread; only
+//! then come the runtime, the registry, the pack and the children.
+
+use crate::cli::ForkArgs;
+use crate::commands::fork_report::{ChildReport, Fetched, ForkReport, Memory, PackReport, Timeline};
+use crate::commands::runtime;
+use crate::detach::{Detached, split};
+use crate::error::{CommandError, chain};
+use crate::output::Output;
+use crate::paths::Paths;
+use crate::progress::Progress;
+use crate::sandbox::{Sandbox, SandboxError};
+use crate::source::{self, OpenedSource};
+use crate::supervisor::{ForkError, Moment, Supervisor, milliseconds_since, process_start_ns};
+use forkd_fs::store::ReadError;
+use forkd_guest::client::{AgentClient, ClientError};
+use forkd_guest::protocol::{Answer, ExecRequest, Exit};
+use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
+use forkd_vmm::process::{SpawnError, Zygote, monotonic_ns};
+use rustix::process::{Resource, Rlimit};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// How long a child may take to answer, its memory's way here included.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+/// Most output of an `--exec` that is kept, bytes.
+const OUTPUT_MAX: usize = 1 << 20;
+/// Pause between two looks at children.
+const POLL: Duration = Duration::from_millis(5);
+
+/// `forkd fork` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkCommandError {
+    /// /dev/kvm.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Processes.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// Splitting off for `--detach`.
+    #[error("going to the background failed")]
+    Detach(#[source] crate::detach::DetachError),
+    /// The pack or snapshot.
+    #[error(transparent)]
+    Source(#[from] source::SourceError),
+    /// Opening the machine.
+    #[error("{name}")]
+    Sandbox {
+        /// What was to be forked.
+        name: String,
+        /// Why not.
+        #[source]
+        source: SandboxError,
+    },
+    /// `--eager` could not download.
+    #[error("{name}")]
+    Download {
+        /// What was to be forked.
+        name: String,
+        /// Why not.
+        #[source]
+        source: ReadError,
+    },
+    /// Starting children.
+    #[error(transparent)]
+    Fork(#[from] ForkError),
+}
+
+/// What is asked of every child.
+#[derive(Debug, Clone)]
+enum Work {
+    Nothing,
+    Eval(String),
+    Exec(Vec<String>),
+}
+
+/// What came of it.
+struct Outcome {
+    answer: Option<String>,
+    error: Option<String>,
+    exit_code: Option<i32>,
+    at: Moment,
+}
+
+/// Runs the command.
+pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    let started_ns = process_start_ns();
+    let detached = if args.detach {
+        match split().map_err(ForkCommandError::Detach)? {
+            Detached::Foreground(exit) => return Ok(exit),
+            Detached::Background(handover) => Some(handover),
+        }
+    } else {
+        None
+    };
+    let paths = Paths::from_env()?;
+    drop(Hypervisor::open(KvmKind::detect()).map_err(ForkCommandError::Kvm)?);
+    raise_file_limit();
+    let zygote = Zygote::start().map_err(ForkCommandError::Spawn)?;
+    let runtime = runtime()?;
+    let supervisor = Arc::new(OnceLock::<Arc<Supervisor>>::new());
+    runtime.spawn(end_on_signal(Arc::clone(&supervisor)));
+
+    let mut timeline = Timeline::default();
+    let since_start = || milliseconds_since(started_ns, monotonic_ns());
+    let opening = source::open(&paths, args, |at| match at {
+        source::Stage::Registry => timeline.registry_ms = Some(since_start()),
+        source::Stage::Index => timeline.index_ms = Some(since_start()),
+    });
+    let OpenedSource { name, origin } = runtime.block_on(opening).map_err(ForkCommandError::from)?;
+    let sandbox = open_sandbox(&runtime, &name, origin, args.eager, output)?;
+    timeline.vmstate_ms = Some(since_start());
+
+    let (sandbox, name) = (Arc::new(sandbox), name);
+    let children = Supervisor::start(&paths, &zygote, Arc::clone(&sandbox), name.clone(), args.count)
+        .map_err(ForkCommandError::from)?;
+    let supervisor = supervisor.get_or_init(|| children);
+    if !args.eager {
+        let fill = sandbox.fill();
+        runtime.spawn(async move {
+            if let Err(error) = fill.await {
+                tracing::error!(error = chain(&error), "fetching the rest of the pack failed");
+            }
+        });
+    }
+    let work = match (&args.eval, args.exec) {
+        (Some(code), _) => Work::Eval(code.clone()),
+        (None, true) => Work::Exec(args.command.clone()),
+        (None, false) => Work::Nothing,
+    };
+    let outcomes = ask_all(supervisor, &work, output);
+    let report = report(supervisor, &name, started_ns, timeline, outcomes);
+    let failed =
+        report.children.iter().any(|child| child.error.is_some() || child.exit_code.unwrap_or(0) != 0);
+    output.report(&report, ForkReport::text);
+    let exit = if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+    let stays = detached.is_some() || matches!(work, Work::Nothing);
+    if let Some(handover) = detached {
+        handover.finish(if failed { 1 } else { 0 });
+    }
+    if stays {
+        if !args.detach {
+            output.note("children run until Ctrl-C; `forkd exec ID -- CMD` reaches them");
+        }
+        while !supervisor.all_over() {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+    supervisor.kill(None);
+    supervisor.remove_run_dir();
+    runtime.shutdown_background();
+    Ok(exit)
+}
+
+fn open_sandbox(
+    runtime: &tokio::runtime::Runtime,
+    name: &str,
+    origin: source::Origin,
+    eager: bool,
+    output: &Output,
+) -> Result<Sandbox, ForkCommandError> {
+    let kind = KvmKind::detect();
+    let failed = |source| ForkCommandError::Sandbox { name: name.to_owned(), source };
+    match origin {
+        source::Origin::Directory(dir) => Sandbox::open_local(&dir, kind).map_err(failed),
+        source::Origin::Pack(store) => {
+            let handle = runtime.handle().clone();
+            let mut sandbox = runtime.block_on(Sandbox::open_pack(store, handle, kind)).map_err(failed)?;
+            if eager {
+                let bar = Progress::bytes(output, "downloading", sandbox.progress().bytes_total);
+                let mut filling = runtime.spawn(sandbox.fill());
+                let filled = loop {
+                    match runtime
+                        .block_on(async { tokio::time::timeout(Progress::INTERVAL, &mut filling).await })
+                    {
+                        Ok(Ok(filled)) => break filled,
+                        Ok(Err(_)) => break Err(ReadError::Stopped),
+                        Err(_) => bar.to(sandbox.progress().bytes_fetched),
+                    }
+                };
+                filled.map_err(|source| ForkCommandError::Download { name: name.to_owned(), source })?;
+                sandbox.set_complete();
+            }
+            Ok(sandbox)
+        }
+    }
+}
+
+/// A thousand children need a few descriptors each.
+fn raise_file_limit() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(errno) = rustix::process::setrlimit(Resource::Nofile, raised) {
+        tracing::debug!(%errno, "the limit on open files stays as it is");
+    }
+}
+
+/// Ctrl-C, SIGTERM and SIGHUP end the children and remove what is left of them.
+async fn end_on_signal(supervisor: Arc<OnceLock<Arc<Supervisor>>>) {
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = kinds.map(signal) else { return };
+    let code = tokio::select! {
+        _ = interrupt.recv() => 130,
+        _ = terminate.recv() => 143,
+        _ = hangup.recv() => 129,
+    };
+    if let Some(supervisor) = supervisor.get() {
+        supervisor.kill(None);
+        supervisor.remove_run_dir();
+    }
+    std::process::exit(code);
+}
+
+/// Asks every child at the same time, and waits for all.
+fn ask_all(supervisor: &Arc<Supervisor>, work: &Work, output: &Output) -> Vec<Outcome> {
+    let sockets: Vec<_> = supervisor.children().iter().map(|child| child.socket.clone()).collect();
+    let bar = Progress::steps(output, "children", sockets.len() as u64);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = sockets
+            .iter()
+            .enumerate()
+            .map(|(at, socket)| scope.spawn(move || ask(supervisor, at, socket, work)))
+            .collect();
+        let join = |(done, thread): (usize, std::thread::ScopedJoinHandle<'_, Outcome>)| {
+            let outcome = thread.join().unwrap_or_else(|_| failed(supervisor, "asking it failed".to_owned()));
+            bar.to(done as u64 + 1);
+            outcome
+        };
+        threads.into_iter().enumerate().map(join).collect()
+    })
+}
+
+fn now(supervisor: &Supervisor) -> Moment {
+    Moment { at_ns: monotonic_ns(), fetched: supervisor.sandbox().progress().bytes_fetched }
+}
+
+fn failed(supervisor: &Supervisor, error: String) -> Outcome {
+    Outcome { answer: None, error: Some(error), exit_code: None, at: now(supervisor) }
+}
+
+fn ask(supervisor: &Arc<Supervisor>, at: usize, socket: &Path, work: &Work) -> Outcome {
+    let asked = match work {
+        Work::Nothing => return wait_until_ready(supervisor, at),
+        Work::Eval(code) => eval(supervisor, socket, code),
+        Work::Exec(command) => exec(supervisor, socket, command),
+    };
+    asked.unwrap_or_else(|error| {
+        // When its machine failed, that is why it does not answer; its report may be a moment behind.
+        let mut why = chain(&error);
+        for _ in 0..100 {
+            if let Some(reason) = supervisor.children()[at].error.clone() {
+                why = reason;
+                break;
+            }
+            std::thread::sleep(POLL);
+        }
+        failed(supervisor, why)
+    })
+}
+
+fn wait_until_ready(supervisor: &Arc<Supervisor>, at: usize) -> Outcome {
+    loop {
+        {
+            let children = supervisor.children();
+            let child = &children[at];
+            if let Some(ready) = child.ready {
+                return Outcome { answer: None, error: None, exit_code: None, at: ready };
+            }
+            if child.state.is_over() {
+                let error = child.error.clone().unwrap_or_else(|| "it ended before it was ready".to_owned());
+                drop(children);
+                return failed(supervisor, error);
+            }
+        }
+        std::thread::sleep(POLL);
+    }
+}
+
+fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<Outcome, ClientError> {
+    let Answer { answer, error, output } =
+        AgentClient::connect(socket, ANSWER_TIMEOUT)?.eval(code, ANSWER_TIMEOUT)?;
+    let at = now(supervisor);
+    let printed = output.filter(|output| !output.is_empty());
+    let answer = match (printed, answer) {
+        (Some(printed), Some(answer)) => Some(format!("{printed}{answer}")),
+        (printed, answer) => printed.or(answer),
+    };
+    Ok(Outcome { answer, error, exit_code: None, at })
+}
+
+fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<Outcome, ClientError> {
+    let request = ExecRequest { argv: command.to_vec(), ..ExecRequest::default() };
+    let (mut stdout, mut stderr) = (Capped::default(), Capped::default());
+    let client = AgentClient::connect(socket, ANSWER_TIMEOUT)?;
+    let Exit { code, signal } = client.exec(request, None, &mut stdout, &mut stderr, Some(ANSWER_TIMEOUT))?;
+    let text = [stdout.0, stderr.0].concat();
+    Ok(Outcome {
+        answer: Some(String::from_utf8_lossy(&text).into_owned()),
+        error: None,
+        exit_code: code.or(signal.map(|signal| 128 + signal)),
+        at: now(supervisor),
+    })
+}
+
+/// Keeps the first [`OUTPUT_MAX`] bytes.
+#[derive(Default)]
+struct Capped(Vec<u8>);
+
+impl std::io::Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let room = OUTPUT_MAX.saturating_sub(self.0.len()).min(bytes.len());
+        self.0.extend_from_slice(&bytes[..room]);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn report(
+    supervisor: &Supervisor,
+    name: &str,
+    started_ns: u64,
+    timeline: Timeline,
+    outcomes: Vec<Outcome>,
+) -> ForkReport {
+    let progress = supervisor.sandbox().progress();
+    let since = |moment: &Moment| milliseconds_since(started_ns, moment.at_ns);
+    let children = supervisor.children();
+    let pids: Vec<_> =
+        children.iter().filter(|child| !child.state.is_over()).map(|child| child.pid).collect();
+    let earliest = |moments: &mut dyn Iterator<Item = Moment>| {
+        moments.min_by_key(|moment| moment.at_ns).map(|moment| moment.fetched)
+    };
+    let fetched = Fetched {
+        at_first_instruction: earliest(&mut children.iter().filter_map(|child| child.first_instruction)),
+        at_ready: earliest(&mut children.iter().filter_map(|child| child.ready)),
+        at_answered: earliest(&mut outcomes.iter().filter(|outcome| outcome.error.is_none()).map(|o| o.at)),
+    };
+    let shown = |(child, outcome): (&crate::supervisor::Child, Outcome)| ChildReport {
+        id: child.id.clone(),
+        pid: child.pid,
+        first_instruction_ms: child.first_instruction.as_ref().map(since),
+        ready_ms: child.ready.as_ref().map(since),
+        answered_ms: outcome.error.is_none().then(|| since(&outcome.at)),
+        answer: outcome.answer,
+        exit_code: outcome.exit_code,
+        error: outcome.error,
+    };
+    ForkReport {
+        pack: PackReport {
+            name: name.to_owned(),
+            bytes_total: progress.bytes_total,
+            bytes_fetched: progress.bytes_fetched,
+            requests: progress.requests,
+        },
+        timeline,
+        fetched,
+        memory: Memory::measure(&pids, &supervisor.sandbox().images()),
+        children: children.iter().zip(outcomes).map(shown).collect(),
+    }
+}

@@ -1,0 +1,162 @@
+//! What `forkd fork` prints. The JSON form is a contract (DESIGN section 9). Callers: `fork.rs`.
+
+use crate::output::table;
+use crate::units::show_size;
+use rustix::fd::BorrowedFd;
+use serde::Serialize;
+
+/// The whole report.
+#[derive(Debug, Serialize)]
+pub struct ForkReport {
+    /// The pack.
+    pub pack: PackReport,
+    /// When the parts that every child needs were there, ms from process start.
+    pub timeline: Timeline,
+    /// The children.
+    pub children: Vec<ChildReport>,
+    /// Bytes of the pack that had been fetched when the first child reached each point.
+    pub fetched: Fetched,
+    /// Memory while all children were alive.
+    pub memory: Memory,
+}
+
+/// The pack, and what it cost.
+#[derive(Debug, Serialize)]
+pub struct PackReport {
+    /// Reference, path or tag.
+    pub name: String,
+    /// Size of the pack; 0 for a local snapshot.
+    pub bytes_total: u64,
+    /// Bytes fetched when the report was made.
+    pub bytes_fetched: u64,
+    /// Requests made until then.
+    pub requests: u64,
+}
+
+/// Milliseconds from process start.
+#[derive(Debug, Default, Serialize)]
+pub struct Timeline {
+    /// The registry was read.
+    pub registry_ms: Option<f64>,
+    /// The pack's index was verified.
+    pub index_ms: Option<f64>,
+    /// The machine's state was there.
+    pub vmstate_ms: Option<f64>,
+}
+
+/// One child. Times are milliseconds from process start.
+#[derive(Debug, Serialize)]
+pub struct ChildReport {
+    /// Its name.
+    pub id: String,
+    /// Process id.
+    pub pid: i32,
+    /// It executed the instruction after the snapshot.
+    pub first_instruction_ms: Option<f64>,
+    /// It was unique and ready.
+    pub ready_ms: Option<f64>,
+    /// Its answer was here.
+    pub answered_ms: Option<f64>,
+    /// What it answered.
+    pub answer: Option<String>,
+    /// Exit code of an `--exec`.
+    pub exit_code: Option<i32>,
+    /// Why there is no answer.
+    pub error: Option<String>,
+}
+
+/// Bytes fetched.
+#[derive(Debug, Serialize)]
+pub struct Fetched {
+    /// At the first child's first instruction.
+    pub at_first_instruction: Option<u64>,
+    /// When the first child was ready.
+    pub at_ready: Option<u64>,
+    /// When the first answer was here.
+    pub at_answered: Option<u64>,
+}
+
+/// Memory, KiB.
+#[derive(Debug, Serialize)]
+pub struct Memory {
+    /// Mean proportional set size of a child (`smaps_rollup`); its share of the image is in it.
+    pub pss_kib_per_child: Option<u64>,
+    /// Mean private memory of a child.
+    pub private_kib_per_child: Option<u64>,
+    /// What the shared images take.
+    pub image_kib: u64,
+}
+
+impl Memory {
+    /// Looks at the processes `pids` and the image files.
+    pub fn measure(pids: &[i32], images: &[BorrowedFd<'_>]) -> Memory {
+        let rollups: Vec<_> = pids
+            .iter()
+            .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok())
+            .collect();
+        let mean = |fields: &[&str]| {
+            let sum: u64 = rollups.iter().flat_map(|text| fields.iter().map(|field| kib(text, field))).sum();
+            sum.checked_div(rollups.len() as u64)
+        };
+        let blocks =
+            images.iter().filter_map(|image| rustix::fs::fstat(image).ok()).map(|stat| stat.st_blocks as u64);
+        Memory {
+            pss_kib_per_child: mean(&["Pss:"]),
+            private_kib_per_child: mean(&["Private_Clean:", "Private_Dirty:"]),
+            // st_blocks counts 512 bytes.
+            image_kib: blocks.sum::<u64>() / 2,
+        }
+    }
+}
+
+fn kib(rollup: &str, field: &str) -> u64 {
+    let line = rollup.lines().find_map(|line| line.strip_prefix(field));
+    line.and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok()).unwrap_or(0)
+}
+
+impl ForkReport {
+    /// For people.
+    pub fn text(&self) -> String {
+        let ms = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1} ms"));
+        let headings = ["CHILD", ">FIRST INSTRUCTION", ">READY", ">ANSWERED", "ANSWER"];
+        let mut rows = vec![headings.map(str::to_owned).to_vec()];
+        for child in &self.children {
+            let error = child.error.as_ref().map(|error| format!("error: {error}"));
+            let code = child.exit_code.filter(|code| *code != 0).map(|code| format!("(exit code {code}) "));
+            let answer = child.answer.as_deref().unwrap_or_default().trim_end().replace('\n', "\n    ");
+            rows.push(vec![
+                child.id.clone(),
+                ms(child.first_instruction_ms),
+                ms(child.ready_ms),
+                ms(child.answered_ms),
+                error.unwrap_or_else(|| code.unwrap_or_default() + &printable(&answer)),
+            ]);
+        }
+        let mut text = table(&rows);
+        if self.pack.bytes_total > 0 {
+            let total = show_size(self.pack.bytes_total);
+            let at = |bytes: Option<u64>| bytes.map_or("-".to_owned(), show_size);
+            text.push_str(&format!(
+                "{}: of {total} fetched {} at the first instruction, {} when ready, {} when answered ({} requests)\n",
+                self.pack.name,
+                at(self.fetched.at_first_instruction),
+                at(self.fetched.at_ready),
+                at(self.fetched.at_answered),
+                self.pack.requests,
+            ));
+        }
+        if let (Some(pss), Some(private)) = (self.memory.pss_kib_per_child, self.memory.private_kib_per_child)
+        {
+            text.push_str(&format!(
+                "memory: {pss} KiB PSS a child ({private} KiB of it private), images {} KiB shared\n",
+                self.memory.image_kib
+            ));
+        }
+        text
+    }
+}
+
+/// Guests choose their answers: no control characters for the terminal, but line breaks.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
+}

@@ -1,0 +1,125 @@
+//! Rows of the error table for what runs machines: build, snapshot, fork, and what is done with children.
+
+use super::{Row, packs};
+use crate::commands::build::BuildCommandError;
+use crate::commands::children::ChildrenError;
+use crate::commands::fork::ForkCommandError;
+use crate::machine_build::BuildError;
+use crate::run_dir::RunDirError;
+use crate::sandbox::SandboxError;
+use crate::source::SourceError;
+use crate::supervisor::ForkError;
+use forkd_vmm::kvm::KvmError;
+use forkd_vmm::pager::PagerError;
+use forkd_vmm::uffd::UffdError;
+
+const DOCTOR: &str = "run `forkd doctor`: it says what this host lacks";
+
+pub(super) fn fork(error: &ForkCommandError) -> Row {
+    let row = Row::failed("fork", "");
+    match error {
+        ForkCommandError::Kvm(error) => kvm(error),
+        ForkCommandError::Spawn(_) | ForkCommandError::Detach(_) => {
+            row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
+        }
+        ForkCommandError::Source(error) => source(error),
+        ForkCommandError::Sandbox { source, .. } => sandbox(source),
+        ForkCommandError::Download { .. } => row.hint("run it again: what was fetched is kept"),
+        ForkCommandError::Fork(ForkError::Pager(error)) => pager(error),
+        ForkCommandError::Fork(ForkError::Paths(error)) => super::describe_paths(error),
+        ForkCommandError::Fork(_) => row.hint("`forkd cleanup` removes what dead forks left"),
+    }
+}
+
+pub(super) fn kvm(error: &KvmError) -> Row {
+    let row = Row::failed("use KVM", "");
+    match error {
+        KvmError::Open(errno) if errno.errno() == rustix::io::Errno::NOENT.raw_os_error() => row.hint(
+            "load the kvm module of this CPU (kvm_intel or kvm_amd), or switch virtualisation on in the firmware; \
+             in a virtual machine ask for nested virtualisation",
+        ),
+        KvmError::Open(errno) if errno.errno() == rustix::io::Errno::ACCESS.raw_os_error() => {
+            row.hint("run as root, or join the group that owns /dev/kvm (often `kvm`)")
+        }
+        _ => row.hint(DOCTOR),
+    }
+}
+
+fn pager(error: &PagerError) -> Row {
+    let row = Row::failed("serve memory lazily", "");
+    match error {
+        PagerError::Uffd(UffdError::Unavailable(_)) => {
+            row.hint("run as root, or give this user access to /dev/userfaultfd; --eager does without")
+        }
+        _ => row,
+    }
+}
+
+fn source(error: &SourceError) -> Row {
+    match error {
+        SourceError::Reference(error) => packs::reference(error),
+        SourceError::NoSuchPath { .. } => Row::failed("fork", ""),
+        SourceError::Registry(error) => packs::registry(error),
+        SourceError::Open(error) => packs::open(error),
+        SourceError::Snapshot(error) => packs::snapshot(error),
+    }
+}
+
+fn sandbox(error: &SandboxError) -> Row {
+    let row = Row::failed("fork", "");
+    match error {
+        SandboxError::Snapshot(error) => packs::snapshot(error),
+        SandboxError::Pager(error) => pager(error),
+        SandboxError::Read(error) => packs::read(error),
+        SandboxError::Trace(_) | SandboxError::Size { .. } => {
+            row.hint("the pack was built wrong; ask its publisher")
+        }
+        SandboxError::Memory(_) => row.hint("check the free memory of this host"),
+    }
+}
+
+pub(super) fn build(error: &BuildCommandError) -> Row {
+    let row = Row::failed("build", "");
+    match error {
+        BuildCommandError::Recipe(error) => super::describe_recipe(error),
+        BuildCommandError::Kvm(error) => kvm(error),
+        BuildCommandError::Spawn(_) => {
+            row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
+        }
+        BuildCommandError::Snapshot(error) => packs::snapshot(error),
+        BuildCommandError::Build { source, .. } => match source {
+            BuildError::NotReady { .. } => row.hint("mend the recipe's warm command; nothing was kept"),
+            BuildError::Probe { .. } => {
+                row.hint("mend the recipe's probe or its warm command; nothing was kept")
+            }
+            BuildError::Timeout { .. } => {
+                row.hint("raise the recipe's readiness timeout if the guest is merely slow; nothing was kept")
+            }
+            _ => row.hint("nothing was kept"),
+        },
+    }
+}
+
+pub(super) fn children(error: &ChildrenError) -> Row {
+    let row = Row::failed("ask the child", "");
+    match error {
+        ChildrenError::RunDir(error) => run_dir(error),
+        ChildrenError::Console { .. } | ChildrenError::Code { .. } => row,
+        ChildrenError::Agent { .. } => {
+            row.hint("`forkd ps` says whether it is stalled, `forkd logs` shows its console")
+        }
+        ChildrenError::Environment { .. } => Row::usage("run the command", ""),
+    }
+}
+
+pub(super) fn run_dir(error: &RunDirError) -> Row {
+    let row = Row::failed("look at running children", "");
+    match error {
+        RunDirError::Paths(error) => super::describe_paths(error),
+        RunDirError::UnknownChild { .. } => {
+            Row::failed("find the child", "").hint("`forkd ps` lists those that run")
+        }
+        RunDirError::Dead { .. } => row.hint("`forkd cleanup` removes what it left"),
+        RunDirError::File { .. } | RunDirError::Malformed { .. } => row,
+    }
+}

@@ -1,0 +1,324 @@
+//! The one place where packs and machines meet: a pack's files become the images that machines map.
+//!
+//! A *lazy* sandbox reads machine state from an opened pack and lets a pager fill the images while machines run; a
+//! *local* one maps the files of a snapshot on disk. Callers: `supervisor.rs`, `commands/fork.rs`.
+
+use crate::snapshot::{self, CONFIGURATION_MAX, Configuration, SnapshotError, file_error};
+use forkd_fs::index::{ChunkId as PackChunk, FileId};
+use forkd_fs::prefetch;
+use forkd_fs::source::Class;
+use forkd_fs::store::{ChunkData, Progress, ReadError, Store};
+use forkd_fs::trace::{Trace, TraceError};
+use forkd_vmm::kvm::KvmKind;
+use forkd_vmm::memory::{ImageId, MemoryError, create_image, longest_runs};
+use forkd_vmm::pager::{
+    ChunkContent, ChunkId, ImageShape, PageSource, Pager, PagerError, PagerStats, SourceFailure,
+};
+use forkd_vmm::process::Start;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::fs::File;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::runtime::Handle;
+
+/// Largest small file that is read whole: vmstate and trace stay well below.
+const SMALL_FILE_MAX: u64 = 8 << 20;
+/// Threads that load chunks which machines wait for. They mostly wait for the network.
+const PAGER_WORKERS: usize = 8;
+/// Pause before background filling is tried again after the network failed for its whole deadline.
+const FILL_RETRY: Duration = Duration::from_secs(2);
+
+/// A sandbox cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// The snapshot's own files.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// Reading the pack.
+    #[error("reading the machine's state from the pack failed")]
+    Read(#[from] ReadError),
+    /// The trace.
+    #[error(transparent)]
+    Trace(#[from] TraceError),
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The pager.
+    #[error("the pager cannot start")]
+    Pager(#[from] PagerError),
+    /// A file of the pack is larger than the machine's memory.
+    #[error("the pack's {file} has {found} bytes, but its snapshot.json allows {allowed}")]
+    Size {
+        /// Which file.
+        file: &'static str,
+        /// Its size.
+        found: u64,
+        /// The image's size.
+        allowed: u64,
+    },
+}
+
+/// A chunk that machines wait for and that will not come.
+#[derive(Debug, Clone)]
+pub struct Unavailable {
+    /// The chunk.
+    pub chunk: ChunkId,
+    /// Why, with causes.
+    pub error: String,
+}
+
+/// The file of a pack behind each image.
+const IMAGE_FILES: [&str; 2] = [snapshot::MEMORY, snapshot::ROOT_DISK];
+
+/// Supplies a pack's chunks to the pager.
+struct StorePages {
+    store: Arc<Store>,
+    runtime: Handle,
+    files: Vec<Option<FileId>>,
+    unavailable: Mutex<Vec<Unavailable>>,
+}
+
+impl StorePages {
+    fn pack_chunk(&self, chunk: ChunkId) -> Option<PackChunk> {
+        let file = self.files[chunk.image.index()]?;
+        let number = u32::try_from(chunk.chunk).ok()?;
+        // The image may be longer than the file: its rest is zero.
+        (number < self.store.index().chunk_count(file)).then_some(PackChunk { file, chunk: number })
+    }
+
+    fn is_zero(&self, chunk: ChunkId) -> bool {
+        self.pack_chunk(chunk).is_none_or(|chunk| self.store.index().is_zero(chunk))
+    }
+
+    fn image_chunk(&self, chunk: PackChunk) -> Option<ChunkId> {
+        let position = self.files.iter().position(|file| *file == Some(chunk.file))?;
+        Some(ChunkId { image: ImageId::ALL[position], chunk: chunk.chunk.into() })
+    }
+}
+
+impl PageSource for StorePages {
+    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+        let Some(wanted) = self.pack_chunk(chunk) else { return Ok(ChunkContent::Zero) };
+        Ok(content(self.runtime.block_on(self.store.chunk(wanted))?))
+    }
+
+    fn unavailable(&self, chunk: ChunkId, failure: SourceFailure) {
+        let error = crate::error::chain(&*failure);
+        tracing::error!(?chunk, error, "a chunk that machines wait for cannot be had");
+        let mut list = self.unavailable.lock().unwrap_or_else(PoisonError::into_inner);
+        list.push(Unavailable { chunk, error });
+    }
+}
+
+fn content(data: ChunkData) -> ChunkContent {
+    match data {
+        ChunkData::Zero => ChunkContent::Zero,
+        ChunkData::Data(bytes) => ChunkContent::Data(bytes),
+    }
+}
+
+/// Where the images of a sandbox are.
+enum Images {
+    Lazy { pager: Arc<Pager>, pages: Arc<StorePages>, trace: Trace },
+    Local { files: Vec<OwnedFd> },
+}
+
+/// Something machines can be forked from.
+pub struct Sandbox {
+    configuration: Configuration,
+    vmstate: OwnedFd,
+    images: Images,
+    zero_runs: Vec<Vec<(u64, u64)>>,
+    complete: bool,
+}
+
+impl Sandbox {
+    /// Opens a snapshot on this machine's disk.
+    pub fn open_local(dir: &Path, host: KvmKind) -> Result<Sandbox, SandboxError> {
+        let open = |name: &str| {
+            let path = dir.join(name);
+            File::open(&path).map_err(file_error("opening", &path))
+        };
+        let path = dir.join(snapshot::CONFIGURATION);
+        let configuration = std::fs::read(&path).map_err(file_error("reading", &path))?;
+        let configuration = Configuration::parse(&configuration)?;
+        configuration.check_host(host)?;
+        let vmstate = open(snapshot::VMSTATE)?.into();
+        let mut files = Vec::new();
+        for id in images_of(&configuration) {
+            let name = IMAGE_FILES[id.index()];
+            let file = open(name)?;
+            // Reading past the end of a mapped file kills the reader, so the lengths must agree exactly.
+            let found = file.metadata().map_err(file_error("reading the size of", &dir.join(name)))?.len();
+            let allowed = configuration.layout.image_bytes(id);
+            if found != allowed {
+                return Err(SandboxError::Size { file: name, found, allowed });
+            }
+            files.push(file.into());
+        }
+        let images = Images::Local { files };
+        Ok(Sandbox { configuration, vmstate, images, zero_runs: Vec::new(), complete: true })
+    }
+
+    /// Opens a pack whose images will be filled as machines need them.
+    pub async fn open_pack(
+        store: Arc<Store>,
+        runtime: Handle,
+        host: KvmKind,
+    ) -> Result<Sandbox, SandboxError> {
+        let names = [snapshot::CONFIGURATION, snapshot::VMSTATE, snapshot::TRACE];
+        let small = store.read_files(&names, SMALL_FILE_MAX).await?;
+        let [configuration, vmstate, trace] = &small[..] else {
+            return Err(ReadError::NoSuchFile { name: snapshot::VMSTATE.to_owned() }.into());
+        };
+        let configuration =
+            Configuration::parse(&configuration[..configuration.len().min(CONFIGURATION_MAX)])?;
+        configuration.check_host(host)?;
+        let trace = Trace::decode(trace)?;
+        let vmstate_file = create_image("forkd-vmstate", vmstate.len() as u64)?;
+        let written = rustix::io::pwrite(&vmstate_file, vmstate, 0);
+        written.map_err(|errno| file_error("writing", Path::new("the vmstate"))(errno.into()))?;
+
+        let index = store.index();
+        let chunk_bytes = u64::from(index.chunk_size());
+        let mut shapes = Vec::new();
+        let mut files = Vec::new();
+        for id in images_of(&configuration) {
+            let file = index.file(IMAGE_FILES[id.index()]);
+            let found = file.and_then(|file| index.entry(file)).map_or(0, |entry| entry.size);
+            let allowed = configuration.layout.image_bytes(id);
+            if found > allowed {
+                return Err(SandboxError::Size { file: IMAGE_FILES[id.index()], found, allowed });
+            }
+            shapes.push((id, ImageShape { bytes: allowed, chunk_bytes }));
+            files.push(file);
+        }
+        let pages = Arc::new(StorePages { store, runtime, files, unavailable: Mutex::default() });
+        let zero_runs = shapes.iter().map(|(id, shape)| zero_runs(&pages, *id, shape)).collect();
+        let pager = Arc::new(Pager::new(&shapes, pages.clone(), PAGER_WORKERS)?);
+        let images = Images::Lazy { pager, pages, trace };
+        Ok(Sandbox { configuration, vmstate: vmstate_file, images, zero_runs, complete: false })
+    }
+
+    /// Fills the images: first what the trace names, then the rest, and ends all watching when nothing is missing. Goes on
+    /// trying as long as the network is away; ends early only when chunks are damaged.
+    pub fn fill(&self) -> impl Future<Output = Result<(), ReadError>> + Send + 'static {
+        let lazy = match &self.images {
+            Images::Lazy { pager, pages, trace } => Some((pager.clone(), pages.clone(), trace.clone())),
+            Images::Local { .. } => None,
+        };
+        async move {
+            let Some((pager, pages, trace)) = lazy else { return Ok(()) };
+            let index = pages.store.index();
+            let mut batches = prefetch::plan(index, &trace);
+            batches.push(prefetch::remaining(index, &batches));
+            let install = |chunk: PackChunk, data: ChunkData| {
+                let Some(id) = pages.image_chunk(chunk) else { return };
+                if !pages.is_zero(id)
+                    && let Err(error) = pager.install(id, &content(data))
+                {
+                    tracing::error!(?id, %error, "a fetched chunk could not be put in place");
+                }
+            };
+            loop {
+                match pages.store.fetch(&batches, Class::Prefetch, &install).await {
+                    Ok(()) => break,
+                    Err(error @ ReadError::Source { .. }) => {
+                        tracing::warn!(error = crate::error::chain(&error), "fetching ahead is interrupted");
+                        tokio::time::sleep(FILL_RETRY).await;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            pager.complete(|id| pages.is_zero(id));
+            Ok(())
+        }
+    }
+
+    /// After [`Sandbox::fill`] has ended well, machines need no pager at all.
+    pub fn set_complete(&mut self) {
+        self.complete = true;
+    }
+
+    /// How machines of this sandbox start.
+    pub fn start(&self) -> Start {
+        Start::Restore { lazy: !self.complete, zero_runs: self.zero_runs.clone() }
+    }
+
+    /// The machine's configuration.
+    pub fn configuration(&self) -> &Configuration {
+        &self.configuration
+    }
+
+    /// The machine's saved state.
+    pub fn vmstate(&self) -> BorrowedFd<'_> {
+        self.vmstate.as_fd()
+    }
+
+    /// The files to be mapped, in image order.
+    pub fn images(&self) -> Vec<BorrowedFd<'_>> {
+        match &self.images {
+            Images::Lazy { pager, .. } => {
+                ImageId::ALL.iter().filter_map(|id| pager.image_file(*id)).collect()
+            }
+            Images::Local { files } => files.iter().map(AsFd::as_fd).collect(),
+        }
+    }
+
+    /// The pager, when images are filled lazily.
+    pub fn pager(&self) -> Option<&Arc<Pager>> {
+        match &self.images {
+            Images::Lazy { pager, .. } => Some(pager),
+            Images::Local { .. } => None,
+        }
+    }
+
+    /// Counters of the pager.
+    pub fn pager_stats(&self) -> PagerStats {
+        self.pager().map(|pager| pager.stats()).unwrap_or_default()
+    }
+
+    /// How far the pack is fetched.
+    pub fn progress(&self) -> Progress {
+        match &self.images {
+            Images::Lazy { pages, .. } => pages.store.progress(),
+            Images::Local { .. } => Progress::default(),
+        }
+    }
+
+    /// Chunks that machines wait for and that will not come, since the last call.
+    pub fn take_unavailable(&self) -> Vec<Unavailable> {
+        match &self.images {
+            Images::Lazy { pages, .. } => {
+                std::mem::take(&mut *pages.unavailable.lock().unwrap_or_else(PoisonError::into_inner))
+            }
+            Images::Local { .. } => Vec::new(),
+        }
+    }
+
+    /// The file in the pack behind an image, for messages.
+    pub fn image_name(image: ImageId) -> &'static str {
+        IMAGE_FILES[image.index()]
+    }
+}
+
+fn images_of(configuration: &Configuration) -> impl Iterator<Item = ImageId> + use<> {
+    let layout = configuration.layout;
+    ImageId::ALL.into_iter().filter(move |id| layout.image_bytes(*id) > 0)
+}
+
+/// Runs of chunks that the pack does not store, in bytes of the image, the longest ones.
+fn zero_runs(pages: &StorePages, id: ImageId, shape: &ImageShape) -> Vec<(u64, u64)> {
+    let mut runs: Vec<Range<u64>> = Vec::new();
+    for chunk in (0..shape.chunks()).filter(|chunk| pages.is_zero(ChunkId { image: id, chunk: *chunk })) {
+        let start = chunk * shape.chunk_bytes;
+        let end = (start + shape.chunk_bytes).min(shape.bytes);
+        match runs.last_mut() {
+            Some(run) if run.end == start => run.end = end,
+            _ => runs.push(start..end),
+        }
+    }
+    longest_runs(runs).into_iter().map(|run| (run.start, run.end)).collect()
+}

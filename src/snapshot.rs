@@ -1,0 +1,291 @@
+//! Local snapshots: one directory a tag, with the files that a pack carries.
+//!
+//! | file | what |
+//! |---|---|
+//! | `manifest.toml` | what it is and what a host needs (`forkd_fs::manifest`) |
+//! | `snapshot.json` | [`Configuration`] |
+//! | `vmstate` | CPU and device state (`forkd_vmm::snapshot`) |
+//! | `trace` | pages touched by a first restore (`forkd_fs::trace`) |
+//! | `memory.bin` | guest RAM, sparse |
+//! | `rootfs.erofs` | root disk |
+//!
+//! A snapshot comes into being in a temporary directory beside its final place and is renamed, so a tag is either
+//! whole or absent. Callers: `machine_build.rs`, `sandbox.rs`, commands.
+
+use crate::paths::{Paths, PathsError};
+use forkd_vmm::kvm::KvmKind;
+use forkd_vmm::memory::{MemoryError, MemoryLayout};
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+use tempfile::TempDir;
+
+/// The manifest's file name.
+pub const MANIFEST: &str = "manifest.toml";
+/// The configuration's.
+pub const CONFIGURATION: &str = "snapshot.json";
+/// The machine state's.
+pub const VMSTATE: &str = "vmstate";
+/// The trace's.
+pub const TRACE: &str = "trace";
+/// Guest RAM's.
+pub const MEMORY: &str = "memory.bin";
+/// The root disk's.
+pub const ROOT_DISK: &str = "rootfs.erofs";
+
+/// How directories of unfinished snapshots are named; no tag starts with a dot.
+const DRAFT_PREFIX: &str = ".draft-";
+/// Version of [`Configuration`].
+const FORMAT: u32 = 1;
+/// Longest `snapshot.json`, bytes.
+pub const CONFIGURATION_MAX: usize = 64 * 1024;
+
+/// `snapshot.json`: the machine that the snapshot is of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Configuration {
+    /// Version of this file's layout.
+    pub format: u32,
+    /// Sizes of its memory.
+    #[serde(flatten)]
+    pub layout: MemoryLayout,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Kind of KVM it was made on, and needs.
+    pub kvm_kind: KvmKind,
+}
+
+/// A snapshot cannot be used or made.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// Directories.
+    #[error(transparent)]
+    Paths(#[from] PathsError),
+    /// No such tag.
+    #[error("there is no local snapshot `{tag}`")]
+    Unknown {
+        /// The tag.
+        tag: String,
+    },
+    /// The tag is taken.
+    #[error("there is a local snapshot `{tag}` already")]
+    Exists {
+        /// The tag.
+        tag: String,
+    },
+    /// A file of it.
+    #[error("{operation} {} failed", path.display())]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// `snapshot.json` cannot be read.
+    #[error("snapshot.json is not a machine configuration")]
+    Configuration(#[source] serde_json::Error),
+    /// `snapshot.json` is of another version or too long.
+    #[error("snapshot.json has format {found}; this forkd reads format {FORMAT}")]
+    Format {
+        /// Its format.
+        found: u32,
+    },
+    /// Impossible sizes.
+    #[error("snapshot.json describes an impossible machine")]
+    Layout(#[from] MemoryError),
+    /// More vCPUs than this forkd runs.
+    #[error("the snapshot has {vcpus} vCPUs; this forkd runs machines with one")]
+    Vcpus {
+        /// Its vCPUs.
+        vcpus: u32,
+    },
+    /// The host is of the other kind.
+    #[error("the snapshot needs {} KVM, but this host's is {}", needs.name(), has.name())]
+    Host {
+        /// What it was made on.
+        needs: KvmKind,
+        /// What is here.
+        has: KvmKind,
+    },
+}
+
+impl Configuration {
+    /// A configuration for this version of forkd.
+    pub fn new(layout: MemoryLayout, kvm_kind: KvmKind) -> Configuration {
+        Configuration { format: FORMAT, layout, vcpus: 1, kvm_kind }
+    }
+
+    /// Reads `snapshot.json`, which may be hostile.
+    pub fn parse(bytes: &[u8]) -> Result<Configuration, SnapshotError> {
+        #[derive(Deserialize)]
+        struct Probe {
+            format: u32,
+        }
+        let bytes = &bytes[..bytes.len().min(CONFIGURATION_MAX)];
+        let probe: Probe = serde_json::from_slice(bytes).map_err(SnapshotError::Configuration)?;
+        if probe.format != FORMAT {
+            return Err(SnapshotError::Format { found: probe.format });
+        }
+        let parsed: Configuration = serde_json::from_slice(bytes).map_err(SnapshotError::Configuration)?;
+        parsed.layout.check()?;
+        if parsed.vcpus != 1 {
+            return Err(SnapshotError::Vcpus { vcpus: parsed.vcpus });
+        }
+        Ok(parsed)
+    }
+
+    /// Refuses a host that cannot run it.
+    pub fn check_host(&self, host: KvmKind) -> Result<(), SnapshotError> {
+        if self.kvm_kind == host {
+            Ok(())
+        } else {
+            Err(SnapshotError::Host { needs: self.kvm_kind, has: host })
+        }
+    }
+}
+
+/// Turns an I/O error into one that names the file.
+pub fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SnapshotError {
+    let path = path.to_owned();
+    move |source| SnapshotError::File { operation, path, source }
+}
+
+/// The directory of an existing snapshot.
+pub fn find(paths: &Paths, tag: &str) -> Result<PathBuf, SnapshotError> {
+    let dir = paths.snapshot(tag)?;
+    if dir.join(CONFIGURATION).exists() {
+        Ok(dir)
+    } else {
+        Err(SnapshotError::Unknown { tag: tag.to_owned() })
+    }
+}
+
+/// A snapshot in the making; gone again unless published.
+#[derive(Debug)]
+pub struct Draft {
+    dir: TempDir,
+    target: PathBuf,
+    tag: String,
+    _lock: File,
+}
+
+impl Draft {
+    /// An empty, locked directory beside the tag's place. Without `force` the tag must be free.
+    pub fn create(paths: &Paths, tag: &str, force: bool) -> Result<Draft, SnapshotError> {
+        let target = paths.snapshot(tag)?;
+        if !force && target.exists() {
+            return Err(SnapshotError::Exists { tag: tag.to_owned() });
+        }
+        let parent = paths.snapshots();
+        fs::create_dir_all(&parent).map_err(file_error("creating", &parent))?;
+        let dir = tempfile::Builder::new()
+            .prefix(DRAFT_PREFIX)
+            .tempdir_in(&parent)
+            .map_err(file_error("creating a directory in", &parent))?;
+        let lock = File::open(dir.path()).map_err(file_error("opening", dir.path()))?;
+        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|errno| file_error("locking", dir.path())(errno.into()))?;
+        Ok(Draft { dir, target, tag: tag.to_owned(), _lock: lock })
+    }
+
+    /// Where its files are to be put.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Puts it in its place. An old snapshot of the tag is replaced if `force`.
+    pub fn publish(self, force: bool) -> Result<PathBuf, SnapshotError> {
+        let Draft { dir, target, tag, _lock } = self;
+        if target.exists() && !force {
+            return Err(SnapshotError::Exists { tag });
+        }
+        let staged = dir.keep();
+        // Exchange needs both to exist; the old snapshot then lies in the staging place and goes.
+        let replaced = rustix::fs::renameat_with(
+            rustix::fs::CWD,
+            &staged,
+            rustix::fs::CWD,
+            &target,
+            rustix::fs::RenameFlags::EXCHANGE,
+        );
+        let placed = match replaced {
+            Ok(()) => fs::remove_dir_all(&staged),
+            Err(rustix::io::Errno::NOENT) => fs::rename(&staged, &target),
+            Err(errno) => Err(errno.into()),
+        };
+        placed.map_err(file_error("publishing", &target))?;
+        Ok(target)
+    }
+}
+
+/// Removes drafts whose makers are dead; returns their paths.
+pub fn remove_dead_drafts(paths: &Paths) -> Result<Vec<PathBuf>, SnapshotError> {
+    let parent = paths.snapshots();
+    let entries = match fs::read_dir(&parent) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(file_error("listing", &parent)(error)),
+    };
+    let mut removed = Vec::new();
+    for entry in entries.flatten() {
+        let draft = entry.file_name().to_string_lossy().starts_with(DRAFT_PREFIX);
+        // A maker locks its draft right after creating it; one that dies lets go.
+        let dead = draft
+            && File::open(entry.path())
+                .is_ok_and(|dir| rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok());
+        if dead {
+            fs::remove_dir_all(entry.path()).map_err(file_error("removing", &entry.path()))?;
+            removed.push(entry.path());
+        }
+    }
+    Ok(removed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn paths(dir: &Path) -> Paths {
+        Paths { data: dir.join("data"), cache: dir.join("cache"), runtime: dir.join("run") }
+    }
+
+    #[test]
+    fn drafts_appear_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = paths(dir.path());
+        let draft = Draft::create(&paths, "t", false).unwrap();
+        fs::write(draft.path().join(CONFIGURATION), "one").unwrap();
+        assert!(matches!(find(&paths, "t"), Err(SnapshotError::Unknown { .. })));
+        draft.publish(false).unwrap();
+        assert!(find(&paths, "t").is_ok());
+        assert!(matches!(Draft::create(&paths, "t", false), Err(SnapshotError::Exists { .. })));
+        let again = Draft::create(&paths, "t", true).unwrap();
+        fs::write(again.path().join(CONFIGURATION), "two").unwrap();
+        let published = again.publish(true).unwrap();
+        assert_eq!(fs::read_to_string(published.join(CONFIGURATION)).unwrap(), "two");
+        let unfinished = Draft::create(&paths, "u", false).unwrap();
+        assert!(remove_dead_drafts(&paths).unwrap().is_empty(), "its maker lives");
+        drop(unfinished);
+        fs::create_dir(paths.snapshots().join(".draft-dead")).unwrap();
+        assert_eq!(remove_dead_drafts(&paths).unwrap().len(), 1);
+        assert_eq!(fs::read_dir(paths.snapshots()).unwrap().count(), 1, "nothing but the snapshot is left");
+    }
+
+    #[test]
+    fn configurations_are_checked() {
+        let layout = MemoryLayout::new(512, 1).unwrap();
+        let good = Configuration::new(layout, KvmKind::Pvm);
+        let text = serde_json::to_string(&good).unwrap();
+        assert_eq!(Configuration::parse(text.as_bytes()).unwrap(), good);
+        assert!(good.check_host(KvmKind::Hardware).is_err());
+        let huge = text.replace("512", "99999999999");
+        assert!(matches!(Configuration::parse(huge.as_bytes()), Err(SnapshotError::Layout(_))));
+        let newer = text.replace("\"format\":1", "\"format\":2");
+        assert!(matches!(Configuration::parse(newer.as_bytes()), Err(SnapshotError::Format { found: 2 })));
+        assert!(Configuration::parse(b"{}").is_err());
+    }
+}

@@ -1,0 +1,121 @@
+//! What a command's REF, PATH or `--tag` leads to: an opened pack or a snapshot's directory. Callers: commands.
+
+use crate::cli::ForkArgs;
+use crate::mounts;
+use crate::paths::Paths;
+use crate::registry::{HubAddress, InvalidReference, RegistryError};
+use crate::snapshot::{self, SnapshotError};
+use forkd_fs::cache::{CacheOptions, ChunkCache};
+use forkd_fs::source::HttpClient;
+use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a machine waits for memory while the network is away.
+const DEMAND_DEADLINE: Duration = Duration::from_secs(600);
+
+/// Nothing to fork from.
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    /// Neither a file nor a name.
+    #[error(transparent)]
+    Reference(#[from] InvalidReference),
+    /// A path with nothing there.
+    #[error("there is no pack or snapshot at {}", path.display())]
+    NoSuchPath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The pack.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The local snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+}
+
+/// Stages that take a round trip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The registry is read.
+    Registry,
+    /// The index is verified.
+    Index,
+}
+
+/// Something to fork from.
+pub struct OpenedSource {
+    /// As people know it.
+    pub name: String,
+    /// Where it is.
+    pub origin: Origin,
+}
+
+/// Where it is.
+pub enum Origin {
+    /// A pack, its index verified.
+    Pack(Arc<Store>),
+    /// A snapshot's directory.
+    Directory(PathBuf),
+}
+
+/// Opens what `args` name. `reached` is called as stages are done.
+pub async fn open(
+    paths: &Paths,
+    args: &ForkArgs,
+    mut reached: impl FnMut(Stage),
+) -> Result<OpenedSource, SourceError> {
+    let Some(target) = &args.target else {
+        let tag = args.tag.clone().unwrap_or_default();
+        let dir = snapshot::find(paths, &tag)?;
+        return Ok(OpenedSource { name: tag, origin: Origin::Directory(dir) });
+    };
+    let http = HttpClient::default();
+    let hub = args.hub.hub.clone();
+    let named = match as_path(target)? {
+        Some(path) if path.is_dir() => match mounts::pack_behind(paths, &path) {
+            // The fork reads the pack itself, without a detour through FUSE.
+            Some((hub, reference)) => Ok((Some(hub), reference)),
+            None if path.join(snapshot::CONFIGURATION).exists() => {
+                return Ok(OpenedSource { name: target.clone(), origin: Origin::Directory(path) });
+            }
+            None => return Err(SourceError::NoSuchPath { path }),
+        },
+        Some(path) => Err(PackLocation { source: PackSource::Path(path), size: None, index: None }),
+        None => Ok((hub, target.parse()?)),
+    };
+    let location = match named {
+        Ok((hub, reference)) => {
+            let catalogue = HubAddress::find(hub.as_deref())?.load(&http).await?;
+            reached(Stage::Registry);
+            catalogue.resolve(&reference)?.location
+        }
+        Err(location) => location,
+    };
+    let cache = ChunkCache::open(&paths.cache, CacheOptions { max_bytes: args.cache.cache_size });
+    let options = StoreOptions {
+        http,
+        cache: Some(Arc::new(cache)),
+        demand_deadline: DEMAND_DEADLINE,
+        ..StoreOptions::default()
+    };
+    let store = Store::open(location, options).await?;
+    reached(Stage::Index);
+    Ok(OpenedSource { name: target.clone(), origin: Origin::Pack(store) })
+}
+
+/// `target` as a path: when it looks like one it must exist, otherwise only when it does and is no name.
+fn as_path(target: &str) -> Result<Option<PathBuf>, SourceError> {
+    let path = Path::new(target);
+    let explicit = path.is_absolute() || target.starts_with("./") || target.starts_with("../");
+    match (path.exists(), explicit) {
+        (true, true) => Ok(Some(path.to_owned())),
+        (false, true) => Err(SourceError::NoSuchPath { path: path.to_owned() }),
+        (true, false) if path.is_file() => Ok(Some(path.to_owned())),
+        _ => Ok(None),
+    }
+}

@@ -1,0 +1,371 @@
+//! The children of one fork: their processes, their progress, what is left of them. One supervisor is one process of
+//! `forkd fork`; it is also the pager of its children. Callers: `commands/fork.rs`.
+
+use crate::error::chain;
+use crate::paths::{Paths, PathsError};
+use crate::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir, RunDirError};
+use crate::sandbox::Sandbox;
+use forkd_guest::generation::{Generation, GenerationError};
+use forkd_vmm::channel::ChannelError;
+use forkd_vmm::devices::doorbell::Ring;
+use forkd_vmm::kvm::KvmKind;
+use forkd_vmm::pager::{ClientId, PagerError};
+use forkd_vmm::process::{
+    MachineFiles, MachineProcess, MachineSpec, Report, SpawnError, Zygote, monotonic_ns,
+};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fd::{AsFd, OwnedFd};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How often the supervisor looks for failed chunks while nothing else happens.
+const TICK: Duration = Duration::from_millis(200);
+/// A child that waits longer than this for one chunk counts as stalled, ms.
+const STALLED_AFTER_MS: u64 = 1000;
+
+/// A fork could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// forkd's directories.
+    #[error(transparent)]
+    Paths(#[from] PathsError),
+    /// The run directory.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// A process.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// The pager.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+    /// A file of a child.
+    #[error("{operation} {} failed", path.display())]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// No random bytes for the children.
+    #[error("/dev/urandom cannot be read")]
+    Entropy(#[source] io::Error),
+    /// A record.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
+}
+
+/// When something happened, and how much of the pack was there.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    /// CLOCK_MONOTONIC, ns.
+    pub at_ns: u64,
+    /// Bytes of the pack that had been fetched.
+    pub fetched: u64,
+}
+
+/// A child as the supervisor knows it.
+#[derive(Debug)]
+pub struct Child {
+    /// Its name, unique on this machine.
+    pub id: String,
+    /// Process id of its machine.
+    pub pid: i32,
+    /// Unix socket of its vsock.
+    pub socket: PathBuf,
+    /// Where it stands.
+    pub state: ChildState,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// Its first instruction after the snapshot.
+    pub first_instruction: Option<Moment>,
+    /// When it was unique and ready for requests.
+    pub ready: Option<Moment>,
+    client: ClientId,
+}
+
+/// The children of one fork.
+pub struct Supervisor {
+    run_dir: RunDir,
+    sandbox: Arc<Sandbox>,
+    pack: String,
+    processes: Vec<MachineProcess>,
+    children: Mutex<Vec<Child>>,
+}
+
+impl Supervisor {
+    /// Starts `count` children of `sandbox`, which `pack` names for people.
+    pub fn start(
+        paths: &Paths,
+        zygote: &Zygote,
+        sandbox: Arc<Sandbox>,
+        pack: String,
+        count: u32,
+    ) -> Result<Arc<Supervisor>, ForkError> {
+        let run_dir = RunDir::create(paths)?;
+        let mut processes = Vec::new();
+        let mut children = Vec::new();
+        for number in 1..=u64::from(count) {
+            let id = format!("{}-{number}", run_dir.id());
+            match spawn(&run_dir, zygote, &sandbox, &id, number) {
+                Ok((process, socket)) => {
+                    children.push(Child {
+                        id,
+                        pid: process.pid,
+                        socket,
+                        state: ChildState::Starting,
+                        error: None,
+                        first_instruction: None,
+                        ready: None,
+                        client: ClientId(number),
+                    });
+                    processes.push(process);
+                }
+                Err(error) => {
+                    processes.iter().for_each(MachineProcess::kill);
+                    return Err(error);
+                }
+            }
+        }
+        let supervisor =
+            Arc::new(Supervisor { run_dir, sandbox, pack, processes, children: Mutex::new(children) });
+        let reports = Arc::clone(&supervisor);
+        std::thread::spawn(move || reports.follow());
+        let control = Arc::clone(&supervisor);
+        let listener = supervisor.run_dir.listen()?;
+        std::thread::spawn(move || control.serve_control(&listener));
+        Ok(supervisor)
+    }
+
+    /// The children; short-lived lock.
+    pub fn children(&self) -> MutexGuard<'_, Vec<Child>> {
+        self.children.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The sandbox they were forked from.
+    pub fn sandbox(&self) -> &Arc<Sandbox> {
+        &self.sandbox
+    }
+
+    /// Ends children: all, or the one of that name. Returns how many were alive.
+    pub fn kill(&self, id: Option<&str>) -> usize {
+        let mut children = self.children();
+        let mut killed = 0;
+        for (child, process) in children.iter_mut().zip(&self.processes) {
+            if id.is_none_or(|id| id == child.id) && !child.state.is_over() {
+                process.kill();
+                child.state = ChildState::Killed;
+                killed += 1;
+            }
+        }
+        killed
+    }
+
+    /// Whether no child is alive.
+    pub fn all_over(&self) -> bool {
+        self.children().iter().all(|child| child.state.is_over())
+    }
+
+    /// Removes what the fork left on disk. Its children must be over.
+    pub fn remove_run_dir(&self) {
+        self.run_dir.remove();
+    }
+
+    /// What `forkd ps` shows.
+    pub fn status(&self) -> ForkStatus {
+        let progress = self.sandbox.progress();
+        let stats = self.sandbox.pager_stats();
+        let waiting = self.sandbox.pager().map(|pager| pager.waiting_clients()).unwrap_or_default();
+        let stuck = stats.longest_wait_ms > STALLED_AFTER_MS;
+        let shown = |child: &Child| {
+            let stalled = stuck && !child.state.is_over() && waiting.contains(&child.client);
+            ChildStatus {
+                id: child.id.clone(),
+                pid: child.pid,
+                state: if stalled { ChildState::Stalled } else { child.state },
+                error: child.error.clone().or_else(|| progress.last_error.clone().filter(|_| stalled)),
+            }
+        };
+        ForkStatus {
+            pack: self.pack.clone(),
+            bytes_fetched: progress.bytes_fetched,
+            bytes_total: progress.bytes_total,
+            children: self.children().iter().map(shown).collect(),
+        }
+    }
+
+    /// Reads the children's reports until all are over.
+    fn follow(&self) {
+        let timeout = Timespec { tv_sec: 0, tv_nsec: TICK.subsec_nanos().into() };
+        let mut open: Vec<usize> = (0..self.processes.len()).collect();
+        while !open.is_empty() {
+            let mut polled: Vec<_> =
+                open.iter().map(|at| PollFd::new(&self.processes[*at].channel, PollFlags::IN)).collect();
+            if rustix::event::poll(&mut polled, Some(&timeout)).is_err() {
+                continue;
+            }
+            let readable: Vec<_> = open
+                .iter()
+                .zip(&polled)
+                .filter(|(_, poll)| !poll.revents().is_empty())
+                .map(|(at, _)| *at)
+                .collect();
+            for at in readable {
+                match self.processes[at].channel.receive::<Report>() {
+                    Ok((report, fds)) => self.note(at, report, fds),
+                    Err(error) => {
+                        open.retain(|other| *other != at);
+                        self.finish(at, &error);
+                    }
+                }
+            }
+            self.end_children_without_memory();
+        }
+    }
+
+    fn note(&self, at: usize, report: Report, mut fds: Vec<OwnedFd>) {
+        let mut children = self.children();
+        let child = &mut children[at];
+        match report {
+            Report::Attached { bases } => {
+                if let (Some(pager), Some(uffd)) = (self.sandbox.pager(), fds.pop())
+                    && let Err(error) = pager.attach(child.client, uffd, bases)
+                {
+                    child.error = Some(chain(&error));
+                    self.processes[at].kill();
+                }
+            }
+            Report::Rang { ring, at_ns } => {
+                // The guest controls what it rings and how often: only the first of each kind counts.
+                let moment = Moment { at_ns, fetched: self.sandbox.progress().bytes_fetched };
+                match ring {
+                    Ring::Resumed => {
+                        child.first_instruction.get_or_insert(moment);
+                        child.state = child.state.max(ChildState::Running);
+                    }
+                    Ring::Ready => {
+                        child.ready.get_or_insert(moment);
+                        child.state = child.state.max(ChildState::Ready);
+                    }
+                    Ring::SnapshotHere | Ring::Booted => {}
+                }
+            }
+            // A fork is not asked for snapshots; its machine waits for an order that never comes.
+            Report::Snapshot => self.processes[at].kill(),
+            Report::Ended => child.state = child.state.max(ChildState::Ended),
+            Report::Failed { error } => {
+                child.error = Some(error);
+                child.state = child.state.max(ChildState::Failed);
+            }
+        }
+    }
+
+    fn finish(&self, at: usize, error: &ChannelError) {
+        let mut children = self.children();
+        let child = &mut children[at];
+        if let Some(pager) = self.sandbox.pager() {
+            pager.detach(child.client);
+        }
+        if !child.state.is_over() {
+            let gone = matches!(error, ChannelError::Closed);
+            let why = if gone { "its process was killed".to_owned() } else { chain(error) };
+            child.error.get_or_insert(why);
+            child.state = ChildState::Failed;
+            // What it says cannot be understood: it is not to be trusted any further.
+            self.processes[at].kill();
+        }
+    }
+
+    /// Children that wait for a chunk which will not come would sleep forever.
+    fn end_children_without_memory(&self) {
+        let unavailable = self.sandbox.take_unavailable();
+        let (Some(first), Some(pager)) = (unavailable.first(), self.sandbox.pager()) else { return };
+        let waiting = pager.waiting_clients();
+        let name = Sandbox::image_name(first.chunk.image);
+        let mut children = self.children();
+        for (child, process) in children.iter_mut().zip(&self.processes) {
+            if waiting.contains(&child.client) && !child.state.is_over() {
+                let error = format!("chunk {} of {name} cannot be had: {}", first.chunk.chunk, first.error);
+                child.error = Some(error);
+                child.state = ChildState::Failed;
+                process.kill();
+            }
+        }
+    }
+
+    fn serve_control(&self, listener: &UnixListener) {
+        for stream in listener.incoming() {
+            let Ok(stream) = stream else { return };
+            self.run_dir.answer(stream, || self.status(), |id| self.kill(id));
+        }
+    }
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        self.kill(None);
+        self.remove_run_dir();
+    }
+}
+
+fn spawn(
+    run_dir: &RunDir,
+    zygote: &Zygote,
+    sandbox: &Sandbox,
+    id: &str,
+    number: u64,
+) -> Result<(MachineProcess, PathBuf), ForkError> {
+    let failed = |operation, path: &Path| {
+        let path = path.to_owned();
+        move |source| ForkError::File { operation, path, source }
+    };
+    let socket = run_dir.socket(id);
+    let vsock = UnixListener::bind(&socket).map_err(failed("binding", &socket))?;
+    let console_path = run_dir.console(id);
+    let console = File::create(&console_path).map_err(failed("creating", &console_path))?;
+    let spec = MachineSpec {
+        layout: sandbox.configuration().layout,
+        kind: KvmKind::detect(),
+        record: generation(id, number)?.encode()?.to_vec(),
+        start: sandbox.start(),
+    };
+    let files = MachineFiles {
+        images: sandbox.images(),
+        start: sandbox.vmstate(),
+        console: console.as_fd(),
+        vsock: vsock.as_fd(),
+    };
+    Ok((zygote.spawn(&spec, &files)?, socket))
+}
+
+/// What makes this child different from its siblings.
+fn generation(id: &str, number: u64) -> Result<Generation, ForkError> {
+    let mut entropy = [0; 64];
+    let mut machine_id = [0; 16];
+    let mut random = File::open("/dev/urandom").map_err(ForkError::Entropy)?;
+    random
+        .read_exact(&mut entropy)
+        .and_then(|()| random.read_exact(&mut machine_id))
+        .map_err(ForkError::Entropy)?;
+    let unix_time_ns =
+        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+    Ok(Generation { generation: number, unix_time_ns, entropy, hostname: format!("forkd-{id}"), machine_id })
+}
+
+/// Milliseconds from `start_ns` to `at_ns`, both on CLOCK_MONOTONIC.
+pub fn milliseconds_since(start_ns: u64, at_ns: u64) -> f64 {
+    at_ns.saturating_sub(start_ns) as f64 / 1e6
+}
+
+/// When this process started, on CLOCK_MONOTONIC, ns: now less the CPU time it has used, which is right as long as
+/// it has not waited for anything. Call it first thing.
+pub fn process_start_ns() -> u64 {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    monotonic_ns().saturating_sub(used.tv_sec as u64 * 1_000_000_000 + used.tv_nsec as u64)
+}

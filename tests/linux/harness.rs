@@ -1,0 +1,226 @@
+//! A hub with the real pack, directories of the test's own, and forkd run as a user does.
+
+use serde_json::Value;
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+const FORKD: &str = env!("CARGO_BIN_EXE_forkd");
+const PACK: &str = "python-numpy.forkd-snapshot.tar.zst";
+
+/// The directories of one test.
+pub struct Bed {
+    dir: TempDir,
+    data: PathBuf,
+}
+
+/// What forkd said.
+pub struct Said(Output);
+
+impl Said {
+    /// Its stdout; the test fails when forkd did.
+    pub fn success(self) -> String {
+        let text = String::from_utf8_lossy(&self.0.stderr).into_owned();
+        assert!(self.0.status.success(), "forkd failed: {text}");
+        String::from_utf8(self.0.stdout).unwrap()
+    }
+
+    /// Everything it printed; the test fails when forkd did not.
+    pub fn failure(self) -> String {
+        assert!(!self.0.status.success(), "forkd succeeded");
+        self.both().1
+    }
+
+    /// Exit code, and everything it printed.
+    pub fn both(self) -> (Option<i32>, String) {
+        let text = [self.0.stdout, self.0.stderr].concat();
+        (self.0.status.code(), String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+impl Bed {
+    /// Fresh directories; the snapshot is the one `make machine` built.
+    pub fn new() -> Bed {
+        let base = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from).or_else(|| {
+            std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share"))
+        });
+        let data = base.expect("HOME is set");
+        let manifest = data.join("forkd/snapshots/python-numpy/manifest.toml");
+        assert!(manifest.exists(), "{} is missing: run `make machine` first", manifest.display());
+        Bed { dir: tempfile::tempdir().unwrap(), data }
+    }
+
+    /// A path in the test's own directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// forkd, set up to use this test's directories and hub.
+    pub fn command(&self, hub: &Hub) -> Command {
+        let mut command = Command::new(FORKD);
+        command
+            .env("XDG_DATA_HOME", &self.data)
+            .env("XDG_CACHE_HOME", self.path("cache"))
+            .env("XDG_RUNTIME_DIR", self.path("run"))
+            .env("FORKD_HUB_URL", &hub.url)
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// Runs forkd to its end.
+    pub fn run(&self, hub: &Hub, arguments: &[&str]) -> Said {
+        Said(self.command(hub).args(arguments).output().unwrap())
+    }
+
+    /// Runs forkd, which must succeed, and reads its one JSON document.
+    pub fn json(&self, hub: &Hub, arguments: &[&str]) -> Value {
+        let output = self.command(hub).arg("--json").args(arguments).output().unwrap();
+        let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "forkd {arguments:?} failed: {stdout}{stderr}");
+        serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {stdout}"))
+    }
+
+    /// Whether a fork has left its directory.
+    pub fn has_run_dirs(&self) -> bool {
+        fs::read_dir(self.path("run/forkd/forks")).is_ok_and(|entries| entries.count() > 0)
+    }
+
+    /// The test fails when a machine lives on or a directory is left.
+    pub fn assert_nothing_left(&self, pids: impl Iterator<Item = i64>) {
+        for pid in pids {
+            assert!(wait_until(Duration::from_secs(5), || !alive(pid)), "machine {pid} lives on");
+        }
+        assert!(!self.has_run_dirs(), "a run directory is left");
+    }
+}
+
+/// Whether a process exists and is no zombie.
+pub fn alive(pid: i64) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
+}
+
+/// Looks every 50 ms.
+pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    while Instant::now() < deadline {
+        if condition() {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    condition()
+}
+
+/// Whether no value comes twice.
+pub fn distinct<'a>(values: impl Iterator<Item = &'a Value>) -> bool {
+    let mut seen: Vec<_> = values.map(Value::to_string).collect();
+    let count = seen.len();
+    seen.sort();
+    seen.dedup();
+    seen.len() == count
+}
+
+/// A `forkd hub serve` of this test.
+pub struct Hub {
+    /// Its address.
+    pub url: String,
+    dir: PathBuf,
+    arguments: Vec<String>,
+    server: Option<Child>,
+}
+
+impl Hub {
+    /// Serves the pack.
+    pub fn serve(bed: &Bed, arguments: &[&str]) -> Hub {
+        Hub::serve_with(bed, arguments, |_| {})
+    }
+
+    /// Serves the pack after `change` has had its way with it, the registry still being that of the good one.
+    pub fn serve_with(bed: &Bed, arguments: &[&str], change: impl FnOnce(&mut Vec<u8>)) -> Hub {
+        let dir = bed.path("hub");
+        let packed = packed(bed);
+        let published = Command::new(FORKD)
+            .args(["hub", "publish", packed.to_str().unwrap(), "--name", "deeplethe/python-numpy", "--hub"])
+            .arg(&dir)
+            .output()
+            .unwrap();
+        assert!(published.status.success(), "{}", String::from_utf8_lossy(&published.stderr));
+        let entry = fs::read_dir(&dir).unwrap().flatten().find(|entry| entry.path().extension() == Some("zst".as_ref()));
+        let pack = entry.expect("publish copies the pack").path();
+        let good = fs::read(&pack).unwrap();
+        let mut bytes = good.clone();
+        change(&mut bytes);
+        if bytes != good {
+            // Never through a hard link to the shared pack.
+            fs::remove_file(&pack).unwrap();
+            fs::write(&pack, bytes).unwrap();
+        }
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        Hub { url: "127.0.0.1:0".to_owned(), dir, arguments, server: None }.start()
+    }
+
+    fn start(mut self) -> Hub {
+        let listen = self.url.trim_start_matches("http://").trim_end_matches('/').to_owned();
+        let mut server = Command::new(FORKD)
+            .args(["hub", "serve", self.dir.to_str().unwrap(), "--listen", &listen])
+            .args(&self.arguments)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        self.url = line.trim().strip_prefix("listening on ").expect("the server says where it listens").to_owned();
+        self.server = Some(server);
+        self
+    }
+
+    /// Ends the server as a crash would.
+    pub fn stop(mut self) -> Hub {
+        self.end();
+        self
+    }
+
+    /// Serves again at the same address.
+    pub fn start_again(self) -> Hub {
+        self.start()
+    }
+
+    fn end(&mut self) {
+        if let Some(mut server) = self.server.take() {
+            let _ = server.kill();
+            let _ = server.wait();
+        }
+    }
+}
+
+impl Drop for Hub {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// The snapshot as a pack, made once for all tests of a build and again when the snapshot changes.
+fn packed(bed: &Bed) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let pack = dir.join(PACK);
+    let snapshot = bed.data.join("forkd/snapshots/python-numpy/manifest.toml");
+    let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+    if modified(&pack) < modified(&snapshot) || modified(&pack).is_none() {
+        let made = bed.path(PACK);
+        let output = Command::new(FORKD)
+            .env("XDG_DATA_HOME", &bed.data)
+            .args(["pack", "--tag", "python-numpy", "--out"])
+            .arg(&made)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let staged = dir.join(format!("{PACK}.{}", std::process::id()));
+        fs::copy(&made, &staged).unwrap();
+        fs::rename(&staged, &pack).unwrap();
+    }
+    pack
+}
