@@ -11,7 +11,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use forkd_guest::protocol::{MachineFile, PORT};
+use forkd_guest::protocol::{MachineFile, PORT, WARM_PARAMETER, WarmCommand};
 
 use agent::init::{self, MACHINE_FILE};
 use agent::machine::{Machine, give_up};
@@ -69,10 +69,16 @@ fn run_as_init() -> ! {
     if let Err(error) = init::set_up_root() {
         give_up(&format!("cannot {error}"));
     }
-    let machine_file = match init::read_machine_file(Path::new(MACHINE_FILE)) {
+    let mut machine_file = match init::read_machine_file(Path::new(MACHINE_FILE)) {
         Ok(machine_file) => machine_file,
         Err(error) => give_up(&error.to_string()),
     };
+    if let Ok(parameter) = std::env::var(WARM_PARAMETER) {
+        match WarmCommand::from_parameter(&parameter) {
+            Some(warm) => machine_file.warm = Some(warm),
+            None => give_up("cannot read the warm command on the kernel's command line"),
+        }
+    }
     match start_machine(&machine_file) {
         Ok(mut agent) => give_up(&format!("cannot wait for requests: {}", agent.run())),
         Err(error) => give_up(&format!("cannot start the agent: {error}")),

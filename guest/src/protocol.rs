@@ -369,9 +369,42 @@ pub struct WarmCommand {
     pub cwd: Option<String>,
 }
 
+/// Kernel parameter that overrides the machine file's warm command; the kernel hands it to PID 1 as environment.
+pub const WARM_PARAMETER: &str = "FORKD_WARM";
+
+impl WarmCommand {
+    /// The value of [`WARM_PARAMETER`]: JSON in hexadecimal, so that no shell or kernel rule of quoting applies.
+    ///
+    /// # Errors
+    /// When it does not encode.
+    pub fn to_parameter(&self) -> Result<String, serde_json::Error> {
+        Ok(serde_json::to_vec(self)?.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// Reads what [`WarmCommand::to_parameter`] wrote; `None` when it is something else.
+    #[must_use]
+    pub fn from_parameter(text: &str) -> Option<Self> {
+        let digits = text.as_bytes();
+        let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+        let json: Vec<u8> = digits.chunks(2).map(byte).collect::<Option<_>>()?;
+        serde_json::from_slice(&json).ok()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn warm_commands_survive_the_kernel_command_line() {
+        let warm = WarmCommand { argv: vec!["sh".into(), "-c".into(), "echo \"a b\" é".into()], ..Default::default() };
+        let parameter = warm.to_parameter().unwrap();
+        assert!(parameter.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        assert_eq!(WarmCommand::from_parameter(&parameter), Some(warm));
+        for bad in ["", "7", "zz", "7b", "é"] {
+            assert_eq!(WarmCommand::from_parameter(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn frames_survive_the_round_trip() {
