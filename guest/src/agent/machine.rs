@@ -2,10 +2,10 @@
 //!
 //! Only the agent's loop uses this. In tests, where the agent is an ordinary process, there is no [`Machine`].
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, symlink};
 use std::thread;
 use std::time::Duration;
 
@@ -17,8 +17,13 @@ use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use super::sys::{self, Ports};
 
-const HOSTNAME_FILE: &str = "/etc/hostname";
-const MACHINE_ID_FILE: &str = "/etc/machine-id";
+/// A plain tmpfs file, because writing through the overlay costs ten times as much; `/etc/machine-id` leads here.
+const MACHINE_ID_FILE: &str = "/run/machine-id";
+/// What programs read, and where it leads: the host name is the kernel's own, so a copy need not write it to a file.
+const LINKS: [(&str, &str); 2] =
+    [("/etc/hostname", "/proc/sys/kernel/hostname"), ("/etc/machine-id", MACHINE_ID_FILE)];
+/// How a record's entropy is shared out: this much for the kernel, the rest for the warm worker.
+const KERNEL_ENTROPY: usize = ENTROPY_LEN / 2;
 /// Before a snapshot, for the kernel's own work (closing connections, freeing memory) to come to rest, so that no copy
 /// starts with the remains of it.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -26,7 +31,6 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// What the resumed work needs, opened beforehand: a path lookup costs milliseconds on kvm_pvm.
 pub struct Machine {
     urandom: File,
-    hostname: File,
     machine_id: File,
     generation: u64,
 }
@@ -35,12 +39,13 @@ impl Machine {
     /// Opens everything and gives the machine its first identity.
     pub fn new(hostname: &str) -> io::Result<Self> {
         let urandom = OpenOptions::new().write(true).open("/dev/urandom")?;
-        let machine = Self {
-            urandom,
-            hostname: overwrite(HOSTNAME_FILE)?,
-            machine_id: overwrite(MACHINE_ID_FILE)?,
-            generation: 0,
-        };
+        for (link, to) in LINKS {
+            match fs::remove_file(link) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => symlink(to, link)?,
+            }
+        }
+        let machine = Self { urandom, machine_id: overwrite(MACHINE_ID_FILE)?, generation: 0 };
         let mut machine_id = [0; 16];
         getrandom(&mut machine_id, GetRandomFlags::empty())?;
         machine.set_names(hostname, &machine_id)?;
@@ -64,8 +69,7 @@ impl Machine {
     ///
     /// In a copy, `tell_worker` is called with a seed in hexadecimal, different in every copy, before "ready" is rung.
     pub fn snapshot(&mut self, tell_worker: impl FnOnce(&str)) -> io::Result<()> {
-        // Somebody may have replaced the files since boot.
-        self.hostname = overwrite(HOSTNAME_FILE)?;
+        // Somebody may have replaced the file since boot.
         self.machine_id = overwrite(MACHINE_ID_FILE)?;
         self.rehearse()?;
         rustix::fs::sync();
@@ -78,11 +82,8 @@ impl Machine {
         // In every copy each instruction from here on is on the way to its first answer.
         match Generation::decode(&ports.read_record()) {
             Ok(record) if record.generation != 0 => {
-                self.become_copy(&record, 8 * ENTROPY_LEN as i32);
-                let mut seed = [0; 32];
-                if getrandom(&mut seed, GetRandomFlags::empty()).is_ok() {
-                    tell_worker(&hex(&seed));
-                }
+                self.become_copy(&record, true);
+                tell_worker(&hex(&record.entropy[KERNEL_ENTROPY..]));
                 ports.ring(Command::Ready);
             }
             // The original, going on; or no doorbell, so no snapshot was taken either.
@@ -93,9 +94,11 @@ impl Machine {
 
     /// Takes on the identity in the record. Each step is tried whatever became of the one before: a copy with an old
     /// name but fresh entropy is better than one with neither.
-    fn become_copy(&mut self, record: &Generation, entropy_bits: i32) {
+    fn become_copy(&mut self, record: &Generation, credit: bool) {
         self.generation = record.generation;
-        let entropy = sys::add_entropy(self.urandom.as_fd(), &record.entropy, entropy_bits);
+        let mut entropy = [0; KERNEL_ENTROPY];
+        entropy.copy_from_slice(&record.entropy[..KERNEL_ENTROPY]);
+        let entropy = sys::add_entropy(self.urandom.as_fd(), &entropy, credit);
         let seconds = i64::try_from(record.unix_time_ns / 1_000_000_000).unwrap_or(i64::MAX);
         let time = Timespec { tv_sec: seconds, tv_nsec: (record.unix_time_ns % 1_000_000_000) as _ };
         let clock = clock_settime(ClockId::Realtime, time).map_err(io::Error::from);
@@ -120,10 +123,8 @@ impl Machine {
         if let Ok(bytes) = present.encode()
             && let Ok(record) = Generation::decode(&bytes)
         {
-            self.become_copy(&record, 0);
+            self.become_copy(&record, false);
         }
-        let mut seed = [0; 32];
-        getrandom(&mut seed, GetRandomFlags::empty())?;
         Ok(())
     }
 
@@ -131,9 +132,6 @@ impl Machine {
     fn set_names(&self, hostname: &str, machine_id: &[u8; 16]) -> io::Result<()> {
         if !hostname.is_empty() {
             sethostname(hostname.as_bytes())?;
-            let line = format!("{hostname}\n");
-            self.hostname.write_all_at(line.as_bytes(), 0)?;
-            self.hostname.set_len(line.len() as u64)?;
         }
         if *machine_id != [0; 16] {
             let mut line = hex(machine_id);

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use forkd_guest::doorbell::{COMMAND_PORT, Command, DATA_PORT, FIRST_PORT, PORT_COUNT};
-use forkd_guest::generation::{ENTROPY_LEN, RECORD_LEN};
+use forkd_guest::generation::RECORD_LEN;
 
 /// `RNDADDENTROPY` of linux/random.h: `_IOW('R', 3, int[2])`.
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
@@ -90,16 +90,21 @@ pub fn keep_freed_memory() {
     }
 }
 
-/// Mixes `entropy` into the kernel's pool, credits `bits`, and makes the generator use it now.
-pub fn add_entropy(urandom: BorrowedFd<'_>, entropy: &[u8; ENTROPY_LEN], bits: i32) -> io::Result<()> {
-    /// `struct rand_pool_info` of linux/random.h with room for one record's entropy.
+/// Mixes `entropy` into the kernel's pool, credited or not, and makes the generator use it now.
+pub fn add_entropy<const N: usize>(
+    urandom: BorrowedFd<'_>,
+    entropy: &[u8; N],
+    credit: bool,
+) -> io::Result<()> {
+    /// `struct rand_pool_info` of linux/random.h with room for what is added.
     #[repr(C)]
-    struct PoolInfo {
+    struct PoolInfo<const N: usize> {
         entropy_count: libc::c_int,
         buf_size: libc::c_int,
-        buf: [u8; ENTROPY_LEN],
+        buf: [u8; N],
     }
-    let info = PoolInfo { entropy_count: bits, buf_size: ENTROPY_LEN as libc::c_int, buf: *entropy };
+    let len = N as libc::c_int;
+    let info = PoolInfo { entropy_count: if credit { 8 * len } else { 0 }, buf_size: len, buf: *entropy };
     // SAFETY: RNDADDENTROPY reads the two ints and then `buf_size` bytes, all inside `info`; RNDRESEEDCRNG takes none.
     unsafe {
         check(libc::ioctl(urandom.as_raw_fd(), RNDADDENTROPY, &raw const info))?;
@@ -222,6 +227,16 @@ pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
     };
     spawn_result(code)?;
     Ok(pid)
+}
+
+/// Lets a process not take the processor from whoever wakes it (`SCHED_BATCH`).
+pub fn let_wakers_go_on(pid: i32) -> io::Result<()> {
+    // SAFETY: sched_param is plain old data for which all zeros is a value, the one this policy wants; it is only read.
+    check(unsafe {
+        let parameters: libc::sched_param = std::mem::zeroed();
+        libc::sched_setscheduler(pid, libc::SCHED_BATCH, &raw const parameters)
+    })
+    .map(drop)
 }
 
 /// posix_spawn and its relatives return the error number instead of setting `errno`.

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::process::{Child, Command, Spawner, exit_text, kill_group, readable_bytes};
+use super::sys::let_wakers_go_on;
 
 /// Longest line a worker may write: its answer must fit a frame, with the response's own few bytes.
 const LINE_LIMIT: usize = MAX_PAYLOAD - 256;
@@ -93,6 +94,8 @@ impl Worker {
         let mut worker = Self::none();
         match spawner.start(&command, true) {
             Ok(child) => {
+                // So that the agent, waking it with news in a copy, first says that it is ready. Without, all works.
+                let _ = let_wakers_go_on(child.pid);
                 worker.state = WorkerState::Starting;
                 worker.child = Some(WorkerChild::new(child));
             }
