@@ -25,7 +25,7 @@ mod flight;
 mod open;
 mod run;
 
-pub use error::{Failure, OpenError, ReadError};
+pub use error::{OpenError, ReadError};
 use flight::{Entry, Flights, Lead, Waiter};
 
 /// How long a demand read waits for a prefetch that is fetching its chunk before it asks for it itself.

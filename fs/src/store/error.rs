@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::digest::Digest;
 use crate::index::IndexError;
 use crate::manifest::ManifestError;
-use crate::source::{HttpError, SourceError};
+use crate::source::SourceError;
 
 /// Why a pack could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -132,33 +132,4 @@ pub enum ReadError {
     /// The runtime is shutting down.
     #[error("the read was abandoned because forkd is stopping")]
     Stopped,
-}
-
-/// What kind of failure a read met: what a file system tells its callers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Failure {
-    /// The pack on the server is not the one that was opened (ESTALE).
-    Replaced,
-    /// The server denies access (EACCES).
-    Denied,
-    /// There is no such file or chunk (ENOENT).
-    Missing,
-    /// Anything else (EIO).
-    Io,
-}
-
-impl ReadError {
-    /// What kind of failure this is.
-    pub fn failure(&self) -> Failure {
-        match self {
-            Self::Source { source, .. } => match &**source {
-                SourceError::Http(HttpError::Replaced { .. }) => Failure::Replaced,
-                SourceError::Http(HttpError::Denied { .. }) => Failure::Denied,
-                SourceError::Http(_) | SourceError::File(_) => Failure::Io,
-            },
-            Self::NoSuchFile { .. } | Self::NoSuchChunk { .. } => Failure::Missing,
-            Self::Corrupt { .. } | Self::Decode { .. } | Self::TooLarge { .. } => Failure::Io,
-            Self::Manifest(_) | Self::Stopped => Failure::Io,
-        }
-    }
 }
