@@ -9,6 +9,7 @@
 pub mod cache;
 pub mod digest;
 pub mod format;
+pub mod fuse;
 pub mod index;
 pub mod legacy;
 pub mod manifest;
@@ -17,5 +18,6 @@ pub mod source;
 pub mod store;
 mod survey;
 pub mod trace;
+pub mod tree;
 pub mod unpack;
 pub mod writer;

@@ -1,0 +1,77 @@
+//! Which errno a failure becomes: the contract of the mount, in one exhaustive table.
+//!
+//! | failure | errno |
+//! |---|---|
+//! | retries exhausted, bytes corrupt, the pack malformed | EIO |
+//! | the object was replaced or vanished since it was opened | ESTALE |
+//! | the hub or the file system denies access | EACCES |
+//! | the pack, or the name in it, does not exist | ENOENT |
+//! | a pack of the predecessor, which cannot be read in part | EOPNOTSUPP |
+
+use rustix::io::Errno;
+
+use crate::source::{FileError, HttpError, SourceError};
+use crate::store::{OpenError, ReadError};
+
+/// The errno for a pack that cannot be opened.
+pub fn of_open_error(error: &OpenError) -> Errno {
+    match error {
+        OpenError::Source { source, .. } => of_source_error(source, Errno::NOENT),
+        OpenError::Legacy { .. } => Errno::OPNOTSUPP,
+        OpenError::Truncated { .. }
+        | OpenError::NotAPack { .. }
+        | OpenError::IndexDigest { .. }
+        | OpenError::Index { .. } => Errno::IO,
+    }
+}
+
+/// The errno for bytes of an opened pack that cannot be had.
+pub fn of_read_error(error: &ReadError) -> Errno {
+    match error {
+        ReadError::Source { source, .. } => of_source_error(source, Errno::STALE),
+        ReadError::NoSuchFile { .. } => Errno::NOENT,
+        ReadError::TooLarge { .. } => Errno::FBIG,
+        ReadError::Corrupt { .. }
+        | ReadError::Decode { .. }
+        | ReadError::NoSuchChunk { .. }
+        | ReadError::Manifest(_)
+        | ReadError::Stopped => Errno::IO,
+    }
+}
+
+/// `missing`: what it means that the object is not there.
+fn of_source_error(error: &SourceError, missing: Errno) -> Errno {
+    match error {
+        SourceError::Http(error) => of_http_error(error, missing),
+        SourceError::File(FileError::Open { source, .. }) => match source.kind() {
+            std::io::ErrorKind::NotFound => missing,
+            std::io::ErrorKind::PermissionDenied => Errno::ACCESS,
+            _ => Errno::IO,
+        },
+        SourceError::File(FileError::NotAFile { .. } | FileError::Read { .. }) => Errno::IO,
+    }
+}
+
+fn of_http_error(error: &HttpError, missing: Errno) -> Errno {
+    match error {
+        HttpError::Denied { .. } => Errno::ACCESS,
+        HttpError::NotFound { .. } => missing,
+        HttpError::Replaced { .. } => Errno::STALE,
+        HttpError::Url { .. }
+        | HttpError::Client(_)
+        | HttpError::Connect { .. }
+        | HttpError::Transfer { .. }
+        | HttpError::Stalled { .. }
+        | HttpError::TooSlow { .. }
+        | HttpError::Busy { .. }
+        | HttpError::Status { .. }
+        | HttpError::NoRanges { .. }
+        | HttpError::WrongRange { .. }
+        | HttpError::BodyLength { .. }
+        | HttpError::Encoded { .. }
+        | HttpError::OutOfRange { .. }
+        | HttpError::TooLong { .. }
+        | HttpError::Redirects { .. }
+        | HttpError::Deadline { .. } => Errno::IO,
+    }
+}

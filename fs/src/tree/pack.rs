@@ -1,0 +1,289 @@
+//! The part of the tree below one VERSION: the pack's members, and the reports about it.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::time::{Duration, SystemTime};
+
+use bytes::Bytes;
+use rustix::io::Errno;
+use serde::Serialize;
+use tokio::sync::OnceCell;
+
+use super::errno::{of_open_error, of_read_error};
+use super::{Attributes, Entry, IMMUTABLE, Inode, Kind, LISTING, Listing, Opened};
+use crate::index::{ChunkId, FileId, Index};
+use crate::store::{PackLocation, Store, StoreOptions};
+
+/// The version's directory.
+const DIRECTORY: u32 = 0;
+/// `.forkd` in it.
+const REPORTS: u32 = 1;
+/// `.forkd/stats.json`.
+const STATS: u32 = 2;
+/// `.forkd/blocks`.
+const BLOCKS: u32 = 3;
+/// The first member; the others follow in the pack's order.
+const FIRST_MEMBER: u32 = 16;
+
+/// One pack in the tree, opened when first needed.
+#[derive(Debug)]
+pub(super) struct PackNode {
+    inode: Inode,
+    parent: Inode,
+    label: String,
+    location: PackLocation,
+    modified: SystemTime,
+    options: StoreOptions,
+    store: OnceCell<Arc<Store>>,
+    trouble: Mutex<Trouble>,
+}
+
+/// What went wrong so far, for the report.
+#[derive(Debug, Default, Clone, Serialize)]
+struct Trouble {
+    failed_reads: u64,
+    last_error: Option<String>,
+}
+
+/// `stats.json` of one pack.
+#[derive(Debug, Serialize)]
+pub(super) struct Stats {
+    name: String,
+    opened: bool,
+    bytes_total: Option<u64>,
+    bytes_fetched: u64,
+    requests: u64,
+    chunks_total: u32,
+    chunks_fetched: u32,
+    retrying_for_ms: Option<u64>,
+    retrying_because: Option<String>,
+    failed_reads: u64,
+    last_error: Option<String>,
+    files: Vec<FileReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct FileReport {
+    name: String,
+    size: u64,
+    chunks: u32,
+    stored_chunks: u32,
+    stored_bytes: u64,
+    fetched_chunks: u32,
+}
+
+impl PackNode {
+    pub(super) fn new(inode: Inode, parent: Inode, listing: &Listing, options: StoreOptions) -> PackNode {
+        PackNode {
+            inode,
+            parent,
+            label: format!("{}/{}/{}", listing.owner, listing.name, listing.version),
+            location: listing.location.clone(),
+            modified: listing.modified,
+            options,
+            store: OnceCell::new(),
+            trouble: Mutex::default(),
+        }
+    }
+
+    /// The store. Whoever comes first opens it, the others wait; a failure is tried again by the next one.
+    async fn store(&self) -> Result<&Arc<Store>, Errno> {
+        let open = || Store::open(self.location.clone(), self.options.clone());
+        self.store.get_or_try_init(open).await.map_err(|error| {
+            self.failed(&error);
+            of_open_error(&error)
+        })
+    }
+
+    fn failed(&self, error: &dyn std::error::Error) {
+        let text = chain(error);
+        tracing::warn!(pack = %self.label, error = %text, "a read failed");
+        let mut trouble = self.trouble.lock().expect("no panics while held");
+        trouble.failed_reads += 1;
+        trouble.last_error = Some(text);
+    }
+
+    pub(super) fn was_tried(&self) -> bool {
+        self.store.initialized() || self.trouble.lock().expect("no panics while held").failed_reads > 0
+    }
+
+    pub(super) fn pack_bytes(&self) -> Option<u64> {
+        self.store.get().map(|store| store.index().pack_size()).or(self.location.size)
+    }
+
+    fn at(&self, slot: u32) -> Inode {
+        self.inode | Inode::from(slot)
+    }
+
+    pub(super) async fn lookup(&self, slot: u32, name: &str) -> Result<Attributes, Errno> {
+        match (slot, name) {
+            (DIRECTORY, ".forkd") => self.attributes(REPORTS).await,
+            (DIRECTORY, _) => {
+                let file = self.store().await?.index().file(name).ok_or(Errno::NOENT)?;
+                self.attributes(slot_of(file)).await
+            }
+            (REPORTS, "stats.json") => self.attributes(STATS).await,
+            (REPORTS, "blocks") => self.attributes(BLOCKS).await,
+            (REPORTS, _) => Err(Errno::NOENT),
+            _ => Err(Errno::NOTDIR),
+        }
+    }
+
+    pub(super) async fn attributes(&self, slot: u32) -> Result<Attributes, Errno> {
+        let directory = |links| (Kind::Directory, 0, 0, links, LISTING);
+        let report =
+            |report: Bytes| (Kind::File, report.len() as u64, report.len() as u64, 1, Duration::ZERO);
+        let (kind, size, allocated, links, valid) = match slot {
+            DIRECTORY => directory(3),
+            REPORTS => directory(2),
+            STATS => report(as_json(&self.stats())),
+            BLOCKS => report(self.blocks()),
+            _ => {
+                let index = self.store().await?.index();
+                let (file, size) = member(index, slot)?;
+                let plain = u64::from(index.stats(file).stored_chunks) * u64::from(index.chunk_size());
+                (Kind::File, size, plain.min(size), 1, IMMUTABLE)
+            }
+        };
+        let inode = self.at(slot);
+        Ok(Attributes { inode, kind, size, allocated, links, modified: self.modified, valid })
+    }
+
+    /// The directory's parent and the names in it but for the dots.
+    pub(super) async fn entries(&self, slot: u32) -> Result<(Inode, Vec<Entry>), Errno> {
+        let file = |slot, name: &str| Entry { inode: self.at(slot), kind: Kind::File, name: name.to_owned() };
+        match slot {
+            DIRECTORY => {
+                let mut entries =
+                    vec![Entry { inode: self.at(REPORTS), kind: Kind::Directory, name: ".forkd".to_owned() }];
+                let index = self.store().await?.index();
+                entries.extend(index.files().map(|(id, entry)| file(slot_of(id), &entry.name)));
+                Ok((self.parent, entries))
+            }
+            REPORTS => Ok((self.inode, vec![file(STATS, "stats.json"), file(BLOCKS, "blocks")])),
+            _ => Err(Errno::NOTDIR),
+        }
+    }
+
+    pub(super) fn open(&self, slot: u32) -> Result<Opened, Errno> {
+        match slot {
+            DIRECTORY | REPORTS => Err(Errno::ISDIR),
+            STATS => Ok(Opened::Report(as_json(&self.stats()))),
+            BLOCKS => Ok(Opened::Report(self.blocks())),
+            _ => Ok(Opened::Immutable),
+        }
+    }
+
+    pub(super) async fn read(&self, slot: u32, offset: u64, len: u32) -> Result<Bytes, Errno> {
+        let store = self.store().await?;
+        let (file, size) = member(store.index(), slot)?;
+        let len = size.saturating_sub(offset).min(u64::from(len));
+        if len == 0 {
+            return Ok(Bytes::new());
+        }
+        store.read(file, offset, len).await.map_err(|error| {
+            self.failed(&error);
+            of_read_error(&error)
+        })
+    }
+
+    pub(super) async fn seek(&self, slot: u32, offset: u64, data: bool) -> Result<u64, Errno> {
+        let index = self.store().await?.index();
+        let (file, size) = member(index, slot)?;
+        if offset >= size {
+            return Err(Errno::NXIO);
+        }
+        let chunk_size = u64::from(index.chunk_size());
+        let first = (offset / chunk_size) as u32;
+        let found =
+            (first..index.chunk_count(file)).find(|&chunk| index.is_zero(ChunkId { file, chunk }) != data);
+        match found {
+            Some(chunk) => Ok(offset.max(u64::from(chunk) * chunk_size)),
+            None if data => Err(Errno::NXIO),
+            // Every file ends in a hole.
+            None => Ok(size),
+        }
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        let trouble = self.trouble.lock().expect("no panics while held").clone();
+        let store = self.store.get();
+        let progress = store.map(|store| store.progress()).unwrap_or_default();
+        let files = store.map_or_else(Vec::new, |store| {
+            let index = store.index();
+            index.files().map(|(id, entry)| file_report(store, id, &entry.name, entry.size)).collect()
+        });
+        Stats {
+            name: self.label.clone(),
+            opened: store.is_some(),
+            bytes_total: self.pack_bytes(),
+            bytes_fetched: progress.bytes_fetched,
+            requests: progress.requests,
+            chunks_total: progress.chunks_total,
+            chunks_fetched: progress.chunks_fetched,
+            retrying_for_ms: progress.retrying_since.map(|since| since.elapsed().as_millis() as u64),
+            retrying_because: progress.last_error,
+            failed_reads: trouble.failed_reads,
+            last_error: trouble.last_error,
+            files,
+        }
+    }
+
+    /// One line a file: its name, then one character a chunk: `0` zero, `#` fetched, `.` not fetched.
+    fn blocks(&self) -> Bytes {
+        let Some(store) = self.store.get() else { return Bytes::new() };
+        let index = store.index();
+        let mut text = String::new();
+        for (file, entry) in index.files() {
+            let _ = write!(text, "{} ", entry.name);
+            let chunks = (0..index.chunk_count(file)).map(|chunk| ChunkId { file, chunk });
+            text.extend(chunks.map(|id| match (index.is_zero(id), store.is_fetched(id)) {
+                (true, _) => '0',
+                (false, true) => '#',
+                (false, false) => '.',
+            }));
+            text.push('\n');
+        }
+        text.into()
+    }
+}
+
+fn file_report(store: &Arc<Store>, file: FileId, name: &str, size: u64) -> FileReport {
+    let (index, stats) = (store.index(), store.index().stats(file));
+    let fetched = index.stored_chunks(file).filter(|&(id, _)| store.is_fetched(id)).count();
+    FileReport {
+        name: name.to_owned(),
+        size,
+        chunks: stats.chunks,
+        stored_chunks: stats.stored_chunks,
+        stored_bytes: stats.stored_bytes,
+        fetched_chunks: fetched as u32,
+    }
+}
+
+fn slot_of(file: FileId) -> u32 {
+    FIRST_MEMBER + file.0
+}
+
+/// The member behind a slot and its size.
+fn member(index: &Index, slot: u32) -> Result<(FileId, u64), Errno> {
+    let file = FileId(slot.checked_sub(FIRST_MEMBER).ok_or(Errno::ISDIR)?);
+    Ok((file, index.entry(file).ok_or(Errno::STALE)?.size))
+}
+
+pub(super) fn as_json(report: &impl Serialize) -> Bytes {
+    let mut text = serde_json::to_vec_pretty(report).unwrap_or_default();
+    text.push(b'\n');
+    text.into()
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let _ = write!(text, ": {cause}");
+        next = cause.source();
+    }
+    text
+}
