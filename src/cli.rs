@@ -197,7 +197,7 @@ pub struct PackArgs {
     /// What the root disk was made from, for the record
     #[arg(long, value_name = "NAME", default_value = "")]
     pub base_image: String,
-    /// Plain bytes per chunk: a power of two from 4 KiB to 16 MiB
+    /// Plain bytes per chunk: a power of two from 64 KiB to 4 MiB
     #[arg(long, value_name = "SIZE", default_value = "256KiB", value_parser = units::parse_size)]
     pub chunk: u64,
     /// zstd level
@@ -321,6 +321,9 @@ pub struct MountArgs {
     /// The cache.
     #[command(flatten)]
     pub cache: CacheArgs,
+    /// How long a read may be retried before the reader gets an I/O error
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::parse_duration)]
+    pub deadline: Duration,
     /// Stay in the foreground and log to stderr
     #[arg(long)]
     pub foreground: bool,

@@ -8,11 +8,28 @@ use std::error::Error;
 use std::io::Write;
 use std::process::ExitCode;
 
+use forkd_fs::store::{OpenError, ReadError};
 use serde::Serialize;
 
+mod machine;
+mod packs;
+
+use crate::commands::build::BuildCommandError;
+use crate::commands::children::ChildrenError;
+use crate::commands::fork::ForkCommandError;
+use crate::commands::mount::MountCommandError;
+use crate::commands::pack::PackError;
+use crate::commands::pull::PullError;
+use crate::commands::unpack::UnpackCommandError;
+use crate::hub::publish::PublishError;
+use crate::hub::serve::ServeError;
 use crate::kernel::KernelError;
 use crate::output::Output;
 use crate::paths::PathsError;
+use crate::recipe::RecipeError;
+use crate::registry::{InvalidReference, RegistryError};
+use crate::run_dir::RunDirError;
+use crate::snapshot::SnapshotError;
 
 /// What a command can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +43,51 @@ pub enum CommandError {
     /// The guest kernel.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// Children that run.
+    #[error(transparent)]
+    Children(#[from] ChildrenError),
+    /// Run directories.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// Building a snapshot.
+    #[error(transparent)]
+    Build(#[from] BuildCommandError),
+    /// Starting children.
+    #[error(transparent)]
+    Fork(#[from] ForkCommandError),
+    /// A local snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A text that names no package.
+    #[error(transparent)]
+    Reference(#[from] InvalidReference),
+    /// The hub's registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// A pack that cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A pack that cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    /// `forkd hub serve`.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// `forkd hub publish`.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// `forkd pack`.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// `forkd unpack`, and the second half of `forkd pull`.
+    #[error(transparent)]
+    Unpack(#[from] UnpackCommandError),
+    /// `forkd pull`.
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    /// `forkd mount` and `forkd umount`.
+    #[error(transparent)]
+    Mount(#[from] MountCommandError),
     /// The async runtime could not be started.
     #[error("the async runtime does not start")]
     Runtime(#[source] std::io::Error),
@@ -68,6 +130,21 @@ fn describe(error: &CommandError) -> Row {
         CommandError::NotBuilt(verb) => Row::failed("run", *verb),
         CommandError::Paths(error) => describe_paths(error),
         CommandError::Kernel(error) => describe_kernel(error),
+        CommandError::Children(error) => machine::children(error),
+        CommandError::RunDir(error) => machine::run_dir(error),
+        CommandError::Build(error) => machine::build(error),
+        CommandError::Fork(error) => machine::fork(error),
+        CommandError::Snapshot(error) => packs::snapshot(error),
+        CommandError::Reference(error) => packs::reference(error),
+        CommandError::Registry(error) => packs::registry(error),
+        CommandError::Open(error) => packs::open(error),
+        CommandError::Read(error) => packs::read(error),
+        CommandError::Serve(error) => packs::serve(error),
+        CommandError::Publish(error) => packs::publish(error),
+        CommandError::Pack(error) => packs::pack(error),
+        CommandError::Unpack(error) => packs::unpack(error),
+        CommandError::Pull(error) => packs::pull(error),
+        CommandError::Mount(error) => packs::mount(error),
         CommandError::Runtime(_) => {
             Row::failed("start", "threads").hint("check the process and thread limits (ulimit -u)")
         }
@@ -84,6 +161,24 @@ fn describe_paths(error: &PathsError) -> Row {
             Row::failed("use the run directory", "").hint("set XDG_RUNTIME_DIR to a directory of your own")
         }
         PathsError::Tag { .. } => Row::usage("name a snapshot", ""),
+    }
+}
+
+fn describe_recipe(error: &RecipeError) -> Row {
+    let row = Row::failed("build the root disk", "");
+    match error {
+        RecipeError::NotARecipe { .. } => {
+            Row::usage("read the recipe", "").hint("give a folder with a recipe.toml, such as recipes/python-numpy")
+        }
+        RecipeError::Syntax { .. } | RecipeError::Invalid { .. } => {
+            Row::usage("read the recipe", "").hint("recipes/python-numpy/recipe.toml is an example of every key")
+        }
+        RecipeError::NotRoot => row.hint("run it with sudo, or give a root disk to `forkd snapshot --rootfs`"),
+        RecipeError::Missing { packages } => row.hint(format!("as root: apt-get install {}", packages.join(" "))),
+        RecipeError::NoAgent { .. } | RecipeError::BadAgent { .. } => row.hint(
+            "build it with `make agent` (a static program for x86_64-unknown-linux-gnu), or name one in FORKD_AGENT",
+        ),
+        RecipeError::Tool { .. } | RecipeError::File { .. } => row,
     }
 }
 
@@ -146,7 +241,7 @@ pub fn report(error: &CommandError, output: &Output) -> ExitCode {
 }
 
 /// The error and its causes, outermost first, leaving out a cause whose text the one before already ends with.
-fn chain(error: &dyn Error) -> String {
+pub fn chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {

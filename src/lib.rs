@@ -7,12 +7,23 @@
 
 pub mod cli;
 pub mod commands;
+pub mod detach;
 pub mod error;
+pub mod hub;
 pub mod kernel;
+pub mod machine_build;
+pub mod mounts;
 pub mod output;
+pub mod packs;
 pub mod paths;
 pub mod progress;
 pub mod recipe;
+pub mod registry;
+pub mod run_dir;
+pub mod sandbox;
+pub mod snapshot;
+pub mod source;
+pub mod supervisor;
 pub mod tools;
 pub mod units;
 

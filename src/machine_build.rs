@@ -7,7 +7,7 @@ use crate::tools::{Interrupt, ToolError};
 use forkd_fs::trace::{PageRun, RegionTrace, Trace, TraceError};
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::generation::{Generation, GenerationError};
-use forkd_guest::protocol::{Answer, Status, WorkerState};
+use forkd_guest::protocol::{Answer, Status, WARM_PARAMETER, WarmCommand, WorkerState};
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
@@ -47,6 +47,8 @@ pub struct Request<'a> {
     pub root_disk: &'a Path,
     /// Guest RAM, MiB.
     pub memory_mib: u64,
+    /// Warm command instead of the root disk's own.
+    pub warm: Option<&'a WarmCommand>,
     /// How long the warm worker may take to be ready.
     pub ready_timeout: Duration,
     /// Code whose answer proves the warm state.
@@ -134,6 +136,9 @@ pub enum BuildError {
     /// The trace.
     #[error(transparent)]
     Trace(#[from] TraceError),
+    /// The warm command does not encode.
+    #[error("the warm command cannot be passed on")]
+    WarmCommand(#[source] serde_json::Error),
     /// Ctrl-C.
     #[error(transparent)]
     Interrupted(#[from] ToolError),
@@ -259,7 +264,7 @@ pub fn build(
     step(Step::Boot);
     let kernel = open(request.kernel)?;
     let record = Generation::original().encode()?.to_vec();
-    let spec = MachineSpec { layout, kind, record, start: Start::Boot { command_line: String::new() } };
+    let spec = MachineSpec { layout, kind, record, start: Start::Boot { command_line: command_line(request)? } };
     let machine = Rig::spawn(zygote, &spec, &images(&layout, &ram, &root_disk), &kernel, request.interrupt)?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
 
@@ -286,6 +291,12 @@ pub fn build(
     let path = into.join(snapshot::TRACE);
     std::fs::write(&path, trace).map_err(file_error("writing", &path))?;
     Ok(configuration)
+}
+
+fn command_line(request: &Request<'_>) -> Result<String, BuildError> {
+    let Some(warm) = request.warm else { return Ok(String::new()) };
+    let parameter = warm.to_parameter().map_err(BuildError::WarmCommand)?;
+    Ok(format!("{WARM_PARAMETER}={parameter}"))
 }
 
 fn open(path: &Path) -> Result<File, SnapshotError> {

@@ -28,8 +28,9 @@ impl Output {
     /// A closed stdout (`forkd images | head -1`) is not an error: the reader has what it wanted.
     pub fn report<T: Serialize>(&self, report: &T, text: impl FnOnce(&T) -> String) {
         let mut printed = if self.json {
-            serde_json::to_string_pretty(report)
-                .unwrap_or_else(|error| format!("{{\"error\":{{\"why\":\"{}\"}}}}", error.to_string().escape_default()))
+            serde_json::to_string_pretty(report).unwrap_or_else(|error| {
+                format!("{{\"error\":{{\"why\":\"{}\"}}}}", error.to_string().escape_default())
+            })
         } else {
             text(report)
         };
@@ -51,8 +52,9 @@ impl Output {
 /// Rows in aligned columns, the first row being the heading. Columns whose heading starts with `>` align right.
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
-    let right: Vec<bool> =
-        (0..columns).map(|c| rows.first().and_then(|r| r.get(c)).is_some_and(|h| h.starts_with('>'))).collect();
+    let right: Vec<bool> = (0..columns)
+        .map(|c| rows.first().and_then(|r| r.get(c)).is_some_and(|h| h.starts_with('>')))
+        .collect();
     let cell = |row: usize, column: usize| -> &str {
         let text = rows[row].get(column).map_or("", String::as_str);
         if row == 0 { text.strip_prefix('>').unwrap_or(text) } else { text }

@@ -97,11 +97,6 @@ impl Paths {
         self.data.join("kernels")
     }
 
-    /// Where verified chunks live, shared by all forkd processes of this user.
-    pub fn chunks(&self) -> PathBuf {
-        self.cache.join("chunks")
-    }
-
     /// Records of running mounts.
     pub fn mounts(&self) -> PathBuf {
         self.runtime.join("mounts")
@@ -114,7 +109,11 @@ impl Paths {
             let path = path.to_owned();
             move |source| PathsError::Directory { path, source }
         };
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.runtime).map_err(failed(&self.runtime))?;
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&self.runtime)
+            .map_err(failed(&self.runtime))?;
         let owner = std::fs::symlink_metadata(&self.runtime).map_err(failed(&self.runtime))?.uid();
         if owner != rustix::process::geteuid().as_raw() {
             return Err(PathsError::Foreign { path: self.runtime.clone(), owner });
@@ -149,7 +148,8 @@ mod tests {
 
     #[test]
     fn xdg_wins_over_home_and_relative_values_are_ignored() {
-        let paths = resolve(&[("HOME", "/h"), ("XDG_DATA_HOME", "/d"), ("XDG_CACHE_HOME", "rel")], 0).unwrap();
+        let paths =
+            resolve(&[("HOME", "/h"), ("XDG_DATA_HOME", "/d"), ("XDG_CACHE_HOME", "rel")], 0).unwrap();
         assert_eq!(paths.data, Path::new("/d/forkd"));
         assert_eq!(paths.cache, Path::new("/h/.cache/forkd"));
         assert_eq!(paths.runtime, Path::new("/run/forkd"));

@@ -34,12 +34,21 @@ impl Progress {
 
     fn with(output: &Output, what: &str, bar: ProgressBar, template: &str) -> Progress {
         let shown = !output.is_json() && std::io::stderr().is_terminal();
-        bar.set_draw_target(if shown { ProgressDrawTarget::stderr_with_hz(10) } else { ProgressDrawTarget::hidden() });
+        bar.set_draw_target(if shown {
+            ProgressDrawTarget::stderr_with_hz(10)
+        } else {
+            ProgressDrawTarget::hidden()
+        });
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
         bar.set_message(what.to_owned());
         Progress { bar }
+    }
+
+    /// Sets how much there is to do, when that is only known later.
+    pub fn limit(&self, total: u64) {
+        self.bar.set_length(total);
     }
 
     /// Sets how much is done.

@@ -7,7 +7,7 @@ use crate::snapshot::{self, CONFIGURATION_MAX, Configuration, SnapshotError, fil
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
 use forkd_fs::prefetch;
 use forkd_fs::source::Class;
-use forkd_fs::store::{ChunkData, Progress, ReadError, Store};
+use forkd_fs::store::{ChunkData, OnChunk, Progress, ReadError, Store};
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryError, create_image, longest_runs};
@@ -125,6 +125,19 @@ enum Images {
     Local { files: Vec<OwnedFd> },
 }
 
+/// Fetches until everything is there, or something is damaged.
+async fn fetch_all(store: &Arc<Store>, batches: &[Vec<PackChunk>], install: OnChunk<'_>) -> Result<(), ReadError> {
+    loop {
+        match store.fetch(batches, Class::Prefetch, install).await {
+            Err(error @ ReadError::Source { .. }) => {
+                tracing::warn!(error = crate::error::chain(&error), "fetching ahead is interrupted");
+                tokio::time::sleep(FILL_RETRY).await;
+            }
+            done => return done,
+        }
+    }
+}
+
 /// Something machines can be forked from.
 pub struct Sandbox {
     configuration: Configuration,
@@ -202,9 +215,12 @@ impl Sandbox {
         Ok(Sandbox { configuration, vmstate: vmstate_file, images, zero_runs, complete: false })
     }
 
-    /// Fills the images: first what the trace names, then the rest, and ends all watching when nothing is missing. Goes on
+    /// Fills the images: at once what the trace names, and after `rest_wanted` the rest; then ends all watching. Goes on
     /// trying as long as the network is away; ends early only when chunks are damaged.
-    pub fn fill(&self) -> impl Future<Output = Result<(), ReadError>> + Send + 'static {
+    pub fn fill(
+        &self,
+        rest_wanted: impl Future<Output = ()> + Send + 'static,
+    ) -> impl Future<Output = Result<(), ReadError>> + Send + 'static {
         let lazy = match &self.images {
             Images::Lazy { pager, pages, trace } => Some((pager.clone(), pages.clone(), trace.clone())),
             Images::Local { .. } => None,
@@ -212,8 +228,8 @@ impl Sandbox {
         async move {
             let Some((pager, pages, trace)) = lazy else { return Ok(()) };
             let index = pages.store.index();
-            let mut batches = prefetch::plan(index, &trace);
-            batches.push(prefetch::remaining(index, &batches));
+            let working_set = prefetch::plan(index, &trace);
+            let rest = vec![prefetch::remaining(index, &working_set)];
             let install = |chunk: PackChunk, data: ChunkData| {
                 let Some(id) = pages.image_chunk(chunk) else { return };
                 if !pages.is_zero(id)
@@ -222,16 +238,9 @@ impl Sandbox {
                     tracing::error!(?id, %error, "a fetched chunk could not be put in place");
                 }
             };
-            loop {
-                match pages.store.fetch(&batches, Class::Prefetch, &install).await {
-                    Ok(()) => break,
-                    Err(error @ ReadError::Source { .. }) => {
-                        tracing::warn!(error = crate::error::chain(&error), "fetching ahead is interrupted");
-                        tokio::time::sleep(FILL_RETRY).await;
-                    }
-                    Err(error) => return Err(error),
-                }
-            }
+            fetch_all(&pages.store, &working_set, &install).await?;
+            rest_wanted.await;
+            fetch_all(&pages.store, &rest, &install).await?;
             pager.complete(|id| pages.is_zero(id));
             Ok(())
         }

@@ -59,7 +59,11 @@ pub fn parse_size(text: &str) -> Result<u64, UnitError> {
         "gb" => 1e9,
         "tb" => 1e12,
         _ => {
-            return Err(UnitError::Unit { text: text.to_owned(), unit: unit.to_owned(), expected: SIZE_UNITS });
+            return Err(UnitError::Unit {
+                text: text.to_owned(),
+                unit: unit.to_owned(),
+                expected: SIZE_UNITS,
+            });
         }
     };
     scaled(text, number, factor)
@@ -84,7 +88,11 @@ pub fn parse_duration(text: &str) -> Result<Duration, UnitError> {
         "h" => 3600e9,
         "" if number == 0.0 => 1.0,
         _ => {
-            return Err(UnitError::Unit { text: text.to_owned(), unit: unit.to_owned(), expected: TIME_UNITS });
+            return Err(UnitError::Unit {
+                text: text.to_owned(),
+                unit: unit.to_owned(),
+                expected: TIME_UNITS,
+            });
         }
     };
     scaled(text, number, nanoseconds).map(Duration::from_nanos)

@@ -13,6 +13,7 @@ use crate::tools::Interrupt;
 use crate::units::show_size;
 use forkd_fs::format::PACK_VERSION;
 use forkd_fs::manifest::{self, Manifest, Requires};
+use forkd_guest::protocol::WarmCommand;
 use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
 use forkd_vmm::process::{SpawnError, Zygote};
 use serde::Serialize;
@@ -75,6 +76,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
     let paths = Paths::from_env()?;
     let recipe = Recipe::load(&args.recipe).map_err(BuildCommandError::from)?;
     let tag = args.tag.as_deref().unwrap_or(&recipe.name);
+    check_vcpus(recipe.vcpus)?;
     let zygote = start_zygote()?;
     let interrupt = Interrupt::watch();
     let draft = Draft::create(&paths, tag, args.force).map_err(BuildCommandError::from)?;
@@ -90,6 +92,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
         kernel: &kernel,
         root_disk: &root_disk,
         memory_mib: recipe.memory_mib.into(),
+        warm: None,
         ready_timeout: recipe.ready_timeout(),
         probe: recipe.probe.as_ref(),
         interrupt: &interrupt,
@@ -103,19 +106,30 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
 pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let started = Instant::now();
     let paths = Paths::from_env()?;
+    check_vcpus(args.vcpus)?;
     let zygote = start_zygote()?;
     let interrupt = Interrupt::watch();
     let draft = Draft::create(&paths, &args.tag, args.force).map_err(BuildCommandError::from)?;
+    let shell = |command: &String| WarmCommand {
+        argv: vec!["/bin/sh".to_owned(), "-c".to_owned(), command.clone()],
+        ..WarmCommand::default()
+    };
+    let warm = args.warm.as_ref().map(shell);
     let request = Request {
         kernel: &args.kernel,
         root_disk: &args.rootfs,
         memory_mib: args.memory.into(),
+        warm: warm.as_ref(),
         ready_timeout: READY_TIMEOUT,
         probe: None,
         interrupt: &interrupt,
     };
     let about = About { tag: &args.tag, description: "", base_image: "", kernel: &args.kernel };
     finish(&zygote, &request, draft, &about, args.force, started, output)
+}
+
+fn check_vcpus(vcpus: u32) -> Result<(), BuildCommandError> {
+    if vcpus == 1 { Ok(()) } else { Err(SnapshotError::Vcpus { vcpus }.into()) }
 }
 
 fn start_zygote() -> Result<Zygote, BuildCommandError> {

@@ -120,8 +120,12 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let children = Supervisor::start(&paths, &zygote, Arc::clone(&sandbox), name.clone(), args.count)
         .map_err(ForkCommandError::from)?;
     let supervisor = supervisor.get_or_init(|| children);
+    // What no child has asked for is fetched after the answers: it would only be in their way.
+    let (rest_wanted, wanted) = tokio::sync::oneshot::channel::<()>();
     if !args.eager {
-        let fill = sandbox.fill();
+        let fill = sandbox.fill(async {
+            let _ = wanted.await;
+        });
         runtime.spawn(async move {
             if let Err(error) = fill.await {
                 tracing::error!(error = chain(&error), "fetching the rest of the pack failed");
@@ -147,6 +151,7 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
         if !args.detach {
             output.note("children run until Ctrl-C; `forkd exec ID -- CMD` reaches them");
         }
+        drop(rest_wanted);
         while !supervisor.all_over() {
             std::thread::sleep(Duration::from_millis(50));
         }
@@ -173,7 +178,7 @@ fn open_sandbox(
             let mut sandbox = runtime.block_on(Sandbox::open_pack(store, handle, kind)).map_err(failed)?;
             if eager {
                 let bar = Progress::bytes(output, "downloading", sandbox.progress().bytes_total);
-                let mut filling = runtime.spawn(sandbox.fill());
+                let mut filling = runtime.spawn(sandbox.fill(std::future::ready(())));
                 let filled = loop {
                     match runtime
                         .block_on(async { tokio::time::timeout(Progress::INTERVAL, &mut filling).await })

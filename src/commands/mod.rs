@@ -8,36 +8,52 @@ use crate::cli::{HubVerb, KernelVerb, Verb};
 use crate::error::CommandError;
 use crate::output::Output;
 
+pub mod build;
+pub mod children;
+mod cleanup;
 pub mod completions;
+mod doctor;
+pub mod fork;
+mod fork_report;
+pub mod hub_publish;
+pub mod hub_serve;
+pub mod images;
+pub mod inspect;
 pub mod kernel;
+pub mod mount;
+pub mod pack;
+pub mod pull;
+pub mod snapshots;
+pub mod umount;
+pub mod unpack;
 
 /// Runs the command. The exit code is 0 unless the command has one of its own to pass on (`forkd exec`).
 pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
     match verb {
         Verb::Completions(args) => completions::run(&args, output),
-        Verb::Doctor => Err(CommandError::NotBuilt("doctor")),
+        Verb::Doctor => doctor::run(output),
         Verb::Kernel(KernelVerb::Build(args)) => kernel::build(&args, output),
         Verb::Kernel(KernelVerb::Path) => kernel::path(output),
-        Verb::Build(_) => Err(CommandError::NotBuilt("build")),
-        Verb::Snapshot(_) => Err(CommandError::NotBuilt("snapshot")),
-        Verb::Snapshots => Err(CommandError::NotBuilt("snapshots")),
-        Verb::Rmi(_) => Err(CommandError::NotBuilt("rmi")),
-        Verb::Pack(_) => Err(CommandError::NotBuilt("pack")),
-        Verb::Unpack(_) => Err(CommandError::NotBuilt("unpack")),
-        Verb::Inspect(_) => Err(CommandError::NotBuilt("inspect")),
-        Verb::Hub(HubVerb::Publish(_)) => Err(CommandError::NotBuilt("hub publish")),
-        Verb::Hub(HubVerb::Serve(_)) => Err(CommandError::NotBuilt("hub serve")),
-        Verb::Pull(_) => Err(CommandError::NotBuilt("pull")),
-        Verb::Images(_) => Err(CommandError::NotBuilt("images")),
-        Verb::Mount(_) => Err(CommandError::NotBuilt("mount")),
-        Verb::Umount(_) => Err(CommandError::NotBuilt("umount")),
-        Verb::Fork(_) => Err(CommandError::NotBuilt("fork")),
-        Verb::Ps => Err(CommandError::NotBuilt("ps")),
-        Verb::Exec(_) => Err(CommandError::NotBuilt("exec")),
-        Verb::Eval(_) => Err(CommandError::NotBuilt("eval")),
-        Verb::Logs(_) => Err(CommandError::NotBuilt("logs")),
-        Verb::Kill(_) => Err(CommandError::NotBuilt("kill")),
-        Verb::Cleanup => Err(CommandError::NotBuilt("cleanup")),
+        Verb::Build(args) => build::build(&args, output),
+        Verb::Snapshot(args) => build::snapshot(&args, output),
+        Verb::Snapshots => snapshots::run(output),
+        Verb::Rmi(args) => snapshots::remove(&args, output),
+        Verb::Pack(args) => pack::run(&args, output),
+        Verb::Unpack(args) => unpack::run(&args, output),
+        Verb::Inspect(args) => inspect::run(&args, output),
+        Verb::Hub(HubVerb::Publish(args)) => hub_publish::run(&args, output),
+        Verb::Hub(HubVerb::Serve(args)) => hub_serve::run(&args, output),
+        Verb::Pull(args) => pull::run(&args, output),
+        Verb::Images(args) => images::run(&args, output),
+        Verb::Mount(args) => mount::run(&args, output),
+        Verb::Umount(args) => umount::run(&args, output),
+        Verb::Fork(args) => fork::run(&args, output),
+        Verb::Ps => children::ps(output),
+        Verb::Exec(args) => children::exec(&args, output),
+        Verb::Eval(args) => children::eval(&args, output),
+        Verb::Logs(args) => children::logs(&args, output),
+        Verb::Kill(args) => children::kill(&args, output),
+        Verb::Cleanup => cleanup::run(output),
     }
 }
 

@@ -1,0 +1,37 @@
+//! `forkd hub serve`: a hub's folder over HTTP.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+
+use serde::Serialize;
+
+use crate::cli::ServeArgs;
+use crate::error::CommandError;
+use crate::hub::serve::{ServeOptions, Server, stop_signal};
+use crate::hub::shape::Shape;
+use crate::output::Output;
+
+#[derive(Serialize)]
+struct Listening {
+    address: SocketAddr,
+    url: String,
+}
+
+/// Serves until Ctrl-C or SIGTERM.
+pub fn run(args: &ServeArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    super::runtime()?.block_on(async {
+        let server = Server::bind(ServeOptions {
+            root: args.dir.clone(),
+            listen: args.listen,
+            shape: Shape { rtt: args.rtt, bandwidth: args.bandwidth },
+            access_log: args.access_log.clone(),
+        })
+        .await?;
+        let stop = stop_signal().await?;
+        let address = server.address();
+        let listening = Listening { address, url: format!("http://{address}") };
+        output.report(&listening, |listening| format!("listening on {}", listening.url));
+        server.run(stop).await;
+        Ok(ExitCode::SUCCESS)
+    })
+}

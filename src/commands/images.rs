@@ -1,0 +1,74 @@
+//! `forkd images`: the hub's packages, or the local snapshots.
+
+use std::process::ExitCode;
+
+use forkd_fs::source::HttpClient;
+use serde::Serialize;
+
+use crate::cli::ImagesArgs;
+use crate::error::CommandError;
+use crate::output::{Output, table};
+use crate::packs;
+use crate::units::show_size;
+
+/// What `forkd images --hub --json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    hub: String,
+    packages: Vec<Package>,
+}
+
+#[derive(Debug, Serialize)]
+struct Package {
+    name: String,
+    description: String,
+    versions: Vec<String>,
+    memory_mib: Option<u64>,
+    size_bytes: Option<u64>,
+    created_at: Option<String>,
+}
+
+/// Lists.
+pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    let Some(hub) = &args.hub else { return super::snapshots::run(output) };
+    let from_env = std::env::var("FORKD_HUB_URL").ok();
+    let hub = hub.as_deref().or(from_env.as_deref());
+    let catalogue = super::runtime()?.block_on(packs::catalogue(hub, &HttpClient::default()))?;
+    let packages = catalogue.registry().packages.iter().map(|(name, package)| {
+        let latest = package.versions.get(crate::registry::LATEST).or(package.versions.values().next_back());
+        Package {
+            name: name.clone(),
+            description: package.description.clone(),
+            versions: package.versions.keys().cloned().collect(),
+            memory_mib: latest.and_then(|version| version.memory_mib),
+            size_bytes: latest.and_then(|version| version.size_bytes),
+            created_at: latest.and_then(|version| version.created_at.clone()),
+        }
+    });
+    let report = Report { hub: catalogue.location(), packages: packages.collect() };
+    output.report(&report, show);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show(report: &Report) -> String {
+    if report.packages.is_empty() {
+        return format!("{} lists no packages", report.hub);
+    }
+    let heading = ["NAME", "VERSIONS", ">MEMORY", ">PACK SIZE", "DESCRIPTION"].map(str::to_owned).to_vec();
+    let mut rows = vec![heading];
+    for package in &report.packages {
+        rows.push(vec![
+            printable(&package.name),
+            printable(&package.versions.join(" ")),
+            package.memory_mib.map_or_else(|| "-".to_owned(), |mib| format!("{mib} MiB")),
+            package.size_bytes.map_or_else(|| "-".to_owned(), show_size),
+            printable(&package.description),
+        ]);
+    }
+    table(&rows)
+}
+
+/// Text of a registry without control characters: it goes to a terminal.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}

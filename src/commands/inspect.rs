@@ -1,0 +1,269 @@
+//! `forkd inspect`: what is in a pack, from its index, its manifest and its trace alone.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use forkd_fs::digest::Digest;
+use forkd_fs::format::TRACE;
+use forkd_fs::legacy;
+use forkd_fs::prefetch;
+use forkd_fs::source::HttpClient;
+use forkd_fs::store::{OpenError, PackSource, ReadError, Store, StoreOptions};
+use forkd_fs::trace::Trace;
+use serde::Serialize;
+
+use super::unpack::{LEGACY_LIMIT, UnpackCommandError};
+use crate::cli::InspectArgs;
+use crate::error::CommandError;
+use crate::output::{Output, table};
+use crate::packs;
+use crate::units::{show_share, show_size};
+
+/// Largest trace read, in bytes.
+const MAX_TRACE: u64 = 64 << 20;
+
+/// What `forkd inspect --json` prints. Of the predecessor's packs only the first half is known.
+#[derive(Debug, Serialize)]
+struct Report {
+    location: String,
+    pack_format: u32,
+    tag: String,
+    description: String,
+    base_image: String,
+    created_at: String,
+    forkd_version: String,
+    size_bytes: u64,
+    plain_bytes: u64,
+    ratio: f64,
+    files: Vec<File>,
+    /// Why it cannot be forked; null when nothing in the pack forbids it.
+    unforkable: Option<String>,
+    requires: Option<forkd_fs::manifest::Requires>,
+    chunks: Option<Chunks>,
+    index: Option<Pin>,
+    fetched_bytes: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct File {
+    path: String,
+    size: u64,
+    sha256: Option<Digest>,
+    chunks: Option<u32>,
+    stored_chunks: Option<u32>,
+    stored_bytes: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Chunks {
+    size: u32,
+    total: u64,
+    stored: u64,
+    stored_bytes: u64,
+    /// Share of the chunks that are zero and not stored.
+    zero_share: f64,
+    /// Stored chunks the recorded working set touches; null without a trace.
+    traced: Option<u64>,
+    traced_bytes: Option<u64>,
+    /// Share of the stored bytes that the working set needs.
+    trace_share: Option<f64>,
+}
+
+#[derive(Debug, Serialize)]
+struct Pin {
+    offset: u64,
+    size: u64,
+    sha256: Digest,
+}
+
+/// Inspects.
+pub fn run(args: &InspectArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    let report = super::runtime()?.block_on(inspect(args))?;
+    output.report(&report, show);
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn inspect(args: &InspectArgs) -> Result<Report, CommandError> {
+    let http = HttpClient::default();
+    let target = packs::find(&args.target, args.hub.hub.as_deref(), &http).await?;
+    let location = target.location().clone();
+    // No cache: what is shown is what is there now.
+    let options = StoreOptions { http, ..StoreOptions::default() };
+    match (Store::open(location.clone(), options).await, &location.source) {
+        (Ok(store), _) => Ok(of_store(&store).await?),
+        (Err(OpenError::Legacy { .. }), PackSource::Path(path)) => {
+            Ok(of_legacy(path).map_err(UnpackCommandError::from)?)
+        }
+        (Err(error), _) => Err(error.into()),
+    }
+}
+
+async fn of_store(store: &Arc<Store>) -> Result<Report, ReadError> {
+    let (manifest, index) = (store.manifest().await?, store.index());
+    let files = index.files().map(|(id, entry)| {
+        let stats = index.stats(id);
+        File {
+            path: entry.name.clone(),
+            size: entry.size,
+            sha256: manifest.file(&entry.name).map(|file| file.sha256),
+            chunks: Some(stats.chunks),
+            stored_chunks: Some(stats.stored_chunks),
+            stored_bytes: Some(stats.stored_bytes),
+        }
+    });
+    let files: Vec<File> = files.collect();
+    let plain_bytes = files.iter().map(|file| file.size).sum();
+    let total = files.iter().filter_map(|file| file.chunks).map(u64::from).sum();
+    let (stored, stored_bytes) = (u64::from(index.stored_chunk_count()), index.stored_bytes());
+    let traced = traced(store).await?;
+    let pin = store.index_pin();
+    Ok(Report {
+        location: store.location().to_owned(),
+        pack_format: manifest.forkd_pack_version,
+        tag: manifest.tag.clone(),
+        description: manifest.description.clone(),
+        base_image: manifest.base_image.clone(),
+        created_at: manifest.created_at.clone(),
+        forkd_version: manifest.forkd_version.clone(),
+        size_bytes: index.pack_size(),
+        plain_bytes,
+        ratio: share(plain_bytes, index.pack_size()),
+        files,
+        unforkable: None,
+        requires: Some(manifest.requires.clone()),
+        chunks: Some(Chunks {
+            size: index.chunk_size(),
+            total,
+            stored,
+            stored_bytes,
+            zero_share: share(total - stored, total),
+            traced: traced.map(|(chunks, _)| chunks),
+            traced_bytes: traced.map(|(_, bytes)| bytes),
+            trace_share: traced.map(|(_, bytes)| share(bytes, stored_bytes)),
+        }),
+        index: Some(Pin { offset: pin.offset, size: pin.length, sha256: pin.sha256 }),
+        fetched_bytes: Some(store.progress().bytes_fetched),
+    })
+}
+
+/// Stored chunks of the recorded working set and the bytes of their frames. A trace that is missing, empty or cannot
+/// be read leaves nothing to tell: it is a hint, and forks do without it.
+async fn traced(store: &Arc<Store>) -> Result<Option<(u64, u64)>, ReadError> {
+    let index = store.index();
+    if index.file(TRACE).is_none() {
+        return Ok(None);
+    }
+    let bytes = store.read_files(&[TRACE], MAX_TRACE).await?.remove(0);
+    let Ok(trace) = Trace::decode(&bytes) else { return Ok(None) };
+    let plan = prefetch::plan(index, &trace);
+    let records = plan.iter().flatten().filter_map(|&id| index.record(id));
+    Ok(Some(records.fold((0, 0), |(chunks, bytes), record| (chunks + 1, bytes + u64::from(record.length)))))
+}
+
+fn of_legacy(path: &Path) -> Result<Report, legacy::LegacyError> {
+    let pack = legacy::list(path, LEGACY_LIMIT)?;
+    let size_bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let file = |member: &legacy::LegacyMember| File {
+        path: member.path(),
+        size: member.size,
+        sha256: None,
+        chunks: None,
+        stored_chunks: None,
+        stored_bytes: None,
+    };
+    let files: Vec<File> = pack.members.iter().map(file).collect();
+    let plain_bytes = files.iter().map(|file| file.size).sum();
+    let manifest = pack.manifest;
+    Ok(Report {
+        location: path.display().to_string(),
+        pack_format: manifest.forkd_pack_version,
+        tag: manifest.tag,
+        description: manifest.description,
+        base_image: manifest.base_image,
+        created_at: manifest.created_at,
+        forkd_version: manifest.forkd_version,
+        size_bytes,
+        plain_bytes,
+        ratio: share(plain_bytes, size_bytes),
+        files,
+        unforkable: Some(
+            "it holds the state of a Firecracker machine, which this forkd cannot restore".to_owned(),
+        ),
+        requires: None,
+        chunks: None,
+        index: None,
+        fetched_bytes: None,
+    })
+}
+
+fn share(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
+}
+
+fn show(report: &Report) -> String {
+    let mut rows = vec![
+        vec!["pack".to_owned(), report.location.clone()],
+        vec!["format".to_owned(), format!("v{}", report.pack_format)],
+        vec!["tag".to_owned(), printable(&report.tag)],
+    ];
+    for (label, text) in [
+        ("description", &report.description),
+        ("base image", &report.base_image),
+        ("created", &report.created_at),
+        ("made by", &report.forkd_version),
+    ] {
+        if !text.is_empty() {
+            rows.push(vec![label.to_owned(), printable(text)]);
+        }
+    }
+    let (size, plain) = (show_size(report.size_bytes), show_size(report.plain_bytes));
+    rows.push(vec!["size".to_owned(), format!("{size} for {plain} ({:.1} to 1)", report.ratio)]);
+    if let Some(needs) = &report.requires {
+        let text = format!(
+            "{} MiB, {} vCPU, {} KVM, kernel {}",
+            needs.memory_mib,
+            needs.vcpus,
+            needs.kvm_kind,
+            printable(&needs.kernel)
+        );
+        rows.push(vec!["needs".to_owned(), text]);
+    }
+    if let Some(chunks) = &report.chunks {
+        let zero = show_share(chunks.total - chunks.stored, chunks.total);
+        let text = format!("{} of {}, {zero} zero", chunks.total, show_size(u64::from(chunks.size)));
+        rows.push(vec!["chunks".to_owned(), text]);
+        if let (Some(traced), Some(bytes)) = (chunks.traced, chunks.traced_bytes) {
+            let share = show_share(bytes, chunks.stored_bytes);
+            let text = format!("{traced} chunks, {} ({share} of the stored bytes)", show_size(bytes));
+            rows.push(vec!["working set".to_owned(), text]);
+        }
+    }
+    if let Some(why) = &report.unforkable {
+        rows.push(vec!["fork".to_owned(), format!("no: {why}")]);
+    }
+    format!("{}\n{}", table(&rows), files_table(report))
+}
+
+fn files_table(report: &Report) -> String {
+    let mut rows = vec![["FILE", ">SIZE", ">STORED", ">ZERO", "SHA256"].map(str::to_owned).to_vec()];
+    for file in &report.files {
+        let zero = match (file.chunks, file.stored_chunks) {
+            (Some(all), Some(stored)) => show_share(u64::from(all - stored), u64::from(all)),
+            _ => "-".to_owned(),
+        };
+        rows.push(vec![
+            printable(&file.path),
+            show_size(file.size),
+            file.stored_bytes.map_or_else(|| "-".to_owned(), show_size),
+            zero,
+            file.sha256.map_or_else(|| "-".to_owned(), |digest| digest.to_string()),
+        ]);
+    }
+    table(&rows)
+}
+
+/// Text out of a pack without control characters: it goes to a terminal.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
+}

@@ -1,0 +1,132 @@
+//! `forkd pack`: a local snapshot into one file.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use forkd_fs::digest::Digest;
+use forkd_fs::format::MANIFEST;
+use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
+use forkd_fs::writer::{PackOptions, PackSummary, PackWriter, Pass, WriteError};
+use serde::Serialize;
+
+use crate::cli::PackArgs;
+use crate::error::CommandError;
+use crate::output::Output;
+use crate::paths::Paths;
+use crate::progress::Progress;
+use crate::snapshot::{self, SnapshotError, file_error};
+use crate::units::{show_share, show_size};
+
+/// Why a snapshot cannot be packed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// Its manifest.
+    #[error("{}", path.display())]
+    Manifest {
+        /// The manifest's path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ManifestError,
+    },
+    /// The output exists.
+    #[error("{} exists already", path.display())]
+    Exists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// The chunk size is none.
+    #[error("{size} bytes is no chunk size")]
+    Chunk {
+        /// What was given.
+        size: u64,
+    },
+    /// The pack cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+}
+
+#[derive(Serialize)]
+struct Report {
+    path: PathBuf,
+    size_bytes: u64,
+    sha256: Digest,
+    index_offset: u64,
+    index_size: u64,
+    index_sha256: Digest,
+    plain_bytes: u64,
+    stored_bytes: u64,
+    chunks: u64,
+    stored_chunks: u64,
+    ratio: f64,
+}
+
+/// Packs.
+pub fn run(args: &PackArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    let summary = pack(args, output)?;
+    let report = Report {
+        path: args.out.clone(),
+        size_bytes: summary.pack_size,
+        sha256: summary.pack_sha256,
+        index_offset: summary.index.offset,
+        index_size: summary.index.length,
+        index_sha256: summary.index.sha256,
+        plain_bytes: summary.plain_bytes,
+        stored_bytes: summary.stored_bytes,
+        chunks: u64::from(summary.stored_chunks) + u64::from(summary.zero_chunks),
+        stored_chunks: u64::from(summary.stored_chunks),
+        ratio: summary.ratio(),
+    };
+    output.report(&report, |report| {
+        format!(
+            "packed {} as {}: {} of {} ({} of the chunks are zero), sha256 {}",
+            args.tag,
+            report.path.display(),
+            show_size(report.size_bytes),
+            show_size(report.plain_bytes),
+            show_share(report.chunks - report.stored_chunks, report.chunks),
+            report.sha256
+        )
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+fn pack(args: &PackArgs, output: &Output) -> Result<PackSummary, PackError> {
+    let directory = snapshot::find(&Paths::from_env().map_err(SnapshotError::from)?, &args.tag)?;
+    if args.out.exists() && !args.force {
+        return Err(PackError::Exists { path: args.out.clone() });
+    }
+    let chunk_size = u32::try_from(args.chunk).ok().filter(|&size| forkd_fs::format::is_chunk_size(size));
+    let chunk_size = chunk_size.ok_or(PackError::Chunk { size: args.chunk })?;
+    let mut manifest = read_manifest(&directory)?;
+    manifest.tag.clone_from(&args.tag);
+    if !args.description.is_empty() {
+        manifest.description.clone_from(&args.description);
+    }
+    if !args.base_image.is_empty() {
+        manifest.base_image.clone_from(&args.base_image);
+    }
+    let progress = Progress::bytes(output, "packing", 0);
+    let on_progress = |now: forkd_fs::writer::PackProgress| {
+        progress.limit(now.total);
+        progress.to(now.done);
+        progress.say(match now.pass {
+            Pass::Survey => "reading",
+            Pass::Compress => "packing",
+        });
+    };
+    let writer = PackWriter::new(PackOptions { chunk_size, level: args.level, ..PackOptions::default() });
+    Ok(writer.write(&directory, manifest, &args.out, &on_progress)?)
+}
+
+fn read_manifest(directory: &Path) -> Result<Manifest, PackError> {
+    let path = directory.join(MANIFEST);
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(&path).map_err(file_error("reading", &path))?;
+    file.take(MAX_MANIFEST_LEN + 1).read_to_end(&mut bytes).map_err(file_error("reading", &path))?;
+    Manifest::parse(&bytes).map_err(|source| PackError::Manifest { path, source })
+}

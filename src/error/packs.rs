@@ -1,0 +1,219 @@
+//! The rows of `error`'s table for packs, hubs and mounts.
+
+use forkd_fs::fuse::MountError;
+use forkd_fs::source::{HttpError, SourceError};
+use forkd_fs::store::{OpenError, ReadError};
+use forkd_fs::unpack::UnpackError;
+use forkd_fs::writer::WriteError;
+
+use super::Row;
+use crate::commands::mount::MountCommandError;
+use crate::commands::pack::PackError;
+use crate::commands::pull::PullError;
+use crate::commands::unpack::UnpackCommandError;
+use crate::hub::publish::PublishError;
+use crate::hub::serve::ServeError;
+use crate::mounts::MountsError;
+use crate::registry::{InvalidReference, RegistryError};
+use crate::snapshot::SnapshotError;
+
+pub(super) fn snapshot(error: &SnapshotError) -> Row {
+    let row = Row::failed("use the snapshot", "");
+    match error {
+        SnapshotError::Paths(error) => super::describe_paths(error),
+        SnapshotError::Unknown { .. } => row.hint("`forkd snapshots` lists what there is"),
+        SnapshotError::Exists { .. } => row.hint("choose another --tag, or replace it with --force"),
+        SnapshotError::Host { .. } => {
+            row.hint("build the recipe on this host, or fork it on one of the other kind")
+        }
+        SnapshotError::File { .. }
+        | SnapshotError::Configuration(_)
+        | SnapshotError::Format { .. }
+        | SnapshotError::Layout(_)
+        | SnapshotError::Vcpus { .. } => row,
+    }
+}
+
+pub(super) fn reference(_: &InvalidReference) -> Row {
+    Row::usage("find the package", "").hint("a package is owner/name or owner/name@version")
+}
+
+pub(super) fn registry(error: &RegistryError) -> Row {
+    let row = Row::failed("find the package", "");
+    match error {
+        RegistryError::NoHub => Row::usage("find a hub", "")
+            .hint("pass --hub URL or set FORKD_HUB_URL; `forkd hub serve DIR` makes a hub of a folder"),
+        RegistryError::Address { .. } => Row::usage("find the hub", ""),
+        RegistryError::Fetch(error) => hint_of_http(Row::failed("read the hub's registry", ""), error),
+        RegistryError::Read { .. } | RegistryError::TooLong { .. } | RegistryError::Syntax { .. } => {
+            Row::failed("read the hub's registry", "")
+                .hint("--hub takes a registry.json or the folder it is in")
+        }
+        RegistryError::Schema { .. } => {
+            Row::failed("read the hub's registry", "").hint("a newer forkd may read it")
+        }
+        RegistryError::UnknownPackage { near, .. } if near.is_empty() => {
+            row.hint("`forkd images --hub` lists what there is")
+        }
+        RegistryError::UnknownPackage { near, .. } => {
+            row.hint(format!("did you mean {}?", near.join(" or ")))
+        }
+        RegistryError::UnknownVersion { versions, .. } => {
+            row.hint(format!("there is {}", versions.join(", ")))
+        }
+        RegistryError::Entry { .. } => row.hint("the publisher has to mend the registry"),
+    }
+}
+
+fn hint_of_http(row: Row, error: &HttpError) -> Row {
+    match error {
+        HttpError::Deadline { last, .. } => hint_of_http(row, last),
+        HttpError::Connect { .. } | HttpError::Stalled { .. } | HttpError::Transfer { .. } => {
+            row.hint("check that the server runs and can be reached from here")
+        }
+        HttpError::NoRanges { .. } => row.hint("download the pack and name the file instead"),
+        HttpError::Replaced { .. } => row.hint("run the command again to use the new one"),
+        HttpError::Denied { .. }
+        | HttpError::NotFound { .. }
+        | HttpError::Url { .. }
+        | HttpError::Client(_)
+        | HttpError::TooSlow { .. }
+        | HttpError::Busy { .. }
+        | HttpError::Status { .. }
+        | HttpError::WrongRange { .. }
+        | HttpError::BodyLength { .. }
+        | HttpError::Encoded { .. }
+        | HttpError::OutOfRange { .. }
+        | HttpError::Redirects { .. }
+        | HttpError::TooLong { .. } => row,
+    }
+}
+
+pub(super) fn open(error: &OpenError) -> Row {
+    let row = Row::failed("open the pack", "");
+    match error {
+        OpenError::Source { source: SourceError::Http(error), .. } => hint_of_http(row, error),
+        OpenError::Source { source: SourceError::File(_), .. } => {
+            row.hint("give a pack's file, its URL, or owner/name with --hub")
+        }
+        OpenError::Legacy { .. } => row.hint("`forkd unpack` reads it whole"),
+        OpenError::Truncated { .. } => row.hint("download or copy it again"),
+        OpenError::IndexDigest { .. } => {
+            row.hint("the pack was changed after it was registered: do not trust it, tell its publisher")
+        }
+        OpenError::NotAPack { .. } | OpenError::Index { .. } => row,
+    }
+}
+
+pub(super) fn read(error: &ReadError) -> Row {
+    let row = Row::failed("read the pack", "");
+    match error {
+        ReadError::Source { source, .. } => match &**source {
+            SourceError::Http(error) => hint_of_http(row, error),
+            SourceError::File(_) => row,
+        },
+        ReadError::Corrupt { .. } => {
+            row.hint("the host serves damaged data: download or publish the pack again")
+        }
+        ReadError::Decode { .. }
+        | ReadError::NoSuchFile { .. }
+        | ReadError::NoSuchChunk { .. }
+        | ReadError::TooLarge { .. }
+        | ReadError::Manifest(_)
+        | ReadError::Stopped => row,
+    }
+}
+
+pub(super) fn serve(error: &ServeError) -> Row {
+    let row = Row::failed("serve the hub", "");
+    match error {
+        ServeError::Root { .. } => row.hint("`forkd hub publish PACK --hub DIR --name O/N` makes the folder"),
+        ServeError::Listen { .. } => {
+            row.hint("choose another address with --listen; port 0 takes a free one")
+        }
+        ServeError::AccessLog { .. } | ServeError::Signals(_) => row,
+    }
+}
+
+pub(super) fn publish(error: &PublishError) -> Row {
+    let row = Row::failed("publish the pack", "");
+    match error {
+        PublishError::Version { .. } => {
+            Row::usage("publish the pack", "").hint("`latest` moves by itself; use v1, v2 or the like")
+        }
+        PublishError::Exists { .. } => row.hint("leave --version out to take the next one"),
+        PublishError::Registry(error) => Row { what: "publish the pack", ..registry(error) },
+        PublishError::Io { .. } | PublishError::TooLong { .. } => row,
+    }
+}
+
+pub(super) fn mount(error: &MountCommandError) -> Row {
+    let row = Row::failed("mount the hub", "");
+    match error {
+        MountCommandError::Fuse(MountError::NoFuse(_)) => row
+            .hint("load the fuse module (modprobe fuse) and run as root or as a user who may open /dev/fuse"),
+        MountCommandError::Fuse(MountError::Mount { .. } | MountError::Threads(_))
+        | MountCommandError::Spawn(_)
+        | MountCommandError::Detach(_) => row,
+        MountCommandError::Mounts(error) => match error {
+            MountsError::Mountpoint { .. } => {
+                row.hint("the mountpoint must be an existing directory: mkdir it first")
+            }
+            MountsError::NotEmpty { .. } => row.hint("choose an empty directory"),
+            MountsError::InUse { .. } => row.hint("use that mount, or `forkd umount` it first"),
+            MountsError::NotMounted { .. } => Row::failed("unmount", ""),
+            MountsError::Busy { .. } => Row::failed("unmount", "").hint("close them, or use --lazy"),
+            MountsError::Unmount { .. } => Row::failed("unmount", ""),
+            MountsError::Paths(error) => super::describe_paths(error),
+            MountsError::MountInfo(_) | MountsError::Record { .. } => row,
+        },
+    }
+}
+
+pub(super) fn pack(error: &PackError) -> Row {
+    let row = Row::failed("pack the snapshot", "");
+    match error {
+        PackError::Snapshot(error) => snapshot(error),
+        PackError::Exists { .. } => row.hint("replace it with --force"),
+        PackError::Chunk { .. } | PackError::Write(WriteError::ChunkSize { .. }) => {
+            Row::usage("pack the snapshot", "")
+                .hint("--chunk takes a power of two from 64KiB to 4MiB; 256KiB is the default")
+        }
+        PackError::Manifest { .. } => row.hint("only snapshots of this forkd can be packed; build it again"),
+        PackError::Write(
+            WriteError::Refused { .. }
+            | WriteError::Read { .. }
+            | WriteError::Changed { .. }
+            | WriteError::Write { .. }
+            | WriteError::TooManyChunks { .. }
+            | WriteError::Compress(_),
+        ) => row,
+    }
+}
+
+pub(super) fn unpack(error: &UnpackCommandError) -> Row {
+    let row = Row::failed("unpack", "");
+    match error {
+        UnpackCommandError::Open(error) => open(error),
+        UnpackCommandError::Read(error) => read(error),
+        UnpackCommandError::Snapshot(error) => snapshot(error),
+        UnpackCommandError::Unpack(UnpackError::Read { source, .. }) => read(source),
+        UnpackCommandError::Unpack(UnpackError::Digest { .. }) => {
+            row.hint("the pack was built wrong: tell its publisher")
+        }
+        UnpackCommandError::Unpack(UnpackError::Mismatch { .. } | UnpackError::Write { .. })
+        | UnpackCommandError::Legacy(_) => row,
+    }
+}
+
+pub(super) fn pull(error: &PullError) -> Row {
+    let row = Row::failed("pull", "");
+    match error {
+        PullError::Source(SourceError::Http(error)) => hint_of_http(row, error),
+        PullError::Digest { .. } => {
+            row.hint("the pack was changed after it was registered: do not trust it, tell its publisher")
+        }
+        PullError::BadDigest { .. } => row.hint("the publisher has to mend the registry"),
+        PullError::Source(SourceError::File(_)) | PullError::Temporary { .. } => row,
+    }
+}

@@ -1,0 +1,62 @@
+//! From what the user typed (a file, a URL, a name of the hub) to a pack that can be opened. Used by every command that
+//! reads packs.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use forkd_fs::cache::{CacheOptions, ChunkCache};
+use forkd_fs::source::HttpClient;
+use forkd_fs::store::{PackLocation, PackSource, StoreOptions};
+
+use crate::paths::Paths;
+use crate::registry::{Catalogue, HubAddress, Reference, RegistryError, Resolved};
+
+/// A pack the user named.
+#[derive(Debug, Clone)]
+pub enum Target {
+    /// A file or a URL.
+    Direct(PackLocation),
+    /// A name of the hub.
+    Hub(Box<Resolved>),
+}
+
+impl Target {
+    /// Where it is.
+    pub fn location(&self) -> &PackLocation {
+        match self {
+            Target::Direct(location) => location,
+            Target::Hub(resolved) => &resolved.location,
+        }
+    }
+}
+
+/// Finds what `text` names: a URL when it has a scheme, an existing file, a name of the hub, and otherwise a file that
+/// does not exist, which opening it will say.
+pub async fn find(text: &str, hub: Option<&str>, http: &HttpClient) -> Result<Target, RegistryError> {
+    let direct = |source| Target::Direct(PackLocation { source, size: None, index: None });
+    if text.starts_with("http://") || text.starts_with("https://") {
+        return Ok(direct(PackSource::Url(text.to_owned())));
+    }
+    let path = PathBuf::from(text.strip_prefix("file://").unwrap_or(text));
+    if path.is_file() {
+        return Ok(direct(PackSource::Path(path)));
+    }
+    match text.parse::<Reference>() {
+        Ok(reference) => {
+            let resolved = catalogue(hub, http).await?.resolve(&reference)?;
+            Ok(Target::Hub(Box::new(resolved)))
+        }
+        Err(_) => Ok(direct(PackSource::Path(path))),
+    }
+}
+
+/// The hub's registry.
+pub async fn catalogue(hub: Option<&str>, http: &HttpClient) -> Result<Catalogue, RegistryError> {
+    HubAddress::find(hub)?.load(http).await
+}
+
+/// Options for reading packs through the chunk cache of this user.
+pub fn store_options(paths: &Paths, cache_size: u64, http: &HttpClient) -> StoreOptions {
+    let cache = ChunkCache::open(&paths.cache, CacheOptions { max_bytes: cache_size });
+    StoreOptions { http: http.clone(), cache: Some(Arc::new(cache)), ..StoreOptions::default() }
+}
