@@ -13,7 +13,7 @@ PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse
 ## forkd and, beside it, the guest's agent (static: it runs as the only program of a root disk)
 build:
 	cargo build --release -p forkd
-	RUSTFLAGS="-C target-feature=+crt-static" cargo build --release -p forkd-guest --target $(TRIPLE) \
+	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static -C strip=symbols" cargo build --release -p forkd-guest --target $(TRIPLE) \
 		--target-dir $(TARGET)/guest
 	install -m 755 $(TARGET)/guest/$(TRIPLE)/release/forkd-agent $(TARGET)/release/forkd-agent
 

@@ -51,10 +51,10 @@ pub enum CommandError {
     RunDir(#[from] RunDirError),
     /// Building a snapshot.
     #[error(transparent)]
-    Build(#[from] BuildCommandError),
+    Build(Box<BuildCommandError>),
     /// Starting children.
     #[error(transparent)]
-    Fork(#[from] ForkCommandError),
+    Fork(Box<ForkCommandError>),
     /// A local snapshot.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
@@ -91,6 +91,19 @@ pub enum CommandError {
     /// The async runtime could not be started.
     #[error("the async runtime does not start")]
     Runtime(#[source] std::io::Error),
+}
+
+// Boxed, so that results without these rare, large errors stay small.
+impl From<ForkCommandError> for CommandError {
+    fn from(error: ForkCommandError) -> CommandError {
+        CommandError::Fork(Box::new(error))
+    }
+}
+
+impl From<BuildCommandError> for CommandError {
+    fn from(error: BuildCommandError) -> CommandError {
+        CommandError::Build(Box::new(error))
+    }
 }
 
 /// Exit code for a command line that makes no sense (clap's own is the same).

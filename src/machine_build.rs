@@ -264,7 +264,8 @@ pub fn build(
     step(Step::Boot);
     let kernel = open(request.kernel)?;
     let record = Generation::original().encode()?.to_vec();
-    let spec = MachineSpec { layout, kind, record, start: Start::Boot { command_line: command_line(request)? } };
+    let spec =
+        MachineSpec { layout, kind, record, start: Start::Boot { command_line: command_line(request)? } };
     let machine = Rig::spawn(zygote, &spec, &images(&layout, &ram, &root_disk), &kernel, request.interrupt)?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
 

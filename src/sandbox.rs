@@ -126,7 +126,11 @@ enum Images {
 }
 
 /// Fetches until everything is there, or something is damaged.
-async fn fetch_all(store: &Arc<Store>, batches: &[Vec<PackChunk>], install: OnChunk<'_>) -> Result<(), ReadError> {
+async fn fetch_all(
+    store: &Arc<Store>,
+    batches: &[Vec<PackChunk>],
+    install: OnChunk<'_>,
+) -> Result<(), ReadError> {
     loop {
         match store.fetch(batches, Class::Prefetch, install).await {
             Err(error @ ReadError::Source { .. }) => {

@@ -15,6 +15,10 @@ use std::time::Duration;
 /// How long a machine waits for memory while the network is away.
 const DEMAND_DEADLINE: Duration = Duration::from_secs(600);
 
+/// What is fetched from the start of a pack together with its index: snapshot.json, vmstate and trace lie there, so
+/// they cost no round trip of their own.
+const HEAD_BYTES: u64 = 128 * 1024;
+
 /// Nothing to fork from.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
@@ -53,6 +57,8 @@ pub struct OpenedSource {
     pub name: String,
     /// Where it is.
     pub origin: Origin,
+    /// The chunk cache it uses; to be flushed before the process exits.
+    pub cache: Option<Arc<ChunkCache>>,
 }
 
 /// Where it is.
@@ -72,7 +78,7 @@ pub async fn open(
     let Some(target) = &args.target else {
         let tag = args.tag.clone().unwrap_or_default();
         let dir = snapshot::find(paths, &tag)?;
-        return Ok(OpenedSource { name: tag, origin: Origin::Directory(dir) });
+        return Ok(OpenedSource { name: tag, origin: Origin::Directory(dir), cache: None });
     };
     let http = HttpClient::default();
     let hub = args.hub.hub.clone();
@@ -81,7 +87,11 @@ pub async fn open(
             // The fork reads the pack itself, without a detour through FUSE.
             Some((hub, reference)) => Ok((Some(hub), reference)),
             None if path.join(snapshot::CONFIGURATION).exists() => {
-                return Ok(OpenedSource { name: target.clone(), origin: Origin::Directory(path) });
+                return Ok(OpenedSource {
+                    name: target.clone(),
+                    origin: Origin::Directory(path),
+                    cache: None,
+                });
             }
             None => return Err(SourceError::NoSuchPath { path }),
         },
@@ -96,16 +106,17 @@ pub async fn open(
         }
         Err(location) => location,
     };
-    let cache = ChunkCache::open(&paths.cache, CacheOptions { max_bytes: args.cache.cache_size });
+    let cache = Arc::new(ChunkCache::open(&paths.cache, CacheOptions { max_bytes: args.cache.cache_size }));
     let options = StoreOptions {
         http,
-        cache: Some(Arc::new(cache)),
+        cache: Some(Arc::clone(&cache)),
         demand_deadline: DEMAND_DEADLINE,
+        head_bytes: HEAD_BYTES,
         ..StoreOptions::default()
     };
     let store = Store::open(location, options).await?;
     reached(Stage::Index);
-    Ok(OpenedSource { name: target.clone(), origin: Origin::Pack(store) })
+    Ok(OpenedSource { name: target.clone(), origin: Origin::Pack(store), cache: Some(cache) })
 }
 
 /// `target` as a path: when it looks like one it must exist, otherwise only when it does and is no name.

@@ -12,8 +12,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 const ZEROS: &str = "[0.0, 0.0, 0.0, 0.0, 0.0]";
-const WHO: &str =
-    "[__import__('os').urandom(8).hex(), __import__('socket').gethostname(), float(numpy.random.random()), numpy.zeros(5).tolist()]";
+const WHO: &str = "[__import__('os').urandom(8).hex(), __import__('socket').gethostname(), float(numpy.random.random()), numpy.zeros(5).tolist()]";
 
 #[test]
 fn ten_children_of_a_pack_at_the_hub_answer_and_are_all_different() {
@@ -55,15 +54,20 @@ fn what_one_child_writes_no_other_sees() {
     assert_eq!(there["answer"], "4999950000");
     let other = bed.run(&hub, &["eval", id(1), "secret.sum()"]).failure();
     assert!(other.contains("secret"), "{other}");
-    let written = bed.json(&hub, &["exec", id(0), "--", "sh", "-c", "echo mine > /root/file && cat /root/file"]);
+    let written =
+        bed.json(&hub, &["exec", id(0), "--", "sh", "-c", "echo mine > /root/file && cat /root/file"]);
     assert_eq!((written["stdout"].as_str(), written["exit_code"].as_i64()), (Some("mine\n"), Some(0)));
     let absent = bed.run(&hub, &["exec", id(1), "--", "cat", "/root/file"]).failure();
     assert!(absent.contains("No such file"), "{absent}");
 
     let listed = bed.json(&hub, &["ps"]);
-    let states: Vec<_> = listed[0]["children"].as_array().unwrap().iter().map(|child| &child["state"]).collect();
+    let states: Vec<_> =
+        listed[0]["children"].as_array().unwrap().iter().map(|child| &child["state"]).collect();
     assert_eq!(states, ["ready", "ready"]);
-    assert!(bed.run(&hub, &["logs", id(0)]).success().is_empty(), "a fork has printed nothing on its console");
+    assert!(
+        bed.run(&hub, &["logs", id(0)]).success().is_empty(),
+        "a fork has printed nothing on its console"
+    );
     bed.run(&hub, &["kill", id(0)]).success();
     bed.run(&hub, &["eval", id(1), "1 + 1"]).success();
     bed.run(&hub, &["kill", "--all"]).success();
@@ -77,7 +81,8 @@ fn what_one_child_writes_no_other_sees() {
 fn a_hub_that_goes_away_stalls_a_child_and_it_goes_on_when_the_hub_is_back() {
     let bed = Bed::new();
     let hub = Hub::serve(&bed, &["--bandwidth", "4MB/s"]);
-    let report = bed.json(&hub, &["fork", "deeplethe/python-numpy", "--detach", "--eval", "numpy.zeros(5).tolist()"]);
+    let report =
+        bed.json(&hub, &["fork", "deeplethe/python-numpy", "--detach", "--eval", "numpy.zeros(5).tolist()"]);
     let child = report["children"][0]["id"].as_str().unwrap().to_owned();
     assert_eq!(report["children"][0]["answer"], ZEROS);
     let (fetched, total) = (report["pack"]["bytes_fetched"].as_u64(), report["pack"]["bytes_total"].as_u64());
@@ -114,7 +119,8 @@ fn flipped_bytes_at_the_hub_end_in_a_named_error_and_no_answer() {
             at += 50_000;
         }
     });
-    let output = bed.run(&hub, &["fork", "deeplethe/python-numpy", "--eval", "numpy.zeros(5).tolist()"]).failure();
+    let output =
+        bed.run(&hub, &["fork", "deeplethe/python-numpy", "--eval", "numpy.zeros(5).tolist()"]).failure();
     assert!(output.contains("sha256"), "{output}");
     assert!(!output.contains(ZEROS), "a child ran on damaged memory: {output}");
     assert!(!bed.has_run_dirs(), "a run directory is left");
@@ -137,12 +143,19 @@ fn a_killed_fork_leaves_no_machine_behind() {
     };
     assert!(wait_until(Duration::from_secs(60), ready), "the children are not ready");
     let listed = bed.json(&hub, &["ps"]);
-    let pids: Vec<_> =
-        listed[0]["children"].as_array().unwrap().iter().map(|child| child["pid"].as_i64().unwrap()).collect();
+    let pids: Vec<_> = listed[0]["children"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|child| child["pid"].as_i64().unwrap())
+        .collect();
     assert_eq!(pids.len(), 3);
     fork.kill().unwrap();
     fork.wait().unwrap();
-    assert!(wait_until(Duration::from_secs(5), || !pids.iter().any(|pid| alive(*pid))), "machines outlive their fork");
+    assert!(
+        wait_until(Duration::from_secs(5), || !pids.iter().any(|pid| alive(*pid))),
+        "machines outlive their fork"
+    );
     let cleaned = bed.json(&hub, &["cleanup"]);
     assert_eq!(cleaned["forks"].as_array().map(Vec::len), Some(1), "{cleaned}");
     assert!(!bed.has_run_dirs());
@@ -168,7 +181,8 @@ fn local_snapshots_eager_forks_and_folders_of_a_mount_work_too() {
     bed.run(&hub, &["umount", mountpoint]).success();
     assert!(answers(&mounted));
     assert_eq!(mounted["pack"]["bytes_total"].as_u64(), Some(total), "the fork read the pack itself");
-    let cached = bed.json(&hub, &["fork", "deeplethe/python-numpy", "--exec", "--", "python3", "-c", "print(6 * 7)"]);
+    let cached =
+        bed.json(&hub, &["fork", "deeplethe/python-numpy", "--exec", "--", "python3", "-c", "print(6 * 7)"]);
     assert_eq!(cached["children"][0]["answer"], "42\n");
 }
 

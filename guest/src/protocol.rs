@@ -397,7 +397,10 @@ mod tests {
 
     #[test]
     fn warm_commands_survive_the_kernel_command_line() {
-        let warm = WarmCommand { argv: vec!["sh".into(), "-c".into(), "echo \"a b\" é".into()], ..Default::default() };
+        let warm = WarmCommand {
+            argv: vec!["sh".into(), "-c".into(), "echo \"a b\" é".into()],
+            ..Default::default()
+        };
         let parameter = warm.to_parameter().unwrap();
         assert!(parameter.bytes().all(|byte| byte.is_ascii_hexdigit()));
         assert_eq!(WarmCommand::from_parameter(&parameter), Some(warm));

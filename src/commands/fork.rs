@@ -32,6 +32,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 const OUTPUT_MAX: usize = 1 << 20;
 /// Pause between two looks at children.
 const POLL: Duration = Duration::from_millis(5);
+/// Looks at a child that does not answer, until its connection's failure is taken for the reason.
+const FAILURE_POLLS: u32 = 60;
 
 /// `forkd fork` failed.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +57,7 @@ pub enum ForkCommandError {
         name: String,
         /// Why not.
         #[source]
-        source: SandboxError,
+        source: Box<SandboxError>,
     },
     /// `--eager` could not download.
     #[error("{name}")]
@@ -112,7 +114,7 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
         source::Stage::Registry => timeline.registry_ms = Some(since_start()),
         source::Stage::Index => timeline.index_ms = Some(since_start()),
     });
-    let OpenedSource { name, origin } = runtime.block_on(opening).map_err(ForkCommandError::from)?;
+    let OpenedSource { name, origin, cache } = runtime.block_on(opening).map_err(ForkCommandError::from)?;
     let sandbox = open_sandbox(&runtime, &name, origin, args.eager, output)?;
     timeline.vmstate_ms = Some(since_start());
 
@@ -158,6 +160,9 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
     }
     supervisor.kill(None);
     supervisor.remove_run_dir();
+    if let Some(cache) = cache {
+        cache.flush();
+    }
     runtime.shutdown_background();
     Ok(exit)
 }
@@ -170,7 +175,7 @@ fn open_sandbox(
     output: &Output,
 ) -> Result<Sandbox, ForkCommandError> {
     let kind = KvmKind::detect();
-    let failed = |source| ForkCommandError::Sandbox { name: name.to_owned(), source };
+    let failed = |source| ForkCommandError::Sandbox { name: name.to_owned(), source: Box::new(source) };
     match origin {
         source::Origin::Directory(dir) => Sandbox::open_local(&dir, kind).map_err(failed),
         source::Origin::Pack(store) => {
@@ -221,23 +226,47 @@ async fn end_on_signal(supervisor: Arc<OnceLock<Arc<Supervisor>>>) {
     std::process::exit(code);
 }
 
-/// Asks every child at the same time, and waits for all.
+/// Asks every child at the same time, and waits until each has answered or is over.
 fn ask_all(supervisor: &Arc<Supervisor>, work: &Work, output: &Output) -> Vec<Outcome> {
     let sockets: Vec<_> = supervisor.children().iter().map(|child| child.socket.clone()).collect();
     let bar = Progress::steps(output, "children", sockets.len() as u64);
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = sockets
-            .iter()
-            .enumerate()
-            .map(|(at, socket)| scope.spawn(move || ask(supervisor, at, socket, work)))
-            .collect();
-        let join = |(done, thread): (usize, std::thread::ScopedJoinHandle<'_, Outcome>)| {
-            let outcome = thread.join().unwrap_or_else(|_| failed(supervisor, "asking it failed".to_owned()));
-            bar.to(done as u64 + 1);
-            outcome
-        };
-        threads.into_iter().enumerate().map(join).collect()
-    })
+    let (sender, answers) = std::sync::mpsc::channel();
+    for (at, socket) in sockets.iter().enumerate() {
+        let (sender, supervisor, socket, work) =
+            (sender.clone(), Arc::clone(supervisor), socket.clone(), work.clone());
+        std::thread::spawn(move || {
+            // Nobody listens any more when the child was found to be over first.
+            let _ = sender.send((at, ask(&supervisor, at, &socket, &work)));
+        });
+    }
+    let mut outcomes: Vec<Option<Outcome>> = sockets.iter().map(|_| None).collect();
+    while outcomes.iter().any(Option::is_none) {
+        match answers.recv_timeout(POLL) {
+            Ok((at, outcome)) => outcomes[at] = Some(outcome),
+            Err(_) => {
+                // A machine that is gone refuses connections just like one that still starts; the state tells.
+                for (at, outcome) in outcomes.iter_mut().enumerate().filter(|(_, outcome)| outcome.is_none())
+                {
+                    *outcome = over(supervisor, at);
+                }
+            }
+        }
+        bar.to(outcomes.iter().flatten().count() as u64);
+    }
+    outcomes.into_iter().flatten().collect()
+}
+
+/// The outcome of a child that is over without an answer.
+fn over(supervisor: &Supervisor, at: usize) -> Option<Outcome> {
+    let error = {
+        let children = supervisor.children();
+        let child = &children[at];
+        child
+            .state
+            .is_over()
+            .then(|| child.error.clone().unwrap_or_else(|| "it ended before it answered".to_owned()))
+    };
+    error.map(|error| failed(supervisor, error))
 }
 
 fn now(supervisor: &Supervisor) -> Moment {
@@ -248,39 +277,32 @@ fn failed(supervisor: &Supervisor, error: String) -> Outcome {
     Outcome { answer: None, error: Some(error), exit_code: None, at: now(supervisor) }
 }
 
-fn ask(supervisor: &Arc<Supervisor>, at: usize, socket: &Path, work: &Work) -> Outcome {
+fn ask(supervisor: &Supervisor, at: usize, socket: &Path, work: &Work) -> Outcome {
     let asked = match work {
         Work::Nothing => return wait_until_ready(supervisor, at),
         Work::Eval(code) => eval(supervisor, socket, code),
         Work::Exec(command) => exec(supervisor, socket, command),
     };
     asked.unwrap_or_else(|error| {
-        // When its machine failed, that is why it does not answer; its report may be a moment behind.
-        let mut why = chain(&error);
-        for _ in 0..100 {
-            if let Some(reason) = supervisor.children()[at].error.clone() {
-                why = reason;
-                break;
+        // When its machine failed, that is why it does not answer; the report of that may be a moment behind.
+        for _ in 0..FAILURE_POLLS {
+            if let Some(outcome) = over(supervisor, at) {
+                return outcome;
             }
             std::thread::sleep(POLL);
         }
-        failed(supervisor, why)
+        failed(supervisor, chain(&error))
     })
 }
 
-fn wait_until_ready(supervisor: &Arc<Supervisor>, at: usize) -> Outcome {
+fn wait_until_ready(supervisor: &Supervisor, at: usize) -> Outcome {
     loop {
+        let ready = supervisor.children()[at].ready;
+        if let Some(outcome) = ready
+            .map(|at| Outcome { answer: None, error: None, exit_code: None, at })
+            .or_else(|| over(supervisor, at))
         {
-            let children = supervisor.children();
-            let child = &children[at];
-            if let Some(ready) = child.ready {
-                return Outcome { answer: None, error: None, exit_code: None, at: ready };
-            }
-            if child.state.is_over() {
-                let error = child.error.clone().unwrap_or_else(|| "it ended before it was ready".to_owned());
-                drop(children);
-                return failed(supervisor, error);
-            }
+            return outcome;
         }
         std::thread::sleep(POLL);
     }

@@ -44,9 +44,9 @@ impl Said {
 impl Bed {
     /// Fresh directories; the snapshot is the one `make machine` built.
     pub fn new() -> Bed {
-        let base = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from).or_else(|| {
-            std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share"))
-        });
+        let base = std::env::var_os("XDG_DATA_HOME")
+            .map(PathBuf::from)
+            .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/share")));
         let data = base.expect("HOME is set");
         let manifest = data.join("forkd/snapshots/python-numpy/manifest.toml");
         assert!(manifest.exists(), "{} is missing: run `make machine` first", manifest.display());
@@ -78,7 +78,8 @@ impl Bed {
     /// Runs forkd, which must succeed, and reads its one JSON document.
     pub fn json(&self, hub: &Hub, arguments: &[&str]) -> Value {
         let output = self.command(hub).arg("--json").args(arguments).output().unwrap();
-        let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let (stdout, stderr) =
+            (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "forkd {arguments:?} failed: {stdout}{stderr}");
         serde_json::from_str(&stdout).unwrap_or_else(|error| panic!("{error}: {stdout}"))
     }
@@ -149,7 +150,10 @@ impl Hub {
             .output()
             .unwrap();
         assert!(published.status.success(), "{}", String::from_utf8_lossy(&published.stderr));
-        let entry = fs::read_dir(&dir).unwrap().flatten().find(|entry| entry.path().extension() == Some("zst".as_ref()));
+        let entry = fs::read_dir(&dir)
+            .unwrap()
+            .flatten()
+            .find(|entry| entry.path().extension() == Some("zst".as_ref()));
         let pack = entry.expect("publish copies the pack").path();
         let good = fs::read(&pack).unwrap();
         let mut bytes = good.clone();
@@ -173,7 +177,8 @@ impl Hub {
             .unwrap();
         let mut line = String::new();
         BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        self.url = line.trim().strip_prefix("listening on ").expect("the server says where it listens").to_owned();
+        self.url =
+            line.trim().strip_prefix("listening on ").expect("the server says where it listens").to_owned();
         self.server = Some(server);
         self
     }

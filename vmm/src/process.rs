@@ -11,6 +11,7 @@ use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
 use crate::sys::{self, ForkError, Forked, Lifetime};
 use crate::uffd::{Uffd, UffdError};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Resource, Rlimit};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -173,6 +174,12 @@ impl MachineProcess {
 
 fn serve_spawns(channel: &Channel) {
     sys::ignore_child_signals();
+    // Whoever reads forkd's output waits until nobody can write to it any more; machines outlive that moment.
+    if let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()) {
+        let _ = rustix::stdio::dup2_stdin(&null);
+        let _ = rustix::stdio::dup2_stdout(&null);
+        let _ = rustix::stdio::dup2_stderr(&null);
+    }
     // Ctrl-C reaches the whole terminal group; the owner decides when machines end.
     let _ = rustix::process::setsid();
     while let Ok((spec, fds)) = channel.receive::<MachineSpec>() {
