@@ -66,7 +66,7 @@ pub enum ForkCommandError {
         name: String,
         /// Why not.
         #[source]
-        source: ReadError,
+        source: Box<ReadError>,
     },
     /// Starting children.
     #[error(transparent)]
@@ -193,7 +193,7 @@ fn open_sandbox(
                         Err(_) => bar.to(sandbox.progress().bytes_fetched),
                     }
                 };
-                filled.map_err(|source| ForkCommandError::Download { name: name.to_owned(), source })?;
+                filled.map_err(|error| ForkCommandError::Download { name: name.to_owned(), source: Box::new(error) })?;
                 sandbox.set_complete();
             }
             Ok(sandbox)
