@@ -28,7 +28,10 @@ fn ten_children_of_a_pack_at_the_hub_answer_and_are_all_different() {
     assert!(distinct(answers.iter().map(|answer| &answer[0])), "urandom repeats: {answers:?}");
     assert!(distinct(answers.iter().map(|answer| &answer[1])), "hostnames repeat: {answers:?}");
     assert!(distinct(answers.iter().map(|answer| &answer[2])), "numpy's generator repeats: {answers:?}");
-    assert!(answers.iter().all(|answer| answer[3].to_string() == "[0.0,0.0,0.0,0.0,0.0]"), "{answers:?}");
+    assert!(
+        answers.iter().all(|answer| answer[3] == serde_json::json!([0.0, 0.0, 0.0, 0.0, 0.0])),
+        "{answers:?}"
+    );
 
     let total = report["pack"]["bytes_total"].as_u64().unwrap();
     let first = report["fetched"]["at_first_instruction"].as_u64().unwrap();

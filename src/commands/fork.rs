@@ -193,7 +193,10 @@ fn open_sandbox(
                         Err(_) => bar.to(sandbox.progress().bytes_fetched),
                     }
                 };
-                filled.map_err(|error| ForkCommandError::Download { name: name.to_owned(), source: Box::new(error) })?;
+                filled.map_err(|error| ForkCommandError::Download {
+                    name: name.to_owned(),
+                    source: Box::new(error),
+                })?;
                 sandbox.set_complete();
             }
             Ok(sandbox)
