@@ -106,7 +106,8 @@ pub struct HubMount {
 impl HubMount {
     /// Whether its daemon is gone.
     pub fn is_dead(&self) -> bool {
-        rustix::fs::stat(&self.mountpoint).is_err_and(|error| error == Errno::NOTCONN)
+        // Not stat: the kernel answers that from its cache for a while.
+        rustix::fs::statfs(&self.mountpoint).is_err_and(|error| error == Errno::NOTCONN)
     }
 }
 

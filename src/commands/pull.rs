@@ -83,18 +83,21 @@ async fn pull(
     let whole = whole_digest(&resolved.entry)
         .transpose()
         .map_err(|_| PullError::BadDigest { reference: reference.to_string() })?;
-    match (Store::open(resolved.location.clone(), options).await, resolved.location.index, whole) {
-        (Ok(store), Some(_), _) => Ok(from_store(&store, paths, Some(tag), args.force, output).await?),
-        (Ok(store), None, None) => {
-            output.note(format!("the registry has no digest of {reference}: it is taken as it comes"));
-            Ok(from_store(&store, paths, Some(tag), args.force, output).await?)
-        }
-        (Ok(_) | Err(OpenError::Legacy { .. }), _, whole) => {
-            let file = download(&resolved, whole, paths, &http, output).await?;
-            from_file(file, paths, tag, args.force, output).await
-        }
-        (Err(error), ..) => Err(error.into()),
+    if resolved.location.index.is_none() && (whole.is_some() || is_legacy(&resolved, &options).await) {
+        let file = download(&resolved, whole, paths, &http, output).await?;
+        return from_file(file, paths, tag, args.force, output).await;
     }
+    let store = Store::open(resolved.location.clone(), options).await?;
+    if resolved.location.index.is_none() {
+        output.note(format!("the registry has no digest of {reference}: it is taken as it comes"));
+    }
+    Ok(from_store(&store, paths, Some(tag), args.force, output).await?)
+}
+
+/// Whether the pack is one of the predecessor's, which have to be read from start to end.
+async fn is_legacy(resolved: &Resolved, options: &StoreOptions) -> bool {
+    let opened = Store::open(resolved.location.clone(), options.clone()).await;
+    matches!(opened, Err(OpenError::Legacy { .. }))
 }
 
 /// Downloads a pack from start to end and checks its digest.

@@ -2,10 +2,10 @@
 //!
 //! | failure | errno |
 //! |---|---|
-//! | retries exhausted, bytes corrupt, the pack malformed | EIO |
+//! | retries exhausted, bytes corrupt, the pack malformed or missing where the registry says it is | EIO |
 //! | the object was replaced or vanished since it was opened | ESTALE |
 //! | the hub or the file system denies access | EACCES |
-//! | the pack, or the name in it, does not exist | ENOENT |
+//! | no such name in the pack | ENOENT |
 //! | a pack of the predecessor, which cannot be read in part | EOPNOTSUPP |
 
 use rustix::io::Errno;
@@ -16,7 +16,8 @@ use crate::store::{OpenError, ReadError};
 /// The errno for a pack that cannot be opened.
 pub fn of_open_error(error: &OpenError) -> Errno {
     match error {
-        OpenError::Source { source, .. } => of_source_error(source, Errno::NOENT),
+        // Not ENOENT: glibc's readdir takes that for the end of the directory, and the pack would look empty.
+        OpenError::Source { source, .. } => of_source_error(source, Errno::IO),
         OpenError::Legacy { .. } => Errno::OPNOTSUPP,
         OpenError::Truncated { .. }
         | OpenError::NotAPack { .. }

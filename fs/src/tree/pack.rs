@@ -268,7 +268,7 @@ fn slot_of(file: FileId) -> u32 {
 
 /// The member behind a slot and its size.
 fn member(index: &Index, slot: u32) -> Result<(FileId, u64), Errno> {
-    let file = FileId(slot.checked_sub(FIRST_MEMBER).ok_or(Errno::ISDIR)?);
+    let file = FileId(slot.checked_sub(FIRST_MEMBER).ok_or(Errno::STALE)?);
     Ok((file, index.entry(file).ok_or(Errno::STALE)?.size))
 }
 
