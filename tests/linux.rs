@@ -213,3 +213,74 @@ fn mistakes_are_named_and_leave_nothing() {
     assert!(text.contains("registry") && text.contains("hint:"), "{text}");
     assert!(!bed.has_run_dirs(), "a run directory is left");
 }
+
+/// Runs forkd where /dev is empty, as on a host without the devices.
+fn without_devices(bed: &Bed, hub: &Hub, arguments: &[&str]) -> (Option<i32>, String) {
+    let forkd = bed.command(hub);
+    let mut unshared = std::process::Command::new("unshare");
+    unshared
+        .args(["-m", "sh", "-c", "mount -t tmpfs none /dev && exec \"$@\"", "sh"])
+        .arg(forkd.get_program())
+        .args(arguments)
+        .envs(forkd.get_envs().filter_map(|(name, value)| Some((name, value?))))
+        .stdin(Stdio::null());
+    let output = unshared.output().unwrap();
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+}
+
+#[test]
+fn missing_devices_are_named_with_a_mend() {
+    let bed = Bed::new();
+    let hub = Hub::serve(&bed, &[]);
+    let mountpoint = bed.path("mnt");
+    fs::create_dir(&mountpoint).unwrap();
+    let mountpoint = mountpoint.to_str().unwrap();
+    let cases: [(&[&str], &str); 3] = [
+        (&["fork", "deeplethe/python-numpy"], "/dev/kvm"),
+        (&["mount", mountpoint], "/dev/fuse"),
+        (&["doctor"], "/dev/kvm"),
+    ];
+    for (arguments, named) in cases {
+        let (code, text) = without_devices(&bed, &hub, arguments);
+        assert_eq!(code, Some(1), "{arguments:?}: {text}");
+        assert!(text.contains(named), "{arguments:?} does not name {named}: {text}");
+        assert!(arguments == ["doctor"] || text.contains("hint:"), "{arguments:?} gives no hint: {text}");
+    }
+    assert!(!bed.has_run_dirs(), "a run directory is left");
+}
+
+#[test]
+fn packs_that_cannot_be_forked_say_why() {
+    let bed = Bed::new();
+    let hub = Hub::serve(&bed, &[]);
+    // The predecessor's layout: one zstd frame around a tar.
+    let old = bed.path("old");
+    fs::create_dir(&old).unwrap();
+    fs::write(old.join("manifest.toml"), "forkd_pack_version = 1\ntag = \"old\"\n").unwrap();
+    for name in ["snapshot.json", "vmstate", "memory.bin"] {
+        fs::write(old.join(name), "x").unwrap();
+    }
+    let v1 = bed.path("old.forkd-snapshot.tar.zst");
+    let made = std::process::Command::new("tar")
+        .args(["--zstd", "-cf", v1.to_str().unwrap(), "-C", old.to_str().unwrap()])
+        .args(["manifest.toml", "snapshot.json", "vmstate", "memory.bin"])
+        .status()
+        .unwrap();
+    assert!(made.success());
+    let whole = fs::read_dir(bed.path("hub"))
+        .unwrap()
+        .flatten()
+        .find(|e| e.path().extension() == Some("zst".as_ref()));
+    let whole = fs::read(whole.unwrap().path()).unwrap();
+    let cut = bed.path("cut.forkd-snapshot.tar.zst");
+    fs::write(&cut, &whole[..whole.len() / 2]).unwrap();
+    let noise = bed.path("noise.forkd-snapshot.tar.zst");
+    fs::write(&noise, vec![0x5a; 100_000]).unwrap();
+    for (pack, said) in [(&v1, "layout 1"), (&cut, "cut short"), (&noise, "not a forkd pack")] {
+        let (code, text) = bed.run(&hub, &["fork", pack.to_str().unwrap()]).both();
+        assert_eq!(code, Some(1), "{text}");
+        assert!(text.contains(said), "{} does not say `{said}`: {text}", pack.display());
+    }
+    assert!(!bed.has_run_dirs(), "a run directory is left");
+}

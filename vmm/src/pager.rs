@@ -417,7 +417,8 @@ impl Shared {
         if !wanted.waiters.contains(&id) {
             wanted.waiters.push(id);
         }
-        if wanted.since.is_none() {
+        // A chunk that failed is tried again for whoever comes next: nobody may wait without somebody loading.
+        if wanted.since.is_none() || std::mem::take(&mut wanted.failed) {
             wanted.since = Some(Instant::now());
             state.queue.push_back(chunk);
             self.work.notify_one();

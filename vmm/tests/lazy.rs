@@ -203,10 +203,15 @@ fn a_failing_source_leaves_a_fork_asleep_and_says_so() {
     std::thread::sleep(Duration::from_millis(50));
     assert!(!running.is_finished(), "the fork was given something else than its memory");
     assert_eq!(setup.pager.waiting_clients(), [ClientId(1)]);
-    // Its owner would end it. Here the chunk comes after all, which must wake it with the right content.
+    // Its owner would end it. A sibling that needs the same chunk must be told of as well.
+    let (mut sibling, _console, sibling_uffd) = fork(&setup, 2, &[]);
+    let sibling = std::thread::spawn(move || run_until(&mut sibling, Ring::Ready));
+    assert_eq!(gone.recv_timeout(Duration::from_secs(10)).unwrap(), chunk);
+    // Here the chunk comes after all, which must wake both with the right content.
     setup.origin.failing.store(false, Ordering::Relaxed);
     let content = setup.origin.load(chunk).unwrap();
     setup.pager.install(chunk, &content).unwrap();
     assert_eq!(running.join().unwrap(), setup.expected);
-    drop(uffd);
+    sibling.join().unwrap();
+    drop((uffd, sibling_uffd));
 }
