@@ -216,7 +216,9 @@ fn two_mounts_share_what_was_fetched() {
     let member = |mount: &Mount<'_>| digest(&mount.version("demo").join("memory.bin"));
     let expected = digest(&lab.snapshot_dir("demo").join("memory.bin"));
     assert_eq!(member(&first), expected);
+    // Chunks are written to disk behind the reader's back.
     let fetched = hub.pack_bytes();
+    wait_until("the cache has what was fetched", || support::dir_bytes(&lab.path("cache")) >= fetched);
     assert_eq!(member(&second), expected);
     let again = hub.pack_bytes() - fetched;
     assert!(again * 20 < fetched, "the second mount fetched {again} more, the first {fetched}");

@@ -8,7 +8,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use forkd_fs::digest::Digest;
-use support::{CHUNK, Hub, Lab, flip, legacy_pack, noise, wait_until};
+use support::{CHUNK, Hub, Lab, dir_bytes, flip, legacy_pack, noise, wait_until};
 
 const MEMBERS: [&str; 5] = ["snapshot.json", "vmstate", "trace", "memory.bin", "rootfs.erofs"];
 
@@ -173,17 +173,6 @@ fn pull_goes_on_where_it_was_killed() {
         digest(&lab.snapshot_dir("demo").join("memory.bin"))
     );
     lab.run(&["pull", "lab/demo", "--tag", "copy", "--hub", &hub.url()]).fails(1, &["`copy` already"]);
-}
-
-fn dir_bytes(dir: &Path) -> u64 {
-    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    entries
-        .map(|entry| match entry.metadata() {
-            Ok(metadata) if metadata.is_dir() => dir_bytes(&entry.path()),
-            Ok(metadata) => metadata.len(),
-            Err(_) => 0,
-        })
-        .sum()
 }
 
 #[test]

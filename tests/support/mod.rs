@@ -268,6 +268,18 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
+/// Bytes of all files below a directory.
+pub fn dir_bytes(dir: &Path) -> u64 {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries
+        .map(|entry| match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => dir_bytes(&entry.path()),
+            Ok(metadata) => metadata.len(),
+            Err(_) => 0,
+        })
+        .sum()
+}
+
 /// A pack in the predecessor's layout 1: one zstd frame of a tar.
 pub fn legacy_pack(lab: &Lab, memory: &[u8]) -> PathBuf {
     let dir = lab.path("legacy");
