@@ -62,10 +62,10 @@ fork lazy cache-lazy
 fork eager cache-eager --eager
 fork cached cache-eager
 row() { # NAME LABEL
-    jq -r --arg label "$2" '
+    jq -r --arg start "$2" '
         def ms: if . == null then "-" else "\(. * 10 | round / 10)" end;
         def kib: if . == null then "-" else "\(. / 1024 | round)" end;
-        [$label,
+        [$start,
          ([.children[].first_instruction_ms] | min | ms),
          ([.children[].answered_ms] | min | ms),
          ([.children[].answered_ms] | max | ms),

@@ -11,12 +11,13 @@ use forkd_guest::protocol::{Answer, Status, WARM_PARAMETER, WarmCommand, WorkerS
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
-use forkd_vmm::memory::{ImageId, MemoryError, MemoryLayout, create_image};
+use forkd_vmm::memory::{ImageId, MemoryError, MemoryLayout, PMEM_ALIGN, create_image};
 use forkd_vmm::pager::{
     ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, PagerError, SourceFailure,
 };
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, SpawnError, Start, Zygote};
 use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -254,8 +255,12 @@ pub fn build(
     into: &Path,
     mut step: impl FnMut(Step),
 ) -> Result<Configuration, BuildError> {
-    let root_disk = open(request.root_disk)?;
-    let size = root_disk.metadata().map_err(file_error("reading the size of", request.root_disk))?.len();
+    // The machine boots from the snapshot's own copy: padded to whole regions, and nobody else's to change.
+    let root_disk_path = into.join(snapshot::ROOT_DISK);
+    copy_sparse(&open(request.root_disk)?, &root_disk_path, PMEM_ALIGN)
+        .map_err(file_error("writing", &root_disk_path))?;
+    let root_disk = open(&root_disk_path)?;
+    let size = root_disk.metadata().map_err(file_error("reading the size of", &root_disk_path))?.len();
     let layout = MemoryLayout::new(request.memory_mib, size)?;
     let kind = KvmKind::detect();
     let ram = create_image("forkd-ram", layout.ram_bytes())?;
@@ -285,7 +290,7 @@ pub fn build(
     })?;
     drop(machine);
     let configuration = Configuration::new(layout, kind);
-    save(into, &configuration, &File::from(vmstate), &File::from(ram), request.root_disk)?;
+    save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
     step(Step::Trace);
     let trace = record_trace(zygote, &configuration, into, request)?.encode()?;
@@ -353,23 +358,14 @@ fn show_answer(answer: &Answer) -> String {
     error.or_else(|| answer.answer.clone()).unwrap_or_else(|| "nothing".to_owned())
 }
 
-fn save(
-    into: &Path,
-    configuration: &Configuration,
-    vmstate: &File,
-    ram: &File,
-    root_disk: &Path,
-) -> Result<(), SnapshotError> {
+fn save(into: &Path, configuration: &Configuration, vmstate: &File, ram: &File) -> Result<(), SnapshotError> {
     let path = into.join(snapshot::CONFIGURATION);
     let text = serde_json::to_vec_pretty(configuration).map_err(SnapshotError::Configuration)?;
     std::fs::write(&path, text).map_err(file_error("writing", &path))?;
     let path = into.join(snapshot::VMSTATE);
     copy_sparse(vmstate, &path, 1).map_err(file_error("writing", &path))?;
     let path = into.join(snapshot::MEMORY);
-    copy_sparse(ram, &path, PAGE).map_err(file_error("writing", &path))?;
-    let path = into.join(snapshot::ROOT_DISK);
-    copy_sparse(&File::open(root_disk).map_err(file_error("opening", root_disk))?, &path, PAGE)
-        .map_err(file_error("writing", &path))
+    copy_sparse(ram, &path, PAGE).map_err(file_error("writing", &path))
 }
 
 /// Copies a file, leaving holes for holes and blocks of zeros, its length rounded up to `unit`.
@@ -379,7 +375,13 @@ fn copy_sparse(from: &File, to: &Path, unit: u64) -> io::Result<()> {
     let target = File::create(to)?;
     let mut block = vec![0; BLOCK];
     let mut offset = 0;
-    while let Ok(data) = rustix::fs::seek(from, rustix::fs::SeekFrom::Data(offset)) {
+    loop {
+        let data = match rustix::fs::seek(from, rustix::fs::SeekFrom::Data(offset)) {
+            Ok(data) => data,
+            // No more data.
+            Err(Errno::NXIO) => break,
+            Err(errno) => return Err(errno.into()),
+        };
         offset = data / BLOCK as u64 * BLOCK as u64;
         let part = &mut block[..(length - offset).min(BLOCK as u64) as usize];
         from.read_exact_at(part, offset)?;

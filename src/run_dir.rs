@@ -9,7 +9,8 @@
 //! Callers: `supervisor.rs`, and the commands that look at running children.
 
 use crate::paths::{Paths, PathsError};
-use rustix::fs::FlockOperation;
+use rustix::fs::{CWD, FlockOperation, RenameFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -23,8 +24,8 @@ const CONTROL: &str = "control.sock";
 const MESSAGE_MAX: u64 = 4 << 20;
 /// How long a supervisor may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a directory may be without its lock.
-const NEWBORN: Duration = Duration::from_secs(10);
+/// How directories are named while they are made; forks have hexadecimal names.
+const UNBORN_PREFIX: &str = ".new-";
 
 /// Where a child stands. Ordered: a child only ever moves on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -163,17 +164,23 @@ impl RunDir {
                 .and_then(|mut file| file.read_exact(&mut random))
                 .map_err(file_error("reading", source))?;
             let id = random.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+            // It gets its name once it is locked: what has a name and no lock is dead.
+            let unborn = tempfile::Builder::new()
+                .prefix(UNBORN_PREFIX)
+                .tempdir_in(&parent)
+                .map_err(file_error("creating a directory in", &parent))?;
+            let lock_path = unborn.path().join(LOCK);
+            let lock = File::create(&lock_path).map_err(file_error("creating", &lock_path))?;
+            rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
+                .map_err(|errno| file_error("locking", &lock_path)(errno.into()))?;
             let path = parent.join(&id);
-            match fs::create_dir(&path) {
+            match rustix::fs::renameat_with(CWD, unborn.path(), CWD, &path, RenameFlags::NOREPLACE) {
                 Ok(()) => {
-                    let lock_path = path.join(LOCK);
-                    let lock = File::create(&lock_path).map_err(file_error("creating", &lock_path))?;
-                    rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-                        .map_err(|errno| file_error("locking", &lock_path)(errno.into()))?;
+                    let _ = unborn.keep();
                     return Ok(RunDir { id, path, _lock: lock });
                 }
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(file_error("creating", &path)(error)),
+                Err(Errno::EXIST) => {}
+                Err(errno) => return Err(file_error("creating", &path)(errno.into())),
             }
         }
     }
@@ -233,6 +240,12 @@ impl RunDir {
     }
 }
 
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        self.remove();
+    }
+}
+
 /// A fork's directory, seen from another process.
 #[derive(Debug, Clone)]
 pub struct ForkDir {
@@ -255,6 +268,7 @@ impl ForkDir {
             .filter_map(|entry| {
                 Some(ForkDir { id: entry.file_name().into_string().ok()?, path: entry.path() })
             })
+            .filter(|fork| !fork.id.starts_with(UNBORN_PREFIX))
             .collect();
         forks.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(forks)
@@ -284,10 +298,7 @@ impl ForkDir {
     pub fn is_alive(&self) -> bool {
         match File::open(self.path.join(LOCK)) {
             Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_err(),
-            // Its creator has not come to the lock yet; a directory that stays without one is dead.
-            Err(_) => fs::metadata(&self.path)
-                .and_then(|metadata| metadata.modified())
-                .is_ok_and(|made| made.elapsed().is_ok_and(|age| age < NEWBORN)),
+            Err(_) => false,
         }
     }
 
@@ -322,6 +333,9 @@ impl ForkDir {
         writeln!(&stream, "{text}").map_err(dead)?;
         let mut answer = String::new();
         BufReader::new(stream.take(MESSAGE_MAX)).read_line(&mut answer).map_err(dead)?;
+        if answer.is_empty() {
+            return Err(RunDirError::Dead { fork: self.id.clone() });
+        }
         serde_json::from_str(&answer).map_err(malformed)
     }
 }
@@ -359,6 +373,10 @@ mod tests {
         });
         assert!(!fork.remove_if_dead().unwrap());
         drop((run, listener));
+        assert!(ForkDir::all(&paths).unwrap().is_empty(), "a fork that ends removes its directory");
+        // What a killed one leaves: a lock that nobody holds.
+        fs::create_dir(&fork.path).unwrap();
+        File::create(fork.path.join(LOCK)).unwrap();
         assert!(matches!(fork.status(), Err(RunDirError::Dead { .. })));
         assert!(fork.remove_if_dead().unwrap());
         assert!(ForkDir::all(&paths).unwrap().is_empty());

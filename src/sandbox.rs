@@ -220,17 +220,17 @@ impl Sandbox {
     }
 
     /// Fills the images: at once what the trace names, and after `rest_wanted` the rest; then ends all watching. Goes on
-    /// trying as long as the network is away; ends early only when chunks are damaged.
+    /// trying as long as the network is away; ends early only when chunks are damaged. Returns whether nothing is missing.
     pub fn fill(
         &self,
         rest_wanted: impl Future<Output = ()> + Send + 'static,
-    ) -> impl Future<Output = Result<(), ReadError>> + Send + 'static {
+    ) -> impl Future<Output = Result<bool, ReadError>> + Send + 'static {
         let lazy = match &self.images {
             Images::Lazy { pager, pages, trace } => Some((pager.clone(), pages.clone(), trace.clone())),
             Images::Local { .. } => None,
         };
         async move {
-            let Some((pager, pages, trace)) = lazy else { return Ok(()) };
+            let Some((pager, pages, trace)) = lazy else { return Ok(true) };
             let index = pages.store.index();
             let working_set = prefetch::plan(index, &trace);
             let rest = vec![prefetch::remaining(index, &working_set)];
@@ -245,12 +245,12 @@ impl Sandbox {
             fetch_all(&pages.store, &working_set, &install).await?;
             rest_wanted.await;
             fetch_all(&pages.store, &rest, &install).await?;
-            pager.complete(|id| pages.is_zero(id));
-            Ok(())
+            // Chunks that could not be put in place (memory was short) are loaded when they are needed.
+            Ok(pager.complete(|id| pages.is_zero(id)))
         }
     }
 
-    /// After [`Sandbox::fill`] has ended well, machines need no pager at all.
+    /// After [`Sandbox::fill`] has returned true, machines need no pager at all.
     pub fn set_complete(&mut self) {
         self.complete = true;
     }

@@ -15,7 +15,8 @@
 use crate::paths::{Paths, PathsError};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{MemoryError, MemoryLayout};
-use rustix::fs::FlockOperation;
+use rustix::fs::{CWD, FlockOperation, RenameFlags};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io;
@@ -204,21 +205,18 @@ impl Draft {
             return Err(SnapshotError::Exists { tag });
         }
         let staged = dir.keep();
-        // Exchange needs both to exist; the old snapshot then lies in the staging place and goes.
-        let replaced = rustix::fs::renameat_with(
-            rustix::fs::CWD,
-            &staged,
-            rustix::fs::CWD,
-            &target,
-            rustix::fs::RenameFlags::EXCHANGE,
-        );
-        let placed = match replaced {
-            Ok(()) => fs::remove_dir_all(&staged),
-            Err(rustix::io::Errno::NOENT) => fs::rename(&staged, &target),
-            Err(errno) => Err(errno.into()),
+        let rename = |flags| rustix::fs::renameat_with(CWD, &staged, CWD, &target, flags);
+        let placed = match rename(RenameFlags::NOREPLACE) {
+            // The old snapshot then lies in the staging place, and goes.
+            Err(Errno::EXIST) if force => rename(RenameFlags::EXCHANGE),
+            placed => placed,
         };
-        placed.map_err(file_error("publishing", &target))?;
-        Ok(target)
+        let _ = fs::remove_dir_all(&staged);
+        match placed {
+            Ok(()) => Ok(target),
+            Err(Errno::EXIST) => Err(SnapshotError::Exists { tag }),
+            Err(errno) => Err(file_error("publishing", &target)(errno.into())),
+        }
     }
 }
 

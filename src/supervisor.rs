@@ -19,11 +19,14 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// How often the supervisor looks for failed chunks while nothing else happens.
 const TICK: Duration = Duration::from_millis(200);
+/// The same while children are being spawned, whose channels are not polled yet.
+const SPAWN_TICK: Duration = Duration::from_millis(1);
 /// A child that waits longer than this for one chunk counts as stalled, ms.
 const STALLED_AFTER_MS: u64 = 1000;
 
@@ -75,8 +78,8 @@ pub struct Moment {
 pub struct Child {
     /// Its name, unique on this machine.
     pub id: String,
-    /// Process id of its machine.
-    pub pid: i32,
+    /// Its machine.
+    pub process: Arc<MachineProcess>,
     /// Unix socket of its vsock.
     pub socket: PathBuf,
     /// Where it stands.
@@ -95,8 +98,9 @@ pub struct Supervisor {
     run_dir: RunDir,
     sandbox: Arc<Sandbox>,
     pack: String,
-    processes: Vec<MachineProcess>,
     children: Mutex<Vec<Child>>,
+    /// More children are coming.
+    spawning: AtomicBool,
 }
 
 impl Supervisor {
@@ -109,38 +113,38 @@ impl Supervisor {
         count: u32,
     ) -> Result<Arc<Supervisor>, ForkError> {
         let run_dir = RunDir::create(paths)?;
-        let mut processes = Vec::new();
-        let mut children = Vec::new();
-        for number in 1..=u64::from(count) {
-            let id = format!("{}-{number}", run_dir.id());
-            match spawn(&run_dir, zygote, &sandbox, &id, number) {
-                Ok((process, socket)) => {
-                    children.push(Child {
-                        id,
-                        pid: process.pid,
-                        socket,
-                        state: ChildState::Starting,
-                        error: None,
-                        first_instruction: None,
-                        ready: None,
-                        client: ClientId(number),
-                    });
-                    processes.push(process);
-                }
-                Err(error) => {
-                    processes.iter().for_each(MachineProcess::kill);
-                    return Err(error);
-                }
-            }
-        }
-        let supervisor =
-            Arc::new(Supervisor { run_dir, sandbox, pack, processes, children: Mutex::new(children) });
+        let listener = run_dir.listen()?;
+        let children = Mutex::default();
+        let spawning = AtomicBool::new(true);
+        let supervisor = Arc::new(Supervisor { run_dir, sandbox, pack, children, spawning });
+        // The first child must not wait for its memory until the last one is spawned.
         let reports = Arc::clone(&supervisor);
         std::thread::spawn(move || reports.follow());
         let control = Arc::clone(&supervisor);
-        let listener = supervisor.run_dir.listen()?;
         std::thread::spawn(move || control.serve_control(&listener));
-        Ok(supervisor)
+        let spawned = (1..=u64::from(count)).try_for_each(|number| supervisor.spawn(zygote, number));
+        supervisor.spawning.store(false, Ordering::Release);
+        if spawned.is_err() {
+            supervisor.kill(None);
+            supervisor.remove_run_dir();
+        }
+        spawned.map(|()| supervisor)
+    }
+
+    fn spawn(&self, zygote: &Zygote, number: u64) -> Result<(), ForkError> {
+        let id = format!("{}-{number}", self.run_dir.id());
+        let (process, socket) = spawn(&self.run_dir, zygote, &self.sandbox, &id, number)?;
+        self.children().push(Child {
+            id,
+            process: Arc::new(process),
+            socket,
+            state: ChildState::Starting,
+            error: None,
+            first_instruction: None,
+            ready: None,
+            client: ClientId(number),
+        });
+        Ok(())
     }
 
     /// The children; short-lived lock.
@@ -157,9 +161,9 @@ impl Supervisor {
     pub fn kill(&self, id: Option<&str>) -> usize {
         let mut children = self.children();
         let mut killed = 0;
-        for (child, process) in children.iter_mut().zip(&self.processes) {
+        for child in children.iter_mut() {
             if id.is_none_or(|id| id == child.id) && !child.state.is_over() {
-                process.kill();
+                child.process.kill();
                 child.state = ChildState::Killed;
                 killed += 1;
             }
@@ -181,13 +185,13 @@ impl Supervisor {
     pub fn status(&self) -> ForkStatus {
         let progress = self.sandbox.progress();
         let stats = self.sandbox.pager_stats();
-        let waiting = self.sandbox.pager().map(|pager| pager.waiting_clients()).unwrap_or_default();
+        let waiting = self.sandbox.pager().map(|pager| pager.waiting_clients(None)).unwrap_or_default();
         let stuck = stats.longest_wait_ms > STALLED_AFTER_MS;
         let shown = |child: &Child| {
             let stalled = stuck && !child.state.is_over() && waiting.contains(&child.client);
             ChildStatus {
                 id: child.id.clone(),
-                pid: child.pid,
+                pid: child.process.pid,
                 state: if stalled { ChildState::Stalled } else { child.state },
                 error: child.error.clone().or_else(|| progress.last_error.clone().filter(|_| stalled)),
             }
@@ -202,29 +206,44 @@ impl Supervisor {
 
     /// Reads the children's reports until all are over.
     fn follow(&self) {
-        let timeout = Timespec { tv_sec: 0, tv_nsec: TICK.subsec_nanos().into() };
-        let mut open: Vec<usize> = (0..self.processes.len()).collect();
-        while !open.is_empty() {
+        let mut known = 0;
+        let mut open: Vec<(usize, Arc<MachineProcess>)> = Vec::new();
+        loop {
+            let spawning = self.spawning.load(Ordering::Acquire);
+            {
+                let children = self.children();
+                open.extend(
+                    children.iter().enumerate().skip(known).map(|(at, c)| (at, Arc::clone(&c.process))),
+                );
+                known = children.len();
+            }
+            if open.is_empty() && !spawning {
+                return;
+            }
+            let tick = if spawning { SPAWN_TICK } else { TICK };
+            let timeout = Timespec { tv_sec: 0, tv_nsec: tick.subsec_nanos().into() };
             let mut polled: Vec<_> =
-                open.iter().map(|at| PollFd::new(&self.processes[*at].channel, PollFlags::IN)).collect();
+                open.iter().map(|(_, process)| PollFd::new(&process.channel, PollFlags::IN)).collect();
             if rustix::event::poll(&mut polled, Some(&timeout)).is_err() {
                 continue;
             }
-            let readable: Vec<_> = open
-                .iter()
-                .zip(&polled)
-                .filter(|(_, poll)| !poll.revents().is_empty())
-                .map(|(at, _)| *at)
-                .collect();
-            for at in readable {
-                match self.processes[at].channel.receive::<Report>() {
-                    Ok((report, fds)) => self.note(at, report, fds),
+            let readable: Vec<_> = polled.iter().map(|poll| !poll.revents().is_empty()).collect();
+            let mut readable = readable.into_iter();
+            open.retain(|(at, process)| {
+                if !readable.next().unwrap_or(false) {
+                    return true;
+                }
+                match process.channel.receive::<Report>() {
+                    Ok((report, fds)) => {
+                        self.note(*at, report, fds);
+                        true
+                    }
                     Err(error) => {
-                        open.retain(|other| *other != at);
-                        self.finish(at, &error);
+                        self.finish(*at, &error);
+                        false
                     }
                 }
-            }
+            });
             self.end_children_without_memory();
         }
     }
@@ -238,7 +257,7 @@ impl Supervisor {
                     && let Err(error) = pager.attach(child.client, uffd, bases)
                 {
                     child.error = Some(chain(&error));
-                    self.processes[at].kill();
+                    child.process.kill();
                 }
             }
             Report::Rang { ring, at_ns } => {
@@ -257,7 +276,7 @@ impl Supervisor {
                 }
             }
             // A fork is not asked for snapshots; its machine waits for an order that never comes.
-            Report::Snapshot => self.processes[at].kill(),
+            Report::Snapshot => child.process.kill(),
             Report::Ended => child.state = child.state.max(ChildState::Ended),
             Report::Failed { error } => {
                 child.error = Some(error);
@@ -269,39 +288,45 @@ impl Supervisor {
     fn finish(&self, at: usize, error: &ChannelError) {
         let mut children = self.children();
         let child = &mut children[at];
+        let gone = matches!(error, ChannelError::Closed);
+        if !gone {
+            // What it says cannot be understood: it is not to be trusted any further.
+            child.process.kill();
+        }
         if let Some(pager) = self.sandbox.pager() {
             pager.detach(child.client);
         }
         if !child.state.is_over() {
-            let gone = matches!(error, ChannelError::Closed);
             let why = if gone { "its process was killed".to_owned() } else { chain(error) };
             child.error.get_or_insert(why);
             child.state = ChildState::Failed;
-            // What it says cannot be understood: it is not to be trusted any further.
-            self.processes[at].kill();
         }
     }
 
     /// Children that wait for a chunk which will not come would sleep forever.
     fn end_children_without_memory(&self) {
-        let unavailable = self.sandbox.take_unavailable();
-        let (Some(first), Some(pager)) = (unavailable.first(), self.sandbox.pager()) else { return };
-        let waiting = pager.waiting_clients();
-        let name = Sandbox::image_name(first.chunk.image);
-        let mut children = self.children();
-        for (child, process) in children.iter_mut().zip(&self.processes) {
-            if waiting.contains(&child.client) && !child.state.is_over() {
-                let error = format!("chunk {} of {name} cannot be had: {}", first.chunk.chunk, first.error);
-                child.error = Some(error);
-                child.state = ChildState::Failed;
-                process.kill();
+        let Some(pager) = self.sandbox.pager() else { return };
+        for unavailable in self.sandbox.take_unavailable() {
+            let waiting = pager.waiting_clients(Some(unavailable.chunk));
+            let (chunk, name) = (unavailable.chunk.chunk, Sandbox::image_name(unavailable.chunk.image));
+            for child in self.children().iter_mut().filter(|child| waiting.contains(&child.client)) {
+                if !child.state.is_over() {
+                    child.error =
+                        Some(format!("chunk {chunk} of {name} cannot be had: {}", unavailable.error));
+                    child.state = ChildState::Failed;
+                    child.process.kill();
+                }
             }
         }
     }
 
     fn serve_control(&self, listener: &UnixListener) {
         for stream in listener.incoming() {
-            let Ok(stream) = stream else { return };
+            let Ok(stream) = stream else {
+                // Descriptors may be short for a moment; without this thread nobody could end the fork.
+                std::thread::sleep(TICK);
+                continue;
+            };
             self.run_dir.answer(stream, || self.status(), |id| self.kill(id));
         }
     }

@@ -111,6 +111,38 @@ fn a_hub_that_goes_away_stalls_a_child_and_it_goes_on_when_the_hub_is_back() {
 }
 
 #[test]
+fn a_child_killed_while_it_waits_for_memory_does_not_harm_its_sibling() {
+    const DIGEST: &str = "cat /usr/lib/python3/dist-packages/numpy/*/*.so | sha256sum";
+    let bed = Bed::new();
+    let hub = Hub::serve(&bed, &["--bandwidth", "4MB/s"]);
+    let local = bed.json(&hub, &["fork", "--tag", "python-numpy", "--exec", "--", "sh", "-c", DIGEST]);
+    let report = bed.json(&hub, &["fork", "deeplethe/python-numpy", "-n", "2", "--detach", "--eval", "1"]);
+    let ids: Vec<_> = report["children"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|child| child["id"].as_str().unwrap().to_owned())
+        .collect();
+    let hub = hub.stop();
+    let mut reader = bed
+        .command(&hub)
+        .args(["exec", &ids[0], "--", "sh", "-c", DIGEST])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let stalled = || bed.json(&hub, &["ps"])[0]["children"][0]["state"] == "stalled";
+    assert!(wait_until(Duration::from_secs(60), stalled), "the child does not stall");
+    bed.run(&hub, &["kill", &ids[0]]).success();
+    reader.wait().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    let hub = hub.start_again();
+    let sibling = bed.json(&hub, &["exec", &ids[1], "--", "sh", "-c", DIGEST]);
+    assert_eq!(sibling["stdout"], local["children"][0]["answer"], "the sibling read something else");
+    bed.run(&hub, &["kill", "--all"]).success();
+}
+
+#[test]
 fn flipped_bytes_at_the_hub_end_in_a_named_error_and_no_answer() {
     let bed = Bed::new();
     let hub = Hub::serve_with(&bed, &[], |pack| {
@@ -214,12 +246,12 @@ fn mistakes_are_named_and_leave_nothing() {
     assert!(!bed.has_run_dirs(), "a run directory is left");
 }
 
-/// Runs forkd where /dev is empty, as on a host without the devices.
+/// Runs forkd where /dev has /dev/null and nothing else, as on a host without the devices.
 fn without_devices(bed: &Bed, hub: &Hub, arguments: &[&str]) -> (Option<i32>, String) {
     let forkd = bed.command(hub);
     let mut unshared = std::process::Command::new("unshare");
     unshared
-        .args(["-m", "sh", "-c", "mount -t tmpfs none /dev && exec \"$@\"", "sh"])
+        .args(["-m", "sh", "-c", "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && exec \"$@\"", "sh"])
         .arg(forkd.get_program())
         .args(arguments)
         .envs(forkd.get_envs().filter_map(|(name, value)| Some((name, value?))))

@@ -212,12 +212,14 @@ struct Killed {
 pub fn kill(args: &KillArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     let mut killed = 0;
+    let mut failure = None;
     if args.all {
         for fork in ForkDir::all(&paths).map_err(ChildrenError::from)? {
             match fork.kill(None) {
                 Ok(count) => killed += count,
                 Err(RunDirError::Dead { .. }) => {}
-                Err(error) => return Err(ChildrenError::from(error).into()),
+                // The others are to be ended all the same.
+                Err(error) => failure = Some(error),
             }
         }
     } else {
@@ -225,6 +227,9 @@ pub fn kill(args: &KillArgs, output: &Output) -> Result<ExitCode, CommandError> 
             let fork = ForkDir::of_child(&paths, id).map_err(ChildrenError::from)?;
             killed += fork.kill(Some(id)).map_err(ChildrenError::from)?;
         }
+    }
+    if let Some(error) = failure {
+        return Err(ChildrenError::from(error).into());
     }
     output.report(&Killed { killed }, |report| format!("ended {}\n", report.killed));
     Ok(ExitCode::SUCCESS)

@@ -119,9 +119,6 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
     timeline.vmstate_ms = Some(since_start());
 
     let (sandbox, name) = (Arc::new(sandbox), name);
-    let children = Supervisor::start(&paths, &zygote, Arc::clone(&sandbox), name.clone(), args.count)
-        .map_err(ForkCommandError::from)?;
-    let supervisor = supervisor.get_or_init(|| children);
     // What no child has asked for is fetched after the answers: it would only be in their way.
     let (rest_wanted, wanted) = tokio::sync::oneshot::channel::<()>();
     if !args.eager {
@@ -134,6 +131,9 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
             }
         });
     }
+    let children = Supervisor::start(&paths, &zygote, Arc::clone(&sandbox), name.clone(), args.count)
+        .map_err(ForkCommandError::from)?;
+    let supervisor = supervisor.get_or_init(|| children);
     let work = match (&args.eval, args.exec) {
         (Some(code), _) => Work::Eval(code.clone()),
         (None, true) => Work::Exec(args.command.clone()),
@@ -193,11 +193,13 @@ fn open_sandbox(
                         Err(_) => bar.to(sandbox.progress().bytes_fetched),
                     }
                 };
-                filled.map_err(|error| ForkCommandError::Download {
+                let filled = filled.map_err(|error| ForkCommandError::Download {
                     name: name.to_owned(),
                     source: Box::new(error),
                 })?;
-                sandbox.set_complete();
+                if filled {
+                    sandbox.set_complete();
+                }
             }
             Ok(sandbox)
         }
@@ -364,7 +366,7 @@ fn report(
     let since = |moment: &Moment| milliseconds_since(started_ns, moment.at_ns);
     let children = supervisor.children();
     let pids: Vec<_> =
-        children.iter().filter(|child| !child.state.is_over()).map(|child| child.pid).collect();
+        children.iter().filter(|child| !child.state.is_over()).map(|child| child.process.pid).collect();
     let earliest = |moments: &mut dyn Iterator<Item = Moment>| {
         moments.min_by_key(|moment| moment.at_ns).map(|moment| moment.fetched)
     };
@@ -375,7 +377,7 @@ fn report(
     };
     let shown = |(child, outcome): (&crate::supervisor::Child, Outcome)| ChildReport {
         id: child.id.clone(),
-        pid: child.pid,
+        pid: child.process.pid,
         first_instruction_ms: child.first_instruction.as_ref().map(since),
         ready_ms: child.ready.as_ref().map(since),
         answered_ms: outcome.error.is_none().then(|| since(&outcome.at)),

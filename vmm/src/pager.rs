@@ -129,6 +129,10 @@ struct Image {
 struct Client {
     uffd: Arc<Uffd>,
     bases: Vec<u64>,
+    /// Its process has ended. The descriptor stays open all the same: KVM resolves faults on a kernel worker that can
+    /// outlive the process, and were the last descriptor closed while one waits, the kernel would give it a zero page
+    /// of the *shared* image, for every sibling to read.
+    ended: bool,
 }
 
 #[derive(Default)]
@@ -145,6 +149,12 @@ struct State {
     queue: VecDeque<ChunkId>,
     stopping: bool,
     complete: bool,
+}
+
+impl State {
+    fn is_running(&self, client: ClientId) -> bool {
+        self.clients.get(&client).is_some_and(|client| !client.ended)
+    }
 }
 
 #[derive(Default)]
@@ -229,16 +239,14 @@ impl Pager {
         }
         epoll::add(&self.shared.epoll, &*uffd, epoll::EventData::new_u64(client.0), epoll::EventFlags::IN)
             .map_err(|source| PagerError::Poll { operation: "epoll_ctl", source })?;
-        state.clients.insert(client, Client { uffd, bases });
+        state.clients.insert(client, Client { uffd, bases, ended: false });
         Ok(())
     }
 
-    /// Forgets a machine that has ended.
+    /// Notes that a machine's process has ended. What it waits for is still loaded.
     pub fn detach(&self, client: ClientId) {
-        let mut state = self.shared.lock();
-        state.clients.remove(&client);
-        for wanted in state.wanted.values_mut() {
-            wanted.waiters.retain(|waiter| *waiter != client);
+        if let Some(client) = self.shared.lock().clients.get_mut(&client) {
+            client.ended = true;
         }
     }
 
@@ -271,6 +279,7 @@ impl Pager {
         let mut state = self.shared.lock();
         state.complete = true;
         for (_, client) in state.clients.drain() {
+            let _ = epoll::delete(&self.shared.epoll, &*client.uffd);
             self.shared.unregister(&client.uffd, &client.bases);
         }
         true
@@ -281,8 +290,8 @@ impl Pager {
         let counters = &self.shared.counters;
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let state = self.shared.lock();
-        let oldest =
-            state.wanted.values().filter(|wanted| !wanted.waiters.is_empty()).filter_map(|w| w.since);
+        let running = |wanted: &&Wanted| wanted.waiters.iter().any(|id| state.is_running(*id));
+        let oldest = state.wanted.values().filter(running).filter_map(|wanted| wanted.since);
         let longest = oldest.map(|since| since.elapsed()).max().unwrap_or(Duration::ZERO);
         PagerStats {
             faults: load(&counters.faults),
@@ -295,10 +304,15 @@ impl Pager {
         }
     }
 
-    /// Machines that wait for a chunk right now.
-    pub fn waiting_clients(&self) -> Vec<ClientId> {
+    /// Machines that wait for a chunk right now: this one, or any.
+    pub fn waiting_clients(&self, chunk: Option<ChunkId>) -> Vec<ClientId> {
         let state = self.shared.lock();
-        let mut clients: Vec<_> = state.wanted.values().flat_map(|wanted| wanted.waiters.clone()).collect();
+        let wanted = state.wanted.iter().filter(|(id, _)| chunk.is_none_or(|chunk| chunk == **id));
+        let mut clients: Vec<_> = wanted
+            .flat_map(|(_, wanted)| &wanted.waiters)
+            .copied()
+            .filter(|id| state.is_running(*id))
+            .collect();
         clients.sort();
         clients.dedup();
         clients

@@ -12,10 +12,11 @@ use crate::sys::{self, ForkError, Forked, Lifetime};
 use crate::uffd::{Uffd, UffdError};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, Resource, Rlimit};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 
 /// How a machine starts.
@@ -121,6 +122,8 @@ pub struct MachineProcess {
     pub pid: i32,
     /// Its reports, and the way for orders.
     pub channel: Channel,
+    /// The process itself: its id may be another's by the time that it is to be killed.
+    pidfd: OwnedFd,
 }
 
 /// The process that forks machines.
@@ -143,7 +146,7 @@ impl Zygote {
             Forked::Parent(_) => Ok(Zygote { channel: ours }),
             Forked::Child => {
                 drop(ours);
-                serve_spawns(&theirs);
+                serve_spawns(theirs);
                 sys::exit_now(0)
             }
         }
@@ -156,7 +159,12 @@ impl Zygote {
         fds.extend(&files.images);
         self.channel.send(spec, &fds)?;
         match self.channel.receive()?.0 {
-            Spawned::Pid(pid) => Ok(MachineProcess { pid, channel: ours }),
+            Spawned::Pid(pid) => {
+                let gone = || SpawnError::Refused { error: "it ended at once".to_owned() };
+                let known = Pid::from_raw(pid).ok_or_else(gone)?;
+                let pidfd = rustix::process::pidfd_open(known, PidfdFlags::empty()).map_err(|_| gone())?;
+                Ok(MachineProcess { pid, channel: ours, pidfd })
+            }
             Spawned::Failed(error) => Err(SpawnError::Refused { error }),
         }
     }
@@ -165,14 +173,12 @@ impl Zygote {
 impl MachineProcess {
     /// Ends the machine at once.
     pub fn kill(&self) {
-        if let Some(pid) = Pid::from_raw(self.pid) {
-            // It may have ended by itself.
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
+        // It may have ended by itself.
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
     }
 }
 
-fn serve_spawns(channel: &Channel) {
+fn serve_spawns(channel: Channel) {
     sys::ignore_child_signals();
     // Whoever reads forkd's output waits until nobody can write to it any more; machines outlive that moment.
     if let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()) {
@@ -185,7 +191,11 @@ fn serve_spawns(channel: &Channel) {
     while let Ok((spec, fds)) = channel.receive::<MachineSpec>() {
         let answer = match sys::fork_process(Lifetime::BoundToParent) {
             Ok(Forked::Parent(pid)) => Spawned::Pid(pid.as_raw_nonzero().get()),
-            Ok(Forked::Child) => run_machine(spec, fds),
+            Ok(Forked::Child) => {
+                // A machine must not be able to ask for machines, or to take its siblings' descriptors.
+                drop(channel);
+                run_machine(spec, fds)
+            }
             Err(error) => Spawned::Failed(describe(&error)),
         };
         if channel.send(&answer, &[]).is_err() {
@@ -205,10 +215,13 @@ fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>) -> ! {
     let _ = rustix::thread::set_no_new_privs(true);
     let mut fds = fds.into_iter();
     let Some(channel) = fds.next().map(Channel::from_fd) else { sys::exit_now(1) };
-    let outcome = MachineRun::new(spec, fds, &channel).and_then(|run| run.run(&channel));
-    let (report, code) = match outcome {
-        Ok(()) => (Report::Ended, 0),
-        Err(error) => (Report::Failed { error: describe(&error) }, 1),
+    // Lives until the process ends, which no destructor survives: the vsock thread uses guest memory to the last, and
+    // closing a VM takes tens of milliseconds.
+    let mut machine = MachineRun::new(spec, fds, &channel);
+    let failure = machine.as_mut().map_or(None, |machine| machine.run(&channel).err());
+    let (report, code) = match failure.as_ref().or(machine.as_ref().err()) {
+        None => (Report::Ended, 0),
+        Some(error) => (Report::Failed { error: describe(error) }, 1),
     };
     let _ = channel.send(&report, &[]);
     sys::exit_now(code)
@@ -228,6 +241,8 @@ enum RunError {
     Uffd(#[from] UffdError),
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    #[error("the vsock's listener cannot be used")]
+    Listener(#[source] io::Error),
     #[error("the vmstate cannot be read")]
     ReadState(#[source] io::Error),
     #[error("the vmstate cannot be handed over")]
@@ -268,8 +283,7 @@ impl MachineRun {
             }
             Start::Restore { .. } => {
                 let mut bytes = Vec::new();
-                start.seek(SeekFrom::Start(0)).map_err(RunError::ReadState)?;
-                start.take(BODY_MAX as u64 + 4096).read_to_end(&mut bytes).map_err(RunError::ReadState)?;
+                read_shared(&start, &mut bytes).map_err(RunError::ReadState)?;
                 let state = MachineState::decode(&bytes)?;
                 if state.layout != spec.layout {
                     return Err(RunError::Layout);
@@ -280,8 +294,9 @@ impl MachineRun {
         Ok(MachineRun { machine, vsock, _uffd: uffd })
     }
 
-    fn run(mut self, channel: &Channel) -> Result<(), RunError> {
-        let backend = self.machine.vsock_backend(self.vsock)?;
+    fn run(&mut self, channel: &Channel) -> Result<(), RunError> {
+        let listener = self.vsock.try_clone().map_err(RunError::Listener)?;
+        let backend = self.machine.vsock_backend(listener)?;
         std::thread::spawn(move || backend.run());
         loop {
             let mut lost = None;
@@ -303,6 +318,12 @@ impl MachineRun {
             let (Order::Resume, _) = channel.receive()?;
         }
     }
+}
+
+/// Reads a whole vmstate. Siblings share the file's description, and so its position: it is not used.
+fn read_shared(file: &File, into: &mut Vec<u8>) -> io::Result<()> {
+    into.resize(file.metadata()?.len().min(BODY_MAX as u64 + 4096) as usize, 0);
+    file.read_exact_at(into, 0)
 }
 
 /// Now on CLOCK_MONOTONIC, ns: comparable between processes of one host.

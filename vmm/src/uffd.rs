@@ -3,6 +3,7 @@
 
 use crate::memory::{Mapping, PAGE_BYTES};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
 use std::os::raw::c_void;
@@ -97,6 +98,8 @@ impl Uffd {
     /// The faults that arrived since the last call, at most 64; none means that nobody waits any more.
     pub fn faults(&self, into: &mut Vec<Fault>) -> Result<(), UffdError> {
         let mut buffer = userfaultfd::EventBuffer::new(64);
+        // The flag belongs to the description that the watched process shares: it could have cleared it to hang us.
+        let _ = rustix::fs::fcntl_setfl(self, OFlags::RDWR | OFlags::NONBLOCK);
         let failed = |source| UffdError::Operation { operation: "reading faults", source };
         for event in self.inner.read_events(&mut buffer).map_err(failed)? {
             if let Event::Pagefault { addr, .. } = event.map_err(failed)? {

@@ -25,6 +25,8 @@ pub(super) struct Connection {
     readable: bool,
     /// The host client will send no more.
     host_done: bool,
+    /// The host client has closed its end; what it sent before may still be unread.
+    host_gone: bool,
     /// The guest will send no more.
     guest_done: bool,
     /// The guest will not receive either: the stream is over once it is flushed.
@@ -48,6 +50,7 @@ impl Connection {
             established: false,
             readable: false,
             host_done: false,
+            host_gone: false,
             guest_done: false,
             closing: false,
             to_host: VecDeque::new(),
@@ -84,6 +87,18 @@ impl Connection {
     pub(super) fn update_credit(&mut self, buffer: u32, forwarded: u32) {
         self.peer_buffer = buffer;
         self.peer_forwarded = Wrapping(forwarded);
+    }
+
+    /// The host client closed its end. Its last bytes still go to the guest; then the stream is over.
+    pub(super) fn hang_up(&mut self) -> Verdict {
+        self.host_gone = true;
+        self.readable = true;
+        if self.host_done || !self.established { Verdict::Reset } else { Verdict::Keep }
+    }
+
+    /// Whether a stream at whose end [`Connection::take_from_host`] has arrived is over for both sides.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.host_gone && self.host_done
     }
 
     /// The host's socket may be read again.

@@ -111,7 +111,7 @@ impl Vsock {
         if readable {
             connection.set_readable();
         }
-        let mut verdict = if gone { Verdict::Reset } else { Verdict::Keep };
+        let mut verdict = if gone { connection.hang_up() } else { Verdict::Keep };
         if writable && verdict == Verdict::Keep {
             verdict = connection.flush();
         }
@@ -203,6 +203,10 @@ impl Vsock {
         }
         let bytes = connection.take_from_host(room)?;
         if bytes.is_empty() {
+            if connection.is_abandoned() {
+                self.conclude(key, Verdict::Reset);
+                return None;
+            }
             self.write_header(packet, Control { key, op: OP_SHUTDOWN, flags: SHUTDOWN_SEND }, 0);
             return Some(0);
         }
@@ -277,7 +281,10 @@ impl Vsock {
                 Verdict::Keep
             }
             OP_RST => {
-                self.end(key);
+                // The guest has forgotten the stream; its last bytes may still wait for a slow host client.
+                if connection.finish_guest(false) == Verdict::Reset {
+                    self.end(key);
+                }
                 return;
             }
             _ => Verdict::Reset,
