@@ -19,7 +19,7 @@ use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Spaw
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -293,9 +293,11 @@ pub fn build(
     save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
     step(Step::Trace);
-    let trace = record_trace(zygote, &configuration, into, request)?.encode()?;
+    let trace = record_trace(zygote, &configuration, into, request)?;
     let path = into.join(snapshot::TRACE);
-    std::fs::write(&path, trace).map_err(file_error("writing", &path))?;
+    std::fs::write(&path, trace.encode()?).map_err(file_error("writing", &path))?;
+    let path = into.join(snapshot::HOTSET);
+    write_hotset(&trace, into, &path).map_err(file_error("writing", &path))?;
     Ok(configuration)
 }
 
@@ -303,6 +305,22 @@ fn command_line(request: &Request<'_>) -> Result<String, BuildError> {
     let Some(warm) = request.warm else { return Ok(String::new()) };
     let parameter = warm.to_parameter().map_err(BuildError::WarmCommand)?;
     Ok(format!("{WARM_PARAMETER}={parameter}"))
+}
+
+/// Writes the traced pages one behind the other: a fork gets them in one go instead of by whole chunks.
+fn write_hotset(trace: &Trace, dir: &Path, to: &Path) -> io::Result<()> {
+    let files = trace
+        .regions
+        .iter()
+        .map(|region| File::open(dir.join(&region.file)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut target = io::BufWriter::new(File::create(to)?);
+    let mut bytes = [0; PAGE as usize];
+    for (region, page) in trace.pages() {
+        files[region].read_exact_at(&mut bytes, u64::from(page) * PAGE)?;
+        target.write_all(&bytes)?;
+    }
+    target.flush()
 }
 
 fn open(path: &Path) -> Result<File, SnapshotError> {

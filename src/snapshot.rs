@@ -6,6 +6,7 @@
 //! | `snapshot.json` | [`Configuration`] |
 //! | `vmstate` | CPU and device state (`forkd_vmm::snapshot`) |
 //! | `trace` | pages touched by a first restore (`forkd_fs::trace`) |
+//! | `hotset` | those pages themselves, in the trace's order |
 //! | `memory.bin` | guest RAM, sparse |
 //! | `rootfs.erofs` | root disk |
 //!
@@ -31,6 +32,8 @@ pub const CONFIGURATION: &str = "snapshot.json";
 pub const VMSTATE: &str = "vmstate";
 /// The trace's.
 pub const TRACE: &str = "trace";
+/// The traced pages'.
+pub const HOTSET: &str = "hotset";
 /// Guest RAM's.
 pub const MEMORY: &str = "memory.bin";
 /// The root disk's.

@@ -50,12 +50,14 @@ pub const SNAPSHOT: &str = "snapshot.json";
 pub const VMSTATE: &str = "vmstate";
 /// Name of the recorded working set.
 pub const TRACE: &str = "trace";
+/// Name of the touched pages themselves, in the order of the trace ([`crate::trace::Trace::pages`]).
+pub const HOTSET: &str = "hotset";
 /// Name of the guest memory image.
 pub const MEMORY: &str = "memory.bin";
 /// Name of the root disk image.
 pub const ROOTFS: &str = "rootfs.erofs";
 /// The members of a pack in the order they are stored: small ones that a restore needs first, first.
-pub const MEMBER_ORDER: [&str; 6] = [MANIFEST, SNAPSHOT, VMSTATE, TRACE, MEMORY, ROOTFS];
+pub const MEMBER_ORDER: [&str; 7] = [MANIFEST, SNAPSHOT, VMSTATE, TRACE, HOTSET, MEMORY, ROOTFS];
 
 const TAR_BLOCK: u64 = 512;
 

@@ -137,6 +137,27 @@ impl Trace {
         self.regions.iter().find(|region| region.file == name)
     }
 
+    /// Number of pages in the trace; a page counts once for each bucket that names it.
+    pub fn page_count(&self) -> u64 {
+        let runs = self.regions.iter().flat_map(|region| region.buckets.iter().flatten());
+        runs.map(|run| u64::from(run.pages)).sum()
+    }
+
+    /// Every page, as the position of its region and its number: bucket by bucket, region by region, run by run. A pack's
+    /// `hotset` holds the pages themselves in this order. Check [`Trace::page_count`] before iterating over a stranger's.
+    pub fn pages(&self) -> impl Iterator<Item = (usize, u32)> {
+        let buckets = self.regions.iter().map(|region| region.buckets.len()).max().unwrap_or(0);
+        let runs = (0..buckets).flat_map(|bucket| {
+            let of_bucket =
+                move |region: &'_ RegionTrace| region.buckets.get(bucket).cloned().unwrap_or_default();
+            self.regions
+                .iter()
+                .enumerate()
+                .flat_map(move |(at, region)| of_bucket(region).into_iter().map(move |run| (at, run)))
+        });
+        runs.flat_map(|(at, run)| (run.first_page..run.first_page + run.pages).map(move |page| (at, page)))
+    }
+
     fn check(&self) -> Result<(), TraceError> {
         let bounds = |ok: bool, what| if ok { Ok(()) } else { Err(TraceError::Bounds { what }) };
         bounds(self.regions.len() <= MAX_REGIONS, "number of regions")?;

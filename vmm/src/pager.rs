@@ -261,6 +261,22 @@ impl Pager {
         Ok(())
     }
 
+    /// Puts single pages in ahead of need: `offset` and length are multiples of the page size. Their chunks stay to be
+    /// loaded; call [`Pager::wake_waiters`] for them afterwards.
+    pub fn install_pages(&self, image: ImageId, offset: u64, bytes: &[u8]) -> Result<(), PagerError> {
+        let image = &self.shared.images[image.index()];
+        Ok(self.shared.uffd.copy(&image.alias, offset, bytes)?)
+    }
+
+    /// Has everybody who waits for a chunk look again: the page they need may have come by itself.
+    pub fn wake_waiters(&self, chunk: ChunkId) {
+        let state = self.shared.lock();
+        let waiters = state.wanted.get(&chunk).map(|wanted| wanted.waiters.clone()).unwrap_or_default();
+        for client in waiters.iter().filter_map(|waiter| state.clients.get(waiter)) {
+            self.shared.wake(&client.uffd, &client.bases, chunk);
+        }
+    }
+
     /// Whether a chunk is in its image.
     pub fn is_present(&self, chunk: ChunkId) -> bool {
         self.shared.is_present(chunk)
