@@ -166,9 +166,9 @@ impl HotPages {
         PackChunk { file: self.file, chunk }
     }
 
-    /// What is left to fetch after the first chunk, in order.
+    /// What is left to fetch after the first chunk: neighbours, which come in one stream.
     fn batches(&self) -> Vec<Vec<PackChunk>> {
-        (1..self.chunks).map(|chunk| vec![self.chunk(chunk)]).collect()
+        vec![(1..self.chunks).map(|chunk| self.chunk(chunk)).collect()]
     }
 
     fn install_chunk(&self, pager: &Pager, pages: &StorePages, chunk: u32, data: &ChunkData) {
