@@ -10,6 +10,7 @@ pub mod commands;
 pub mod detach;
 pub mod error;
 pub mod hub;
+pub mod identity;
 pub mod kernel;
 pub mod machine_build;
 pub mod mounts;

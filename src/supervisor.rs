@@ -2,10 +2,10 @@
 //! `forkd fork`; it is also the pager of its children. Callers: `commands/fork.rs`.
 
 use crate::error::chain;
+use crate::identity::{self, IdentityError};
 use crate::paths::{Paths, PathsError};
 use crate::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir, RunDirError};
 use crate::sandbox::Sandbox;
-use forkd_guest::generation::{Generation, GenerationError};
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
@@ -16,12 +16,12 @@ use forkd_vmm::process::{
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// How often the supervisor looks for failed chunks while nothing else happens.
 const TICK: Duration = Duration::from_millis(200);
@@ -56,12 +56,9 @@ pub enum ForkError {
         #[source]
         source: io::Error,
     },
-    /// No random bytes for the children.
-    #[error("/dev/urandom cannot be read")]
-    Entropy(#[source] io::Error),
-    /// A record.
+    /// The children's identities.
     #[error(transparent)]
-    Generation(#[from] GenerationError),
+    Identity(#[from] IdentityError),
 }
 
 /// When something happened, and how much of the pack was there.
@@ -357,7 +354,7 @@ fn spawn(
     let spec = MachineSpec {
         layout: sandbox.configuration().layout,
         kind: KvmKind::detect(),
-        record: generation(id, number)?.encode()?.to_vec(),
+        record: identity::fresh(id, number)?.to_vec(),
         start: sandbox.start(),
     };
     let files = MachineFiles {
@@ -367,20 +364,6 @@ fn spawn(
         vsock: vsock.as_fd(),
     };
     Ok((zygote.spawn(&spec, &files)?, socket))
-}
-
-/// What makes this child different from its siblings.
-fn generation(id: &str, number: u64) -> Result<Generation, ForkError> {
-    let mut entropy = [0; 64];
-    let mut machine_id = [0; 16];
-    let mut random = File::open("/dev/urandom").map_err(ForkError::Entropy)?;
-    random
-        .read_exact(&mut entropy)
-        .and_then(|()| random.read_exact(&mut machine_id))
-        .map_err(ForkError::Entropy)?;
-    let unix_time_ns =
-        SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
-    Ok(Generation { generation: number, unix_time_ns, entropy, hostname: format!("forkd-{id}"), machine_id })
 }
 
 /// Milliseconds from `start_ns` to `at_ns`, both on CLOCK_MONOTONIC.

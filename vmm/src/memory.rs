@@ -33,7 +33,7 @@ pub const ROOT_DISK_MAX: u64 = 64 << 30;
 pub const ZERO_RUNS_MAX: usize = 512;
 
 /// The images of a machine, in the order in which they are passed around.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ImageId {
     /// Guest RAM (`memory.bin` of a snapshot).
