@@ -27,6 +27,8 @@ use tokio::runtime::Handle;
 const SMALL_FILE_MAX: u64 = 8 << 20;
 /// Largest `hotset` that is used, bytes: a working set beyond that is better fetched by chunks.
 const HOTSET_MAX: u64 = 256 << 20;
+/// Most chunks of the `hotset` that are waited for before a child starts.
+const FIRST_CHUNKS_MAX: u64 = 4;
 /// Threads that load chunks which machines wait for. They mostly wait for the network.
 const PAGER_WORKERS: usize = 8;
 /// Pause before background filling is tried again after the network failed for its whole deadline.
@@ -132,6 +134,8 @@ enum Images {
 struct HotPages {
     file: FileId,
     chunks: u32,
+    /// Chunks with the pages that are touched before the first instruction.
+    first_chunks: u32,
     pages_per_chunk: usize,
     pages: Vec<(ImageId, u32)>,
 }
@@ -154,10 +158,16 @@ impl HotPages {
             let file = pages.files.get(image.index()).copied().flatten()?;
             (u64::from(page) < index.entry(file)?.size / PAGE_BYTES).then_some((image, page))
         };
+        let pages_per_chunk = index.chunk_size() as usize / PAGE_BYTES as usize;
+        let first_runs = trace.regions.iter().filter_map(|region| region.buckets.first()).flatten();
+        let first_pages = first_runs.map(|run| u64::from(run.pages)).sum::<u64>();
+        let first_chunks = first_pages.div_ceil(pages_per_chunk as u64).clamp(1, FIRST_CHUNKS_MAX);
+        let chunks = index.chunk_count(file);
         Some(HotPages {
             file,
-            chunks: index.chunk_count(file),
-            pages_per_chunk: index.chunk_size() as usize / PAGE_BYTES as usize,
+            chunks,
+            first_chunks: chunks.min(first_chunks as u32),
+            pages_per_chunk,
             pages: listed.map(in_image).collect::<Option<_>>()?,
         })
     }
@@ -166,9 +176,9 @@ impl HotPages {
         PackChunk { file: self.file, chunk }
     }
 
-    /// What is left to fetch after the first chunk: neighbours, which come in one stream.
+    /// What is left to fetch: neighbours, which come in one stream.
     fn batches(&self) -> Vec<Vec<PackChunk>> {
-        vec![(1..self.chunks).map(|chunk| self.chunk(chunk)).collect()]
+        vec![(self.first_chunks..self.chunks).map(|chunk| self.chunk(chunk)).collect()]
     }
 
     fn install_chunk(&self, pager: &Pager, pages: &StorePages, chunk: u32, data: &ChunkData) {
@@ -286,7 +296,9 @@ impl Sandbox {
         let hot = HotPages::of_pack(&pages, &trace).map(Arc::new);
         if let Some(hot) = &hot {
             // What the first instructions need. It came with the index: without it every child would fault at once.
-            hot.install_chunk(&pager, &pages, 0, &pages.store.chunk(hot.chunk(0)).await?);
+            for chunk in 0..hot.first_chunks {
+                hot.install_chunk(&pager, &pages, chunk, &pages.store.chunk(hot.chunk(chunk)).await?);
+            }
         }
         let images = Images::Lazy { pager, pages, trace, hot };
         Ok(Sandbox { configuration, vmstate: vmstate_file, images, zero_runs, complete: false })

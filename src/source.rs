@@ -15,9 +15,9 @@ use std::time::Duration;
 /// How long a machine waits for memory while the network is away.
 const DEMAND_DEADLINE: Duration = Duration::from_secs(600);
 
-/// What is fetched from the start of a pack together with its index: snapshot.json, vmstate and trace lie there, so
-/// they cost no round trip of their own.
-const HEAD_BYTES: u64 = 128 * 1024;
+/// What is fetched from the start of a pack together with its index: snapshot.json, vmstate, trace and the first
+/// hot pages lie there, so they cost no round trip of their own.
+const HEAD_BYTES: u64 = 256 * 1024;
 
 /// Nothing to fork from.
 #[derive(Debug, thiserror::Error)]
