@@ -109,6 +109,10 @@ impl PageSource for StorePages {
     }
 
     fn unavailable(&self, chunk: ChunkId, failure: SourceFailure) {
+        if matches!(failure.downcast_ref(), Some(ReadError::Stopped)) {
+            // forkd is ending, and its machines with it.
+            return;
+        }
         let error = crate::error::chain(&*failure);
         tracing::error!(?chunk, error, "a chunk that machines wait for cannot be had");
         let mut list = self.unavailable.lock().unwrap_or_else(PoisonError::into_inner);
