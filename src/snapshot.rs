@@ -24,20 +24,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// The manifest's file name.
-pub const MANIFEST: &str = "manifest.toml";
-/// The configuration's.
-pub const CONFIGURATION: &str = "snapshot.json";
-/// The machine state's.
-pub const VMSTATE: &str = "vmstate";
-/// The trace's.
-pub const TRACE: &str = "trace";
-/// The traced pages'.
-pub const HOTSET: &str = "hotset";
-/// Guest RAM's.
-pub const MEMORY: &str = "memory.bin";
-/// The root disk's.
-pub const ROOT_DISK: &str = "rootfs.erofs";
+pub use forkd_fs::format::{
+    HOTSET, MANIFEST, MEMORY, ROOTFS as ROOT_DISK, SNAPSHOT as CONFIGURATION, TRACE, VMSTATE,
+};
 
 /// How directories of unfinished snapshots are named; no tag starts with a dot.
 const DRAFT_PREFIX: &str = ".draft-";
