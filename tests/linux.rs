@@ -67,10 +67,11 @@ fn what_one_child_writes_no_other_sees() {
     let states: Vec<_> =
         listed[0]["children"].as_array().unwrap().iter().map(|child| &child["state"]).collect();
     assert_eq!(states, ["ready", "ready"]);
-    assert!(
-        bed.run(&hub, &["logs", id(0)]).success().is_empty(),
-        "a fork has printed nothing on its console"
-    );
+    bed.run(&hub, &["exec", id(0), "--", "sh", "-c", "echo only on this console > /dev/ttyS0"]).success();
+    let console = |at: usize| bed.run(&hub, &["logs", id(at)]).success();
+    let there = || console(0).contains("only on this console");
+    assert!(wait_until(Duration::from_secs(5), there), "it is not on the console: {}", console(0));
+    assert!(!console(1).contains("only on this console"), "a sibling's console has it too");
     bed.run(&hub, &["kill", id(0)]).success();
     bed.run(&hub, &["eval", id(1), "1 + 1"]).success();
     bed.run(&hub, &["kill", "--all"]).success();
