@@ -18,9 +18,12 @@ use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, Vc
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 /// Extra kernel command line. The last three are no kernel parameters: the kernel hands them to PID 1 as environment.
+///
+/// `AVX_Fast_Unaligned_Load` is glibc's preference for copying with AVX. It is derived before the tunables switch AVX
+/// itself off, so it has to be named: without it one agent in a hundred under load saw half of a copied value change.
 pub const COMMAND_LINE: &str = "noxsave nopti mitigations=off clocksource=kvm-clock no_timer_check lpj=2300000 \
      clearcpuid=popcnt,smap,smep,umip,fsgsbase,pcid,invpcid,erms,fsrm,cx16,rdpid,rdrand,rdseed \
-     GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX512F,-AVX512VL,-AVX512BW,-AVX512DQ,-AVX512CD,-FMA,-FMA4 \
+     GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX_Fast_Unaligned_Load,-AVX512F,-AVX512VL,-AVX512BW,-AVX512DQ,-AVX512CD,-FMA,-FMA4 \
      OPENBLAS_CORETYPE=NEHALEM NPY_DISABLE_CPU_FEATURES=AVX,F16C,FMA3,AVX2,AVX512F,AVX512CD,AVX512_SKX,AVX512_CLX,AVX512_CNL,AVX512_ICL";
 
 const MSR_LSTAR: u32 = 0xc000_0082;

@@ -73,6 +73,21 @@ enum Task {
     Snapshot,
 }
 
+impl Task {
+    /// For messages: when a frame came.
+    fn name(&self) -> &'static str {
+        match self {
+            Task::Request => "before the request",
+            Task::Status => "after a status request",
+            Task::Exec(_) => "after an exec request",
+            Task::Eval => "after an eval request",
+            Task::Put(_) => "after a put request",
+            Task::Get(_) => "after a get request",
+            Task::Snapshot => "after a snapshot request",
+        }
+    }
+}
+
 /// What a polled descriptor belongs to.
 #[derive(Clone, Copy)]
 enum Source {
@@ -261,7 +276,10 @@ impl Agent {
                 Ok(false) => {}
                 Err(message) => stream.fail(message),
             },
-            _ => stream.fail("a frame that has no place here"),
+            (task, kind) => {
+                let doing = task.name();
+                stream.fail(format!("a {kind:?} frame of {} bytes has no place {doing}", payload.len()));
+            }
         }
     }
 
