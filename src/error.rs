@@ -34,9 +34,6 @@ use crate::snapshot::SnapshotError;
 /// What a command can fail with.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
-    /// The verb is known but this build has no implementation of it.
-    #[error("this build of forkd cannot do it yet")]
-    NotBuilt(&'static str),
     /// A directory of forkd's own.
     #[error(transparent)]
     Paths(#[from] PathsError),
@@ -140,7 +137,6 @@ impl Row {
 /// The table.
 fn describe(error: &CommandError) -> Row {
     match error {
-        CommandError::NotBuilt(verb) => Row::failed("run", *verb),
         CommandError::Paths(error) => describe_paths(error),
         CommandError::Kernel(error) => describe_kernel(error),
         CommandError::Children(error) => machine::children(error),

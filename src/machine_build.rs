@@ -437,7 +437,6 @@ struct Recorder {
     files: Vec<File>,
     phase: AtomicUsize,
     touched: Mutex<Vec<(ImageId, usize, u32)>>,
-    failure: Mutex<Option<SourceFailure>>,
 }
 
 impl PageSource for Recorder {
@@ -451,8 +450,12 @@ impl PageSource for Recorder {
         Ok(if zero { ChunkContent::Zero } else { ChunkContent::Data(page.into()) })
     }
 
-    fn unavailable(&self, _chunk: ChunkId, failure: SourceFailure) {
-        *self.failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(failure);
+    fn unavailable(&self, chunk: ChunkId, failure: SourceFailure) {
+        tracing::error!(
+            ?chunk,
+            error = crate::error::chain(&*failure),
+            "a page of the new snapshot cannot be read"
+        );
     }
 }
 
@@ -482,12 +485,7 @@ fn record_touches(
     let ids: Vec<_> = ImageId::ALL.into_iter().filter(|id| layout.image_bytes(*id) > 0).collect();
     let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
     let files = paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
-    let recorder = Arc::new(Recorder {
-        files,
-        phase: AtomicUsize::new(0),
-        touched: Mutex::default(),
-        failure: Mutex::default(),
-    });
+    let recorder = Arc::new(Recorder { files, phase: AtomicUsize::new(0), touched: Mutex::default() });
     let shape = |id: &ImageId| ImageShape { bytes: layout.image_bytes(*id), chunk_bytes: PAGE };
     let shapes: Vec<_> = ids.iter().map(|id| (*id, shape(id))).collect();
     let pager = Pager::new(&shapes, recorder.clone(), 1)?;

@@ -2,10 +2,11 @@
 
 use crate::cli::ForkArgs;
 use crate::mounts;
+use crate::packs;
 use crate::paths::Paths;
 use crate::registry::{HubAddress, InvalidReference, RegistryError};
 use crate::snapshot::{self, SnapshotError};
-use forkd_fs::cache::{CacheOptions, ChunkCache};
+use forkd_fs::cache::ChunkCache;
 use forkd_fs::source::HttpClient;
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
 use std::path::{Path, PathBuf};
@@ -106,17 +107,15 @@ pub async fn open(
         }
         Err(location) => location,
     };
-    let cache = Arc::new(ChunkCache::open(&paths.cache, CacheOptions { max_bytes: args.cache.cache_size }));
     let options = StoreOptions {
-        http,
-        cache: Some(Arc::clone(&cache)),
         demand_deadline: DEMAND_DEADLINE,
         head_bytes: HEAD_BYTES,
-        ..StoreOptions::default()
+        ..packs::store_options(paths, args.cache.cache_size, &http)
     };
+    let cache = options.cache.clone();
     let store = Store::open(location, options).await?;
     reached(Stage::Index);
-    Ok(OpenedSource { name: target.clone(), origin: Origin::Pack(store), cache: Some(cache) })
+    Ok(OpenedSource { name: target.clone(), origin: Origin::Pack(store), cache })
 }
 
 /// `target` as a path: when it looks like one it must exist, otherwise only when it does and is no name.
