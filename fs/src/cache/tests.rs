@@ -1,5 +1,8 @@
 //! Tests of the cache: sharing, damage, bounds and disks that refuse.
 
+use std::fs::{self, File};
+use std::time::Duration;
+
 use super::*;
 
 fn frame(seed: u8, len: usize) -> (Digest, Bytes) {
@@ -8,7 +11,7 @@ fn frame(seed: u8, len: usize) -> (Digest, Bytes) {
 }
 
 fn open(dir: &Path) -> ChunkCache {
-    ChunkCache::open(dir, CacheOptions { max_bytes: 100_000 })
+    ChunkCache::open(dir, CacheOptions { max_bytes: 100_000, min_free_bytes: Some(0) })
 }
 
 #[test]
@@ -45,7 +48,7 @@ fn damaged_entries_are_misses_and_go_away() {
         fs::write(&path, damage).unwrap();
         assert!(cache.contains(digest));
         assert!(cache.get(digest, 5000).is_none());
-        assert!(!cache.contains(digest), "removed");
+        assert!(!cache.contains(digest) && cache.survey().damaged == 1, "put aside");
     }
     cache.put(digest, bytes.clone());
     cache.flush();
@@ -113,4 +116,53 @@ fn a_disk_that_refuses_writes_is_survived() {
     cache.put(digest, bytes);
     cache.flush();
     assert!(cache.contains(digest), "tries again once the disk accepts");
+}
+
+#[test]
+fn the_cache_yields_to_a_disk_that_is_nearly_full() {
+    let dir = tempfile::tempdir().unwrap();
+    let roomy = open(dir.path());
+    let frames: Vec<_> = (0..4).map(|seed| frame(seed, 5000)).collect();
+    frames[..3].iter().for_each(|(digest, bytes)| roomy.put(*digest, bytes.clone()));
+    roomy.flush();
+    // No disk has so much free: like one that others have filled.
+    let options = CacheOptions { max_bytes: 100_000, min_free_bytes: Some(u64::MAX) };
+    let tight = ChunkCache::open(dir.path(), options);
+    assert!(tight.get(frames[0].0, 5000).is_some(), "what is there is read");
+    tight.put(frames[3].0, frames[3].1.clone());
+    tight.flush();
+    assert_eq!(tight.survey().entries, 0, "nothing is added, and the space goes to others");
+    roomy.put(frames[3].0, frames[3].1.clone());
+    roomy.flush();
+    assert!(roomy.contains(frames[3].0));
+}
+
+#[test]
+fn verify_puts_damaged_frames_aside_and_collect_removes_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path());
+    let frames: Vec<_> = (0..3).map(|seed| frame(seed, 5000)).collect();
+    frames.iter().for_each(|(digest, bytes)| cache.put(*digest, bytes.clone()));
+    cache.flush();
+    let path = cache.disk.as_ref().unwrap().path(frames[1].0);
+    fs::write(&path, b"not that").unwrap();
+    let verified = cache.verify(&|_| ());
+    assert_eq!(verified, Verified { entries: 3, bytes: 10_008, damaged: 1 });
+    assert!(cache.contains(frames[0].0) && !cache.contains(frames[1].0) && cache.contains(frames[2].0));
+    assert_eq!(cache.collect(false).unwrap(), Collected { files: 1, bytes: 8 });
+    let survey = cache.survey();
+    assert_eq!((survey.entries, survey.bytes, survey.damaged), (2, 10_000, 0));
+    assert_eq!(cache.collect(true).unwrap(), Collected { files: 2, bytes: 10_000 });
+    assert_eq!(cache.verify(&|_| ()), Verified::default());
+}
+
+#[test]
+fn collect_brings_a_cache_under_a_smaller_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let cache = open(dir.path());
+    (0..10).map(|seed| frame(seed, 5000)).for_each(|(digest, bytes)| cache.put(digest, bytes));
+    cache.flush();
+    let smaller = CacheOptions { max_bytes: 20_000, min_free_bytes: Some(0) };
+    let removed = ChunkCache::open(dir.path(), smaller).collect(false).unwrap();
+    assert_eq!(removed, Collected { files: 6, bytes: 30_000 });
 }
