@@ -8,7 +8,7 @@ FORKD := $(TARGET)/release/forkd
 PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse3 jq bsdextrautils \
 	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils
 
-.PHONY: build deps machine quickstart test lint clean
+.PHONY: build deps machine quickstart test lint clean bench-mount
 
 ## forkd and, beside it, the guest's agent (static: it runs as the only program of a root disk)
 build:
@@ -33,6 +33,10 @@ quickstart: machine
 ## every test, the one on a real Linux guest among them
 test: machine
 	cargo nextest run --workspace --release --no-fail-fast
+
+## sequential and random reads through the mount beside zstd -d, tar and ratarmount (which pip fetches)
+bench-mount: deps build
+	benches/mount.py $(FORKD) --csv $(TARGET)/bench-mount.csv --svg $(TARGET)/bench-mount.svg
 
 lint:
 	cargo fmt --all --check

@@ -1,0 +1,385 @@
+#!/usr/bin/env python3
+"""Reading a pack's memory.bin through `forkd mount`, beside `zstd -d`, `tar xO` and ratarmount, in one run.
+
+    benches/mount.py FORKD [--pack FILE] [--runs 5] [--reads 400] [--csv FILE] [--svg FILE] [--no-ratarmount]
+
+FORKD is a release build. Without --pack, 512 MiB that look like a machine's memory are made from this machine's own
+files (half zero, a third code, the rest text and noise), packed and served by `forkd hub serve` on loopback. Every
+figure is a median with its spread (smallest to largest) over the runs; the states of the caches are:
+
+    cold         nothing cached anywhere: every chunk comes from the hub
+    disk         chunks in forkd's cache on disk, the kernel's page cache dropped (`drop_caches`, needs root)
+    chunks       chunks in forkd's cache and that in the kernel's page cache; the mount is fresh, so it decodes
+    pages        read before through the same mount: the kernel's page cache answers
+
+Random reads are 4 KiB at page-aligned offsets that hold data, the same offsets for all, each offset read once.
+ratarmount (PyPI, in a venv of its own under the work directory unless --ratarmount names one) mounts the same pack.
+"""
+
+import argparse
+import csv
+import mmap
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+MIB = 1 << 20
+SIZE_MIB = 512
+PAGE = 4096
+
+
+def run(*args, env=None, stdout=subprocess.DEVNULL):
+    return subprocess.run([str(arg) for arg in args], check=True, env=env, stdout=stdout)
+
+
+# ---- the synthetic machine ------------------------------------------------------------------------------------------
+
+
+def library_bytes(directories, suffix, limit):
+    """The contents of this machine's files with that in their names, in name order, up to `limit` bytes."""
+    parts, total = [], 0
+    for directory in directories:
+        for path in sorted(Path(directory).rglob(f"*{suffix}*")):
+            if total >= limit:
+                return b"".join(parts)
+            if path.is_file() and not path.is_symlink():
+                parts.append(path.read_bytes())
+                total += len(parts[-1])
+    return b"".join(parts)
+
+
+def synthetic_memory(path):
+    """SIZE_MIB of memory: runs of 16 KiB to 2 MiB of zeros, code, text and noise, in a fixed random order."""
+    rng = random.Random(20260101)
+    code = library_bytes(["/usr/lib/x86_64-linux-gnu", "/usr/lib", "/usr/bin"], ".so", 220 * MIB)
+    text = library_bytes(["/usr/share", "/usr/lib/python3"], ".py", 40 * MIB) or code
+    taken = {id(code): 0, id(text): 0}
+
+    def piece(source, length):
+        at = taken[id(source)] % max(1, len(source) - length)
+        taken[id(source)] += length
+        return source[at : at + length]
+
+    left = SIZE_MIB * MIB
+    with open(path, "wb") as memory:
+        while left:
+            length = min(left, PAGE * rng.randint(4, 512))
+            kind = rng.random()
+            if kind < 0.50:
+                memory.seek(length, os.SEEK_CUR)
+            elif kind < 0.83:
+                memory.write(piece(code, length))
+            elif kind < 0.96:
+                memory.write(piece(text, length))
+            else:
+                memory.write(rng.randbytes(length))
+            left -= length
+        memory.truncate(SIZE_MIB * MIB)
+
+
+def synthetic_pack(forkd, work, env):
+    snapshot = work / "data/forkd/snapshots/bench"
+    snapshot.mkdir(parents=True)
+    synthetic_memory(snapshot / "memory.bin")
+    (snapshot / "snapshot.json").write_text("{}\n")
+    (snapshot / "vmstate").write_bytes(random.Random(1).randbytes(5000))
+    (snapshot / "trace").write_bytes(b"")
+    (snapshot / "rootfs.erofs").write_bytes(random.Random(2).randbytes(300_000))
+    (snapshot / "manifest.toml").write_text(
+        'forkd_pack_version = 3\ntag = "bench"\ncreated_at = "2026-01-02T03:04:05Z"\nforkd_version = "0.1.0"\n'
+        f'[requires]\nmemory_mib = {SIZE_MIB}\nvcpus = 1\nkvm_kind = "pvm"\nkernel = "6.12"\nvmstate_version = 1\n'
+    )
+    pack = work / "bench.forkd-snapshot.tar.zst"
+    run(forkd, "pack", "--tag", "bench", "--out", pack, env=env)
+    return pack
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def sequential(path):
+    """Seconds to read a file from start to end by 1 MiB, and the MiB read."""
+    buffer = memoryview(mmap.mmap(-1, MIB))
+    started, total = time.perf_counter(), 0
+    with open(path, "rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            total += got
+    return time.perf_counter() - started, total / MIB
+
+
+def random_reads(path, offsets):
+    """Milliseconds of each 4 KiB read."""
+    times = []
+    with open(path, "rb", buffering=0) as file:
+        for offset in offsets:
+            started = time.perf_counter()
+            got = os.pread(file.fileno(), PAGE, offset)
+            times.append((time.perf_counter() - started) * 1e3)
+            assert len(got) == PAGE
+    return times
+
+
+def timed(*args):
+    started = time.perf_counter()
+    run(*args)
+    return time.perf_counter() - started
+
+
+def drop_page_cache():
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3\n")
+
+
+def percentile(values, share):
+    values = sorted(values)
+    return values[min(len(values) - 1, int(share * len(values)))]
+
+
+class Table:
+    """Samples by row: what was measured, in which unit."""
+
+    def __init__(self):
+        self.samples = {}
+
+    def add(self, row, unit, value):
+        self.samples.setdefault((row, unit), []).append(value)
+
+    def median(self, row, unit):
+        values = self.samples.get((row, unit))
+        return statistics.median(values) if values else None
+
+    def rows(self):
+        for (row, unit), values in self.samples.items():
+            yield row, unit, statistics.median(values), min(values), max(values), len(values)
+
+
+class ForkdMount:
+    def __init__(self, forkd, env, hub, mountpoint):
+        self.forkd, self.env, self.mountpoint = forkd, env, mountpoint
+        mountpoint.mkdir(exist_ok=True)
+        run(forkd, "mount", "--hub", hub, mountpoint, env=env)
+        self.file = mountpoint / "bench/bench/v1/memory.bin"
+
+    def __enter__(self):
+        os.stat(self.file)
+        return self
+
+    def __exit__(self, *_):
+        run(self.forkd, "umount", self.mountpoint, env=self.env)
+
+
+class RatarMount:
+    def __init__(self, program, pack, work):
+        self.mountpoint, self.program, self.pack, self.work = work / "ratarmount", program, pack, work
+        self.mountpoint.mkdir(exist_ok=True)
+
+    def __enter__(self):
+        # Without an index file: every mount reads the archive, as a first mount does.
+        run(self.program, "--index-file", ":memory:", self.pack, self.mountpoint)
+        self.file = self.mountpoint / "memory.bin"
+        os.stat(self.file)
+        return self
+
+    def __exit__(self, *_):
+        run(self.program, "-u", self.mountpoint)
+
+
+def add_random(table, name, times):
+    for share in (50, 95, 99):
+        table.add(f"random 4 KiB, {name}, p{share}", "ms", percentile(times, share / 100))
+
+
+def forkd_round(table, args, env, hub, work, offsets, size):
+    """One run of everything on the forkd mount."""
+    cache, mountpoint = Path(env["XDG_CACHE_HOME"]) / "forkd", work / "mnt"
+
+    def sequence(name, file):
+        seconds, mib = sequential(file)
+        assert mib * MIB == size, f"{mib} MiB read of {size} bytes"
+        table.add(f"sequential, forkd {name}", "MiB/s", mib / seconds)
+
+    shutil.rmtree(cache, ignore_errors=True)
+    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+        add_random(table, "forkd cold", random_reads(mount.file, offsets))
+    shutil.rmtree(cache, ignore_errors=True)
+    drop_page_cache()
+    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+        sequence("cold", mount.file)
+        sequence("pages", mount.file)
+        add_random(table, "forkd pages", random_reads(mount.file, offsets))
+    drop_page_cache()
+    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+        sequence("disk", mount.file)
+    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+        sequence("chunks", mount.file)
+    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+        add_random(table, "forkd chunks", random_reads(mount.file, offsets))
+    drop_page_cache()
+    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+        add_random(table, "forkd disk", random_reads(mount.file, offsets))
+
+
+def ratarmount_round(table, program, pack, work, offsets, size):
+    started = time.perf_counter()
+    with RatarMount(program, pack, work) as mount:
+        table.add("mount, ratarmount", "s", time.perf_counter() - started)
+        seconds, mib = sequential(mount.file)
+        assert mib * MIB == size
+        table.add("sequential, ratarmount first", "MiB/s", mib / seconds)
+        seconds, mib = sequential(mount.file)
+        table.add("sequential, ratarmount again", "MiB/s", mib / seconds)
+    with RatarMount(program, pack, work) as mount:
+        add_random(table, "ratarmount", random_reads(mount.file, offsets))
+
+
+def tools_round(table, pack, alone, size, work):
+    """`zstd -d` of memory.bin compressed alone at level 3 in one frame, and tar taking it out of the pack."""
+    output = work / "out"
+    output.unlink(missing_ok=True)
+    mib = size / MIB
+    table.add("sequential, zstd -d", "MiB/s", mib / timed("sh", "-c", f"zstd -qdc '{alone}' >/dev/null"))
+    table.add("sequential, zstd -d | cat", "MiB/s", mib / timed("sh", "-c", f"zstd -qdc '{alone}' | cat >/dev/null"))
+    table.add(
+        "sequential, tar xO", "MiB/s", mib / timed("sh", "-c", f"tar --zstd -xOf '{pack}' memory.bin | cat >/dev/null")
+    )
+
+
+def start_hub(forkd, folder, env):
+    hub = subprocess.Popen(
+        [forkd, "hub", "serve", folder, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True, env=env
+    )
+    line = hub.stdout.readline()
+    assert line.startswith("listening on "), line
+    return hub, line.removeprefix("listening on ").strip()
+
+
+def ratarmount_program(args, work):
+    if args.no_ratarmount:
+        return None
+    if args.ratarmount:
+        return args.ratarmount
+    run(sys.executable, "-m", "venv", work / "venv")
+    run(work / "venv/bin/pip", "install", "-q", "ratarmount")
+    return work / "venv/bin/ratarmount"
+
+
+def data_offsets(memory, count):
+    """Page-aligned offsets that hold data, the same ones in every run."""
+    rng, offsets = random.Random(7), []
+    size = os.path.getsize(memory)
+    with open(memory, "rb") as file:
+        while len(offsets) < count:
+            offset = rng.randrange(size // PAGE) * PAGE
+            if any(os.pread(file.fileno(), PAGE, offset)):
+                offsets.append(offset)
+    return offsets
+
+
+# ---- showing --------------------------------------------------------------------------------------------------------
+
+
+def show(table):
+    base = table.median("sequential, zstd -d", "MiB/s")
+    print(f"\n{'what':44} {'median':>9} {'smallest':>9} {'largest':>9} unit   to zstd -d / to ratarmount")
+    for row, unit, median, low, high, _ in table.rows():
+        ratios = []
+        if unit == "MiB/s":
+            ratios.append(f"{median / base:.2f}")
+            other = table.median("sequential, ratarmount first", unit)
+            ratios.append(f"{median / other:.2f}" if other else "-")
+        elif row.startswith("random"):
+            other = table.median(f"random 4 KiB, ratarmount, {row.rsplit(' ', 1)[1]}", unit)
+            ratios = ["-", f"{other / median:.1f} times quicker" if other else "-"]
+        digits = 0 if unit == "MiB/s" else 3
+        print(f"{row:44} {median:9.{digits}f} {low:9.{digits}f} {high:9.{digits}f} {unit:6} {' / '.join(ratios)}")
+
+
+def write_csv(table, path):
+    with open(path, "w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["what", "unit", "median", "smallest", "largest", "runs"])
+        out.writerows([row, unit, f"{m:.4f}", f"{lo:.4f}", f"{hi:.4f}", n] for row, unit, m, lo, hi, n in table.rows())
+
+
+def write_svg(table, path):
+    """The sequential rows as bars, their spread as a line."""
+    rows = [row for row in table.rows() if row[1] == "MiB/s"]
+    most = max(row[4] for row in rows)
+    bars = []
+    for number, (name, _, median, low, high, _) in enumerate(rows):
+        y, scale = 30 * number + 20, 420 / most
+        colour = "#2b6cb0" if "forkd" in name else "#a0aec0"
+        bars.append(
+            f'<text x="205" y="{y + 14}" text-anchor="end">{name.removeprefix("sequential, ")}</text>'
+            f'<rect x="212" y="{y}" width="{median * scale:.1f}" height="20" fill="{colour}"/>'
+            f'<line x1="{212 + low * scale:.1f}" x2="{212 + high * scale:.1f}" y1="{y + 10}" y2="{y + 10}" stroke="#000"/>'
+            f'<text x="{220 + high * scale:.1f}" y="{y + 14}">{median:.0f}</text>'
+        )
+    height = 30 * len(rows) + 30
+    Path(path).write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{height}" font-family="sans-serif" font-size="12">'
+        f'<text x="212" y="12">sequential read of memory.bin, MiB/s</text>{"".join(bars)}</svg>\n'
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("forkd", type=Path)
+    parser.add_argument("--pack", type=Path)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--reads", type=int, default=400, help="random reads a run")
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--svg", type=Path)
+    parser.add_argument("--ratarmount", type=Path, help="an installed ratarmount")
+    parser.add_argument("--no-ratarmount", action="store_true")
+    args = parser.parse_args()
+    args.forkd = args.forkd.resolve()
+    with tempfile.TemporaryDirectory(prefix="forkd-bench-") as name:
+        bench(args, Path(name))
+
+
+def bench(args, work):
+    env = dict(os.environ)
+    env.pop("FORKD_HUB_URL", None)
+    for variable, folder in (("XDG_DATA_HOME", "data"), ("XDG_CACHE_HOME", "cache"), ("XDG_RUNTIME_DIR", "run")):
+        env[variable] = str(work / folder)
+        (work / folder).mkdir()
+    program = ratarmount_program(args, work)
+    pack = args.pack.resolve() if args.pack else synthetic_pack(args.forkd, work, env)
+    run(args.forkd, "hub", "publish", pack, "--hub", work / "hub", "--name", "bench/bench", env=env)
+    memory, alone = work / "memory.bin", work / "memory.bin.zst"
+    with open(memory, "wb") as out:
+        run("tar", "--zstd", "-xOf", pack, "memory.bin", stdout=out)
+    size = memory.stat().st_size
+    run("zstd", "-q", "-3", "-T0", memory, "-o", alone)
+    offsets = data_offsets(memory, args.reads)
+    sizes = {name: path.stat().st_size / MIB for name, path in (("pack", pack), ("alone", alone))}
+    print(f"memory.bin {size / MIB:.0f} MiB; pack {sizes['pack']:.1f} MiB; memory.bin alone at zstd 3 {sizes['alone']:.1f} MiB")
+    memory.unlink()
+    hub, url = start_hub(args.forkd, work / "hub", env)
+    table = Table()
+    try:
+        for number in range(args.runs):
+            print(f"run {number + 1} of {args.runs}", file=sys.stderr)
+            tools_round(table, pack, alone, size, work)
+            forkd_round(table, args, env, url, work, offsets, size)
+            if program:
+                ratarmount_round(table, program, pack, work, offsets, size)
+    finally:
+        hub.kill()
+        hub.wait()
+    show(table)
+    if args.csv:
+        write_csv(table, args.csv)
+    if args.svg:
+        write_svg(table, args.svg)
+
+
+if __name__ == "__main__":
+    main()
