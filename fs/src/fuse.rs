@@ -155,11 +155,16 @@ fn file_type(kind: Kind) -> FileType {
         Kind::Directory => FileType::Directory,
         Kind::File => FileType::RegularFile,
         Kind::Symlink => FileType::Symlink,
+        Kind::Fifo => FileType::NamedPipe,
+        Kind::Socket => FileType::Socket,
+        Kind::CharDevice => FileType::CharDevice,
+        Kind::BlockDevice => FileType::BlockDevice,
     }
 }
 
-fn file_attr(attributes: &Attributes, (uid, gid): (u32, u32)) -> FileAttr {
+fn file_attr(attributes: &Attributes, mounter: (u32, u32)) -> FileAttr {
     let modified = attributes.modified;
+    let (uid, gid) = attributes.owner.unwrap_or(mounter);
     FileAttr {
         ino: INodeNo(attributes.inode),
         size: attributes.size,
@@ -169,15 +174,11 @@ fn file_attr(attributes: &Attributes, (uid, gid): (u32, u32)) -> FileAttr {
         ctime: modified,
         crtime: UNIX_EPOCH,
         kind: file_type(attributes.kind),
-        perm: match attributes.kind {
-            Kind::Directory => 0o555,
-            Kind::File => 0o444,
-            Kind::Symlink => 0o777,
-        },
+        perm: attributes.permissions,
         nlink: attributes.links,
         uid,
         gid,
-        rdev: 0,
+        rdev: attributes.device,
         blksize: MAX_READ,
         flags: 0,
     }
@@ -202,8 +203,7 @@ impl Filesystem for Adapter {
     }
 
     fn lookup(&self, _: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        // Every name in the tree is UTF-8.
-        let Some(name) = name.to_str().map(str::to_owned) else { return reply.error(Errno::ENOENT) };
+        let name = name.to_owned();
         let (tree, owner) = (self.tree.clone(), self.owner);
         self.runtime.spawn(async move {
             match tree.lookup(parent.0, &name).await {
@@ -229,10 +229,13 @@ impl Filesystem for Adapter {
     }
 
     fn readlink(&self, _: &Request, inode: INodeNo, reply: ReplyData) {
-        match self.tree.link_target(inode.0) {
-            Ok(target) => reply.data(target.as_bytes()),
-            Err(error) => reply.error(errno(error)),
-        }
+        let tree = self.tree.clone();
+        self.runtime.spawn(async move {
+            match tree.link_target(inode.0).await {
+                Ok(target) => reply.data(&target),
+                Err(error) => reply.error(errno(error)),
+            }
+        });
     }
 
     fn open(&self, _: &Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
@@ -312,14 +315,12 @@ impl Filesystem for Adapter {
     fn readdir(&self, _: &Request, inode: INodeNo, _: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         let tree = self.tree.clone();
         self.runtime.spawn(async move {
-            let entries = match tree.entries(inode.0).await {
+            let entries = match tree.entries_from(inode.0, offset).await {
                 Ok(entries) => entries,
                 Err(error) => return reply.error(errno(error)),
             };
-            // A position is the number of entries before it: the order never changes.
-            let skipped = usize::try_from(offset).unwrap_or(usize::MAX);
-            for (position, entry) in entries.iter().enumerate().skip(skipped) {
-                if reply.add(INodeNo(entry.inode), position as u64 + 1, file_type(entry.kind), &entry.name) {
+            for entry in entries {
+                if reply.add(INodeNo(entry.inode), entry.next, file_type(entry.kind), &entry.name) {
                     break;
                 }
             }

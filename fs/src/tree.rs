@@ -11,12 +11,14 @@
 //! inside a pack. Nothing is ever forgotten, because nothing is made on demand but the stores.
 
 use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use rustix::io::Errno;
 
+use crate::digest::Digest;
 use crate::store::{PackLocation, StoreOptions};
 
 mod errno;
@@ -51,6 +53,8 @@ pub struct Listing {
     pub version: String,
     /// Where the pack is.
     pub location: PackLocation,
+    /// What the whole pack hashes to, from a registry. A pack of the predecessor has no other anchor of trust.
+    pub sha256: Option<Digest>,
     /// Time shown for everything in it.
     pub modified: SystemTime,
 }
@@ -64,6 +68,25 @@ pub enum Kind {
     File,
     /// A symbolic link.
     Symlink,
+    /// A named pipe of a root disk; opening it makes one of the kernel's own.
+    Fifo,
+    /// A socket of a root disk; nobody listens.
+    Socket,
+    /// A character device of a root disk; mounts refuse to open it.
+    CharDevice,
+    /// A block device of a root disk; mounts refuse to open it.
+    BlockDevice,
+}
+
+impl Kind {
+    /// The permission bits of what has none of its own: readable by everyone, writable by nobody.
+    fn read_only(self) -> u16 {
+        match self {
+            Kind::Directory => 0o555,
+            Kind::Symlink => 0o777,
+            Kind::File | Kind::Fifo | Kind::Socket | Kind::CharDevice | Kind::BlockDevice => 0o444,
+        }
+    }
 }
 
 /// What `stat` shows.
@@ -79,6 +102,12 @@ pub struct Attributes {
     pub allocated: u64,
     /// Names it has; for a directory, 2 and one per subdirectory.
     pub links: u32,
+    /// The twelve permission bits.
+    pub permissions: u16,
+    /// User and group that own it; `None` is whoever mounted.
+    pub owner: Option<(u32, u32)>,
+    /// Number of a device, as the kernel packs it into 32 bits (include/linux/kdev_t.h, new_encode_dev).
+    pub device: u32,
     /// When it last changed.
     pub modified: SystemTime,
     /// How long this answer holds; zero for reports, which change all the time.
@@ -93,7 +122,28 @@ pub struct Entry {
     /// What that is.
     pub kind: Kind,
     /// The name.
-    pub name: String,
+    pub name: OsString,
+    /// The position after it, to go on from.
+    pub next: u64,
+}
+
+impl Entry {
+    /// A directory whose order never changes, from `position` on: a position is the number of entries before it.
+    fn listing(
+        inode: Inode,
+        parent: Inode,
+        names: impl Iterator<Item = (Inode, Kind, OsString)>,
+        position: u64,
+    ) -> Vec<Entry> {
+        let dots = [(inode, "."), (parent, "..")];
+        dots.into_iter()
+            .map(|(inode, name)| (inode, Kind::Directory, OsString::from(name)))
+            .chain(names)
+            .zip(1..)
+            .map(|((inode, kind, name), next)| Entry { inode, kind, name, next })
+            .filter(|entry| entry.next > position)
+            .collect()
+    }
 }
 
 /// What opening a file gives.
@@ -220,10 +270,12 @@ impl Tree {
     }
 
     /// The inode `name` in the directory `parent`. Opens the pack when `name` is one of its members.
-    pub async fn lookup(&self, parent: Inode, name: &str) -> Result<Attributes, Errno> {
+    pub async fn lookup(&self, parent: Inode, name: impl AsRef<OsStr>) -> Result<Attributes, Errno> {
+        let name = name.as_ref();
         match self.place(parent)? {
             Place::Node(Node { content: Content::Directory(children), .. }) => {
-                self.attributes(*children.get(name).ok_or(Errno::NOENT)?).await
+                let child = name.to_str().and_then(|name| children.get(name));
+                self.attributes(*child.ok_or(Errno::NOENT)?).await
             }
             Place::Node(_) => Err(Errno::NOTDIR),
             Place::Pack(pack, slot) => pack.lookup(slot, name).await,
@@ -244,36 +296,52 @@ impl Tree {
             Content::Symlink(target) => (Kind::Symlink, target.len() as u64, 1, LISTING),
             Content::Report => (Kind::File, self.report().len() as u64, 1, Duration::ZERO),
         };
-        Ok(Attributes { inode, kind, size, allocated: size, links, modified: self.mounted, valid })
+        let permissions = kind.read_only();
+        let (modified, allocated) = (self.mounted, size);
+        Ok(Attributes {
+            inode,
+            kind,
+            size,
+            allocated,
+            links,
+            permissions,
+            owner: None,
+            device: 0,
+            modified,
+            valid,
+        })
     }
 
     /// The names in a directory, `.` and `..` included. Opens the pack when it is one's.
     pub async fn entries(&self, inode: Inode) -> Result<Vec<Entry>, Errno> {
-        let (parent, mut entries) = match self.place(inode)? {
-            Place::Node(Node { parent, content: Content::Directory(children) }) => {
-                let entry = |(name, &inode): (&String, &Inode)| Entry {
-                    inode,
-                    kind: self.kind(inode),
-                    name: name.clone(),
-                };
-                (*parent, children.iter().map(entry).collect())
+        let mut all = Vec::new();
+        loop {
+            let position = all.last().map_or(0, |entry: &Entry| entry.next);
+            let more = self.entries_from(inode, position).await?;
+            if more.is_empty() {
+                return Ok(all);
             }
+            all.extend(more);
+        }
+    }
+
+    /// Some of the names in a directory from a position on: 0, or an entry's `next`. None at its end.
+    pub async fn entries_from(&self, inode: Inode, position: u64) -> Result<Vec<Entry>, Errno> {
+        let (parent, children) = match self.place(inode)? {
+            Place::Node(Node { parent, content: Content::Directory(children) }) => (*parent, children),
             Place::Node(_) => return Err(Errno::NOTDIR),
-            Place::Pack(pack, slot) => pack.entries(slot).await?,
+            Place::Pack(pack, slot) => return pack.entries_from(slot, position).await,
         };
-        let dots = [(inode, "."), (parent, "..")];
-        entries.splice(
-            0..0,
-            dots.map(|(inode, name)| Entry { inode, kind: Kind::Directory, name: name.to_owned() }),
-        );
-        Ok(entries)
+        let names = children.iter().map(|(name, &inode)| (inode, self.kind(inode), OsString::from(name)));
+        Ok(Entry::listing(inode, parent, names, position))
     }
 
     /// Where a symbolic link leads.
-    pub fn link_target(&self, inode: Inode) -> Result<&str, Errno> {
+    pub async fn link_target(&self, inode: Inode) -> Result<Bytes, Errno> {
         match self.place(inode)? {
-            Place::Node(Node { content: Content::Symlink(target), .. }) => Ok(target),
-            Place::Node(_) | Place::Pack(..) => Err(Errno::INVAL),
+            Place::Node(Node { content: Content::Symlink(target), .. }) => Ok(target.clone().into()),
+            Place::Node(_) => Err(Errno::INVAL),
+            Place::Pack(pack, slot) => pack.link_target(slot).await,
         }
     }
 

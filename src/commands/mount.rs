@@ -24,7 +24,7 @@ use crate::mounts::{self, MountsError, Record, SOURCE_PREFIX};
 use crate::output::Output;
 use crate::packs;
 use crate::paths::Paths;
-use crate::registry::Catalogue;
+use crate::registry::{Catalogue, whole_digest};
 
 /// Why a hub cannot be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -157,6 +157,7 @@ fn listings(catalogue: &Catalogue) -> Vec<Listing> {
     for entry in catalogue.entries() {
         match entry {
             Ok(resolved) => listings.push(Listing {
+                sha256: whole_digest(&resolved.entry).and_then(Result::ok),
                 owner: resolved.reference.package.owner,
                 name: resolved.reference.package.name,
                 version: resolved.reference.version,

@@ -1,5 +1,6 @@
 //! The part of the tree below one VERSION: the pack's members, and the reports about it.
 
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -116,7 +117,8 @@ impl PackNode {
         self.inode | Inode::from(slot)
     }
 
-    pub(super) async fn lookup(&self, slot: u32, name: &str) -> Result<Attributes, Errno> {
+    pub(super) async fn lookup(&self, slot: u32, name: &OsStr) -> Result<Attributes, Errno> {
+        let name = name.to_str().ok_or(Errno::NOENT)?;
         match (slot, name) {
             (DIRECTORY, ".forkd") => self.attributes(REPORTS).await,
             (DIRECTORY, _) => {
@@ -147,23 +149,43 @@ impl PackNode {
             }
         };
         let inode = self.at(slot);
-        Ok(Attributes { inode, kind, size, allocated, links, modified: self.modified, valid })
+        let permissions = kind.read_only();
+        let modified = self.modified;
+        Ok(Attributes {
+            inode,
+            kind,
+            size,
+            allocated,
+            links,
+            permissions,
+            owner: None,
+            device: 0,
+            modified,
+            valid,
+        })
     }
 
-    /// The directory's parent and the names in it but for the dots.
-    pub(super) async fn entries(&self, slot: u32) -> Result<(Inode, Vec<Entry>), Errno> {
-        let file = |slot, name: &str| Entry { inode: self.at(slot), kind: Kind::File, name: name.to_owned() };
+    /// Some of the names in a directory from a position on.
+    pub(super) async fn entries_from(&self, slot: u32, position: u64) -> Result<Vec<Entry>, Errno> {
+        let file = |slot, name: &str| (self.at(slot), Kind::File, OsString::from(name));
         match slot {
             DIRECTORY => {
-                let mut entries =
-                    vec![Entry { inode: self.at(REPORTS), kind: Kind::Directory, name: ".forkd".to_owned() }];
+                let reports = [(self.at(REPORTS), Kind::Directory, OsString::from(".forkd"))];
                 let index = self.store().await?.index();
-                entries.extend(index.files().map(|(id, entry)| file(slot_of(id), &entry.name)));
-                Ok((self.parent, entries))
+                let members = index.files().map(|(id, entry)| file(slot_of(id), &entry.name));
+                Ok(Entry::listing(self.inode, self.parent, reports.into_iter().chain(members), position))
             }
-            REPORTS => Ok((self.inode, vec![file(STATS, "stats.json"), file(BLOCKS, "blocks")])),
+            REPORTS => {
+                let reports = [file(STATS, "stats.json"), file(BLOCKS, "blocks")];
+                Ok(Entry::listing(self.at(REPORTS), self.inode, reports.into_iter(), position))
+            }
             _ => Err(Errno::NOTDIR),
         }
+    }
+
+    /// Where a symbolic link leads.
+    pub(super) async fn link_target(&self, _slot: u32) -> Result<Bytes, Errno> {
+        Err(Errno::INVAL)
     }
 
     pub(super) fn open(&self, slot: u32) -> Result<Opened, Errno> {
