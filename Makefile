@@ -8,7 +8,7 @@ FORKD := $(TARGET)/release/forkd
 PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse3 jq bsdextrautils \
 	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils
 
-.PHONY: build deps machine quickstart test lint clean bench-mount
+.PHONY: build deps machine quickstart test lint clean bench-mount fuzz
 
 ## forkd and, beside it, the guest's agent (static: it runs as the only program of a root disk)
 build:
@@ -37,6 +37,15 @@ test: machine
 ## sequential and random reads through the mount beside zstd -d, tar and ratarmount (which pip fetches)
 bench-mount: deps build
 	benches/mount.py $(FORKD) --csv $(TARGET)/bench-mount.csv --svg $(TARGET)/bench-mount.svg
+
+## every parser of outside input under libFuzzer, SECONDS each; finds land in fuzz/artifacts (needs a nightly toolchain)
+SECONDS ?= 60
+FUZZ_TARGETS := index manifest registry trace vmstate legacy pack
+fuzz:
+	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
+	cd fuzz && for target in $(FUZZ_TARGETS); do mkdir -p found/$$target && nice -n 19 cargo +nightly fuzz run $$target \
+		found/$$target corpus/$$target -- -max_total_time=$(SECONDS) -rss_limit_mb=2048 -malloc_limit_mb=512 -timeout=10 \
+		-max_len=65536 -print_final_stats=1 || exit 1; done
 
 lint:
 	cargo fmt --all --check
