@@ -6,7 +6,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TRIPLE := x86_64-unknown-linux-gnu
 FORKD := $(TARGET)/release/forkd
 PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse3 jq bsdextrautils \
-	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils
+	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils git rsync attr python3
 
 .PHONY: build deps machine quickstart test lint clean bench-mount fuzz
 
