@@ -73,8 +73,17 @@ fn hint_of_http(row: Row, error: &HttpError) -> Row {
         }
         HttpError::NoRanges { .. } => row.hint("download the pack and name the file instead"),
         HttpError::Replaced { .. } => row.hint("run the command again to use the new one"),
-        HttpError::Denied { .. }
-        | HttpError::NotFound { .. }
+        HttpError::Denied { .. } => row.hint(
+            "for a host you name, forkd sends the user and password in its URL, the token in FORKD_HUB_TOKEN, or its \
+             entry in ~/.netrc",
+        ),
+        HttpError::Untrusted { .. } => row.hint(
+            "if you trust the host, add its CA to the system's certificates or name its PEM file in SSL_CERT_FILE",
+        ),
+        HttpError::Downgrade { .. } => row.hint("the publisher has to mend the redirect"),
+        HttpError::Spool { .. } => row.hint("make room there, or point TMPDIR elsewhere"),
+        HttpError::Download { last, .. } => hint_of_http(row, last),
+        HttpError::NotFound { .. }
         | HttpError::Url { .. }
         | HttpError::Client(_)
         | HttpError::TooSlow { .. }
@@ -85,6 +94,7 @@ fn hint_of_http(row: Row, error: &HttpError) -> Row {
         | HttpError::Encoded { .. }
         | HttpError::OutOfRange { .. }
         | HttpError::Redirects { .. }
+        | HttpError::Queued { .. }
         | HttpError::TooLong { .. } => row,
     }
 }

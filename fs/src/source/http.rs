@@ -1,23 +1,40 @@
-//! Packs on HTTP servers: single byte ranges, one object pinned by its strong ETag, retries up to a deadline. The only
-//! file that knows reqwest. Nothing an answer says is believed beyond what was asked for.
+//! Packs on HTTP servers: single byte ranges, one object pinned by its strong ETag, retries up to a deadline. Nothing
+//! outside this folder knows reqwest.
+//!
+//! How long one read can take. A demand read ends at the latest when, for its deadline, fewer than 64 KiB have arrived;
+//! the attempt that is under way then may add one idle timeout. Waiting for a free request counts; a pause the server
+//! asks for (Retry-After) counts and is not begun when it would not fit. A read of `n` bytes therefore takes at most
+//! `(n / 64 KiB + 1) x deadline + idle timeout`, and never waits for a silent host longer than one deadline and one idle
+//! timeout. For prefetch, time spent waiting for a free request does not count.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use reqwest::header;
-use reqwest::{Response, StatusCode};
-use tokio::sync::OwnedSemaphorePermit;
+use reqwest::Response;
+use tokio::time::timeout_at;
 
 use super::{Class, Counters, Deadlines, Trouble};
 
+mod address;
 mod client;
+mod credentials;
 mod error;
+mod lanes;
+mod object;
+mod redirect;
+mod retry;
+mod spool;
 
+pub use address::redact_url;
 pub use client::{HttpClient, HttpOptions};
-use client::{Retries, bad_status, check_encoding, next_piece};
+pub use credentials::{Credentials, TOKEN_VARIABLE};
 pub use error::HttpError;
+use lanes::Permit;
+use object::{Answer, Object};
+use redirect::Route;
+use retry::Retries;
+use spool::Spool;
 
 /// Bytes that must arrive within one deadline: a server that drips is treated like one that is silent.
 const PROGRESS: u64 = 64 << 10;
@@ -28,82 +45,85 @@ pub struct HttpSource(Arc<SourceShared>);
 
 #[derive(Debug)]
 struct SourceShared {
-    client: HttpClient,
-    url: String,
-    deadlines: Deadlines,
-    /// The strong ETag of the first answer (`None`: it had none); later ones must agree.
-    etag: OnceLock<Option<String>>,
-    size: OnceLock<u64>,
-    requests: AtomicU64,
-    bytes: AtomicU64,
-    failing: Mutex<Failing>,
-}
-
-/// Reads that are being retried.
-#[derive(Debug, Default)]
-struct Failing {
-    reads: u32,
-    trouble: Option<Trouble>,
+    object: Arc<Object>,
+    /// Set once the host has answered a range with the whole object.
+    spool: Mutex<Option<Arc<Spool>>>,
 }
 
 impl HttpSource {
-    fn new(client: HttpClient, url: &str, size: Option<u64>, deadlines: Deadlines) -> Self {
-        Self(Arc::new(SourceShared {
-            client,
-            url: url.to_owned(),
-            deadlines,
-            etag: OnceLock::new(),
-            size: size.map_or_else(OnceLock::new, OnceLock::from),
-            requests: AtomicU64::new(0),
-            bytes: AtomicU64::new(0),
-            failing: Mutex::default(),
-        }))
+    fn new(client: HttpClient, route: Route, size: Option<u64>, deadlines: Deadlines) -> Self {
+        let object = Arc::new(Object::new(client, route, size, deadlines));
+        Self(Arc::new(SourceShared { object, spool: Mutex::default() }))
     }
 
-    /// Its URL.
+    /// Its URL as messages show it: without user, password and query.
     pub fn url(&self) -> &str {
-        &self.0.url
+        self.0.object.route.start()
     }
 
     /// Its size in bytes; asks the server for one byte when nothing told the size yet.
     pub async fn size(&self) -> Result<u64, HttpError> {
-        if self.0.size.get().is_none() {
+        let started = Instant::now();
+        if self.known_size().is_none() {
             let mut body = self.stream_at(0, 1, Class::Demand);
             while body.next().await?.is_some() {}
         }
-        Ok(*self.0.size.get().expect("every accepted answer sets the size"))
+        // A host that serves no ranges may not announce the size either.
+        if let (None, Some(spool)) = (self.known_size(), self.0.spool()) {
+            spool.complete(started, self.0.object.deadline(Class::Demand)).await?;
+        }
+        Ok(self.known_size().expect("every accepted answer sets the size, at its end at the latest"))
     }
 
     pub(super) fn known_size(&self) -> Option<u64> {
-        self.0.size.get().copied()
+        self.0.object.size()
     }
 
     pub(super) fn counters(&self) -> Counters {
-        Counters { requests: self.0.requests.load(Relaxed), bytes: self.0.bytes.load(Relaxed) }
+        self.0.object.counters()
     }
 
     pub(super) fn trouble(&self) -> Option<Trouble> {
-        self.0.failing.lock().expect("no panics while held").trouble.clone()
+        self.0.object.trouble()
     }
 
     pub(super) fn stream_at(&self, offset: u64, len: u64, class: Class) -> HttpBody {
-        let deadline = match class {
-            Class::Demand => self.0.deadlines.demand,
-            Class::Prefetch => self.0.deadlines.prefetch,
-        };
+        let deadline = self.0.object.deadline(class);
+        let spool = self.0.spool();
+        if let Some(spool) = &spool {
+            spool.enter();
+        }
         HttpBody {
             source: self.0.clone(),
             class,
-            idle: self.0.client.idle_timeout().min(deadline),
+            idle: self.0.object.idle(class),
             start: offset,
             next: offset,
             end: offset + len,
             answer: None,
+            spool,
             deadline,
             retries: Retries::new(deadline),
             failing: false,
             progress: (Instant::now(), offset),
         }
+    }
+}
+
+impl SourceShared {
+    fn spool(&self) -> Option<Arc<Spool>> {
+        self.spool.lock().expect("no panics while held").clone()
+    }
+
+    /// The download all readers share; the first to learn that there are no ranges starts it with the answer it got.
+    fn spool_from(&self, whole: Response) -> Result<Arc<Spool>, HttpError> {
+        let mut spool = self.spool.lock().expect("no panics while held");
+        if let Some(spool) = &*spool {
+            return Ok(spool.clone());
+        }
+        let started = Arc::new(Spool::start(self.object.clone(), whole)?);
+        *spool = Some(started.clone());
+        Ok(started)
     }
 }
 
@@ -116,7 +136,8 @@ pub struct HttpBody {
     start: u64,
     next: u64,
     end: u64,
-    answer: Option<(Response, OwnedSemaphorePermit)>,
+    answer: Option<(Response, Permit)>,
+    spool: Option<Arc<Spool>>,
     deadline: Duration,
     retries: Retries,
     failing: bool,
@@ -130,6 +151,12 @@ impl HttpBody {
             if self.next == self.end && self.answer.is_none() {
                 return Ok(None);
             }
+            if let Some(spool) = self.spool.clone() {
+                let piece = spool.read(self.next, self.end, self.progress.0, self.deadline).await?;
+                self.next += piece.len() as u64;
+                self.progress = (Instant::now(), self.next);
+                return Ok(Some(piece));
+            }
             match self.attempt().await {
                 Ok(Some(piece)) => {
                     self.arrived(piece.len() as u64)?;
@@ -138,111 +165,70 @@ impl HttpBody {
                 Ok(None) => self.answer = None,
                 Err(error) => {
                     self.answer = None;
-                    self.note_failure(&error);
                     let source = self.source.clone();
-                    self.retries.pause(&source.url, self.progress.0, error).await?;
+                    source.object.note_failure(&mut self.failing, &error);
+                    self.retries.pause(source.object.route.start(), self.progress.0, error).await?;
                 }
             }
         }
     }
 
-    /// The next piece of the running answer, asking for the rest of the range first when none is running.
+    /// The next piece of the running answer, asking for the rest of the range first when none is running. `None`: that
+    /// answer is over, or is another's to read.
     async fn attempt(&mut self) -> Result<Option<Bytes>, HttpError> {
         let remaining = self.end - self.next;
         if self.answer.is_none() {
-            self.answer = Some(self.request().await?);
+            let permit = self.permit().await?;
+            match self.request().await? {
+                Answer::Range(response) => self.answer = Some((response, permit)),
+                Answer::Whole(response) => {
+                    self.spool = Some(self.source.spool_from(response)?);
+                    return Ok(None);
+                }
+            }
+        }
+        let object = &self.source.object;
+        if self.class == Class::Prefetch {
+            object.client.lanes().give_way().await;
         }
         let (response, _) = self.answer.as_mut().expect("just set");
-        let url = &self.source.url;
-        let piece = next_piece(url, self.idle, response).await?;
+        let piece = object.piece(self.idle, response).await?;
         let got = piece.as_ref().map_or(0, Bytes::len) as u64;
-        self.source.bytes.fetch_add(got, Relaxed);
         // The end before the last byte, or anything after it.
         if (piece.is_none() && remaining > 0) || got > remaining {
-            let got = got.abs_diff(remaining);
-            return Err(HttpError::BodyLength { url: url.clone(), wanted: self.end - self.start, got });
+            let (url, wanted) = (object.route.label(), self.end - self.start);
+            return Err(HttpError::BodyLength { url, wanted, got: got.abs_diff(remaining) });
         }
         Ok(piece)
     }
 
-    async fn request(&self) -> Result<(Response, OwnedSemaphorePermit), HttpError> {
-        let permit = self.source.client.permit(self.class).await;
-        let range = format!("bytes={}-{}", self.next, self.end - 1);
-        self.source.requests.fetch_add(1, Relaxed);
-        let dress = |request: reqwest::RequestBuilder| {
-            let request = request.header(header::RANGE, &range);
-            match self.source.etag.get() {
-                Some(Some(etag)) => request.header(header::IF_MATCH, etag),
-                _ => request,
-            }
-        };
-        let response = self.source.client.send(&self.source.url, self.idle, dress).await?;
-        self.check(&response)?;
-        Ok((response, permit))
+    /// Waits for the right to ask. Nobody waits for a prefetch, so that may take its time; a demand read may not.
+    async fn permit(&mut self) -> Result<Permit, HttpError> {
+        let object = &self.source.object;
+        let permit = object.client.lanes().permit(self.class);
+        if self.class == Class::Prefetch {
+            let queued = Instant::now();
+            let permit = permit.await;
+            self.progress.0 += queued.elapsed();
+            return Ok(permit);
+        }
+        let since = self.progress.0;
+        let late = |_| HttpError::Queued { url: object.route.label(), waited: since.elapsed() };
+        timeout_at((since + self.deadline).into(), permit).await.map_err(late)
     }
 
-    /// Refuses every answer but the exact range of the object that was opened.
-    fn check(&self, response: &Response) -> Result<(), HttpError> {
-        let url = || self.source.url.clone();
-        let (first, last) = (self.next, self.end - 1);
-        match response.status() {
-            StatusCode::PARTIAL_CONTENT => {}
-            StatusCode::OK => return Err(HttpError::NoRanges { url: url() }),
-            StatusCode::PRECONDITION_FAILED => {
-                return Err(HttpError::Replaced { url: url(), detail: "its ETag no longer matches".into() });
-            }
-            StatusCode::RANGE_NOT_SATISFIABLE => {
-                return Err(HttpError::OutOfRange { url: url(), wanted: format!("{first}-{last}") });
-            }
-            _ => return Err(bad_status(&self.source.url, response)),
-        }
-        let headers = response.headers();
-        check_encoding(&self.source.url, headers)?;
-        let text = |name| headers.get(name).and_then(|value: &header::HeaderValue| value.to_str().ok());
-        let etag = text(header::ETAG).filter(|etag| etag.starts_with('"')).map(str::to_owned);
-        let pinned = self.source.etag.get_or_init(|| etag.clone());
-        if let (Some(pinned), Some(etag)) = (pinned, &etag)
-            && pinned != etag
-        {
-            let detail = format!("its ETag was {pinned}, now {etag}");
-            return Err(HttpError::Replaced { url: url(), detail });
-        }
-        let got = text(header::CONTENT_RANGE).unwrap_or_default();
-        let Some((got_first, got_last, total)) = parse_content_range(got) else {
-            return Err(HttpError::WrongRange {
-                url: url(),
-                wanted: format!("{first}-{last}"),
-                got: got.into(),
-            });
-        };
-        let size = *self.source.size.get_or_init(|| total);
-        if total != size {
-            return Err(HttpError::Replaced {
-                url: url(),
-                detail: format!("{size} bytes were expected, it has {total}"),
-            });
-        }
-        // A server clips a range that runs past the end; so does the check, and the length of the body tells.
-        if (got_first, got_last) != (first, last) {
-            return Err(HttpError::WrongRange {
-                url: url(),
-                wanted: format!("{first}-{last}"),
-                got: got.into(),
-            });
-        }
-        match response.content_length() {
-            Some(len) if len != self.end - self.next => Err(HttpError::BodyLength {
-                url: url(),
-                wanted: self.end - self.next,
-                got: len.abs_diff(self.end - self.next),
-            }),
-            _ => Ok(()),
-        }
+    /// One attempt, redirects and all, gets what is left of the deadline, but at least one idle timeout.
+    async fn request(&self) -> Result<Answer, HttpError> {
+        let (object, began) = (&self.source.object, Instant::now());
+        let until = (self.progress.0 + self.deadline).max(began + self.idle);
+        let late = |_| HttpError::Stalled { url: object.route.label(), waited: began.elapsed() };
+        let asked = object.ask(self.next, self.end - 1, self.idle);
+        timeout_at(until.into(), asked).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
     }
 
     fn arrived(&mut self, len: u64) -> Result<(), HttpError> {
         self.next += len;
-        self.note_recovery();
+        self.source.object.note_recovery(&mut self.failing);
         let (since, from) = self.progress;
         if self.next - from >= PROGRESS || self.next == self.end {
             self.progress = (Instant::now(), self.next);
@@ -251,57 +237,16 @@ impl HttpBody {
         }
         match since.elapsed() {
             waited if waited > self.deadline => {
-                Err(HttpError::TooSlow { url: self.source.url.clone(), got: self.next - from, waited })
+                let url = self.source.object.route.label();
+                Err(HttpError::TooSlow { url, got: self.next - from, waited })
             }
             _ => Ok(()),
-        }
-    }
-
-    fn note_failure(&mut self, error: &HttpError) {
-        let mut failing = self.source.failing.lock().expect("no panics while held");
-        if !self.failing {
-            self.failing = true;
-            failing.reads += 1;
-        }
-        let since = failing.trouble.as_ref().map_or_else(Instant::now, |trouble| trouble.since);
-        failing.trouble = Some(Trouble { since, last_error: error.to_string() });
-    }
-
-    fn note_recovery(&mut self) {
-        if !std::mem::take(&mut self.failing) {
-            return;
-        }
-        let mut failing = self.source.failing.lock().expect("no panics while held");
-        failing.reads -= 1;
-        if failing.reads == 0 {
-            failing.trouble = None;
         }
     }
 }
 
 impl Drop for HttpBody {
     fn drop(&mut self) {
-        self.note_recovery();
-    }
-}
-
-/// `bytes FIRST-LAST/TOTAL` as three numbers.
-fn parse_content_range(text: &str) -> Option<(u64, u64, u64)> {
-    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let (first, last) = range.split_once('-')?;
-    Some((first.parse().ok()?, last.parse().ok()?, total.parse().ok()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn content_ranges_are_read_exactly() {
-        assert_eq!(parse_content_range("bytes 0-9/100"), Some((0, 9, 100)));
-        for bad in ["", "bytes */100", "bytes 0-9/*", "bytes 0-9", "0-9/100", "bytes -9/100", "items 0-9/100"]
-        {
-            assert_eq!(parse_content_range(bad), None, "{bad}");
-        }
+        self.source.object.note_recovery(&mut self.failing);
     }
 }

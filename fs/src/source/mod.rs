@@ -9,7 +9,7 @@ pub mod file;
 pub mod http;
 
 pub use file::{FileError, FileSource};
-pub use http::{HttpClient, HttpError, HttpOptions, HttpSource};
+pub use http::{Credentials, HttpClient, HttpError, HttpOptions, HttpSource, redact_url};
 
 /// Why bytes are wanted. Each class has its own budget of requests, so demand never waits behind prefetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

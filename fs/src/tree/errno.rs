@@ -5,6 +5,7 @@
 //! | retries exhausted, bytes corrupt, the pack malformed or missing where the registry says it is | EIO |
 //! | the object was replaced or vanished since it was opened | ESTALE |
 //! | the hub or the file system denies access | EACCES |
+//! | a host without byte ranges, and no room for a copy of the pack | ENOSPC |
 //! | no such name in the pack | ENOENT |
 //! | a pack of the predecessor, which cannot be read in part | EOPNOTSUPP |
 
@@ -58,6 +59,8 @@ fn of_http_error(error: &HttpError, missing: Errno) -> Errno {
         HttpError::Denied { .. } => Errno::ACCESS,
         HttpError::NotFound { .. } => missing,
         HttpError::Replaced { .. } => Errno::STALE,
+        HttpError::Download { last, .. } => of_http_error(last, missing),
+        HttpError::Spool { source, .. } => Errno::from_io_error(source).unwrap_or(Errno::IO),
         HttpError::Url { .. }
         | HttpError::Client(_)
         | HttpError::Connect { .. }
@@ -73,6 +76,9 @@ fn of_http_error(error: &HttpError, missing: Errno) -> Errno {
         | HttpError::OutOfRange { .. }
         | HttpError::TooLong { .. }
         | HttpError::Redirects { .. }
+        | HttpError::Downgrade { .. }
+        | HttpError::Untrusted { .. }
+        | HttpError::Queued { .. }
         | HttpError::Deadline { .. } => Errno::IO,
     }
 }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::Instant;
 
 /// What goes wrong with one request.
 #[derive(Debug, Clone)]
@@ -23,6 +24,8 @@ pub enum Fault {
     NoContentRange,
     /// The connection closes in mid-body.
     ShortBody,
+    /// The connection closes in mid-body, and then there is another object.
+    ShortBodyThenReplaced(Vec<u8>),
     /// A shorter body, honestly announced, of a range that claims to be whole.
     ShortLength,
     /// More bytes than the range, chunked.
@@ -37,6 +40,12 @@ pub enum Fault {
     Drip(Duration),
     /// This status, with Retry-After if given.
     Status(u16, Option<u32>),
+    /// 503 with this Retry-After.
+    RetryAfter(String),
+    /// 200 and the whole object, of which so many bytes arrive before the connection closes.
+    WholeUpTo(usize),
+    /// 200 and the whole object, chunked: its length is not announced.
+    WholeChunked,
     /// A gzip-encoded answer.
     Gzip,
     /// A redirect to this location.
@@ -45,6 +54,9 @@ pub enum Fault {
 
 #[derive(Debug, Clone)]
 pub struct Request {
+    /// Path and query.
+    pub target: String,
+    pub authorization: Option<String>,
     pub range: Option<Range<usize>>,
     pub if_match: Option<String>,
     pub accept_encoding: Option<String>,
@@ -59,7 +71,34 @@ pub struct State {
     /// Offsets of bytes sent flipped, each so many times.
     pub flips: Mutex<Vec<(usize, u32)>>,
     pub latency: Mutex<Duration>,
+    /// 403 for requests whose target does not contain this.
+    pub key: Mutex<String>,
+    /// 401 for requests without this Authorization.
+    pub authorization: Mutex<Option<String>>,
+    pub link: Mutex<Option<Link>>,
     pub requests: Mutex<Vec<Request>>,
+}
+
+/// A link that all bodies of a server share, piece by piece.
+#[derive(Debug, Clone)]
+pub struct Link {
+    bytes_per_second: f64,
+    free_at: Arc<Mutex<Instant>>,
+}
+
+impl Link {
+    /// Waits until `len` more bytes have crossed.
+    async fn cross(&self, len: usize) {
+        let crossed = {
+            let mut free_at = self.free_at.lock().unwrap();
+            let crossing = Duration::from_secs_f64(len as f64 / self.bytes_per_second);
+            // A late timer is caught up with.
+            let earliest = Instant::now() - Duration::from_millis(10);
+            *free_at = (*free_at).max(earliest) + crossing;
+            *free_at
+        };
+        tokio::time::sleep_until(crossed).await;
+    }
 }
 
 pub struct Server {
@@ -77,6 +116,9 @@ impl Server {
             always: Mutex::new(Fault::Fine),
             flips: Mutex::default(),
             latency: Mutex::default(),
+            key: Mutex::default(),
+            authorization: Mutex::default(),
+            link: Mutex::default(),
             requests: Mutex::default(),
         };
         Self::listen("127.0.0.1:0".parse().unwrap(), Arc::new(state)).await
@@ -108,6 +150,26 @@ impl Server {
 
     pub fn url(&self) -> String {
         format!("http://{}/test.forkd-snapshot.tar.zst", self.address)
+    }
+
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Every body from now on crosses one link.
+    pub fn set_bandwidth(&self, bytes_per_second: u64) {
+        let free_at = Arc::new(Mutex::new(Instant::now()));
+        *self.state.link.lock().unwrap() = Some(Link { bytes_per_second: bytes_per_second as f64, free_at });
+    }
+
+    /// From now on 403 for requests whose path and query do not contain `key`.
+    pub fn set_key(&self, key: &str) {
+        *self.state.key.lock().unwrap() = key.to_owned();
+    }
+
+    /// From now on 401 for requests without this Authorization.
+    pub fn require(&self, authorization: &str) {
+        *self.state.authorization.lock().unwrap() = Some(authorization.to_owned());
     }
 
     pub fn requests(&self) -> Vec<Request> {
@@ -190,7 +252,13 @@ async fn read_request(stream: &mut TcpStream) -> Option<Request> {
         let (first, last) = text.strip_prefix("bytes=").unwrap().split_once('-').unwrap();
         first.parse().unwrap()..last.parse::<usize>().unwrap() + 1
     });
-    Some(Request { range, if_match: header("if-match"), accept_encoding: header("accept-encoding") })
+    Some(Request {
+        target: head.split(' ').nth(1)?.to_owned(),
+        authorization: header("authorization"),
+        range,
+        if_match: header("if-match"),
+        accept_encoding: header("accept-encoding"),
+    })
 }
 
 /// Answers one request; whether the connection lives on.
@@ -205,6 +273,18 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
     if let Fault::Redirect(to) = fault {
         return send(stream, &format!("302 Found\r\nLocation: {to}\r\nContent-Length: 0"), b"").await;
     }
+    if let Fault::RetryAfter(when) = fault {
+        let date = httpdate::fmt_http_date(std::time::SystemTime::now());
+        let head = format!("503 X\r\nDate: {date}\r\nRetry-After: {when}\r\nContent-Length: 0");
+        return send(stream, &head, b"").await;
+    }
+    if !request.target.contains(&*state.key.lock().unwrap()) {
+        return send(stream, "403 Forbidden\r\nContent-Length: 0", b"").await;
+    }
+    let required = state.authorization.lock().unwrap().clone();
+    if required.is_some() && request.authorization != required {
+        return send(stream, "401 Unauthorized\r\nContent-Length: 0", b"").await;
+    }
     if matches!(fault, Fault::Reset) {
         // With unread or unsent data pending, closing resets; linger 0 does so always.
         let _ = stream.set_zero_linger();
@@ -216,10 +296,9 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
     if request.if_match.is_some() && request.if_match != etag {
         return send(stream, "412 Precondition Failed\r\nContent-Length: 0", b"").await;
     }
-    let whole = matches!(fault, Fault::Whole);
+    let whole = matches!(fault, Fault::Whole | Fault::WholeUpTo(_) | Fault::WholeChunked);
     let Some(range) = request.range.filter(|_| !whole) else {
-        let body = state.body(0..object.len());
-        return send(stream, &format!("200 OK\r\n{etag_line}Content-Length: {}", body.len()), &body).await;
+        return send_whole(stream, state, &etag_line, fault).await;
     };
     if range.end > object.len() {
         return send(stream, "416 Range Not Satisfiable\r\nContent-Length: 0", b"").await;
@@ -247,6 +326,12 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
             send(stream, &format!("{head}Content-Length: {len}"), &body[..len / 2]).await;
             false
         }
+        Fault::ShortBodyThenReplaced(other) => {
+            *state.object.lock().unwrap() = Arc::new(other);
+            *state.etag.lock().unwrap() = Some("\"two\"".into());
+            send(stream, &format!("{head}Content-Length: {len}"), &body[..len / 2]).await;
+            false
+        }
         Fault::Drip(pause) => {
             let mut alive = send(stream, &format!("{head}Content-Length: {len}"), b"").await;
             for byte in body {
@@ -259,8 +344,36 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
             send(stream, &format!("{head}Content-Length: {len}"), &body[..len / 2]).await;
             std::future::pending().await
         }
-        _ => send(stream, &format!("{head}Content-Length: {len}"), &body).await,
+        _ => send_shaped(stream, state, &format!("{head}Content-Length: {len}"), &body).await,
     }
+}
+
+async fn send_whole(stream: &mut TcpStream, state: &State, etag_line: &str, fault: Fault) -> bool {
+    let len = state.object.lock().unwrap().len();
+    let body = state.body(0..len);
+    let head = format!("200 OK\r\n{etag_line}");
+    match fault {
+        Fault::WholeChunked => {
+            let body = [format!("{len:x}\r\n").as_bytes(), &body, b"\r\n0\r\n\r\n"].concat();
+            send(stream, &format!("{head}Transfer-Encoding: chunked"), &body).await
+        }
+        Fault::WholeUpTo(end) if end < len => {
+            send(stream, &format!("{head}Content-Length: {len}"), &body[..end]).await;
+            false
+        }
+        _ => send_shaped(stream, state, &format!("{head}Content-Length: {len}"), &body).await,
+    }
+}
+
+/// As fast as the link allows.
+async fn send_shaped(stream: &mut TcpStream, state: &State, head: &str, body: &[u8]) -> bool {
+    let Some(link) = state.link.lock().unwrap().clone() else { return send(stream, head, body).await };
+    let mut alive = send(stream, head, b"").await;
+    for piece in body.chunks(16 << 10) {
+        link.cross(piece.len()).await;
+        alive = alive && stream.write_all(piece).await.is_ok();
+    }
+    alive
 }
 
 async fn send(stream: &mut TcpStream, head: &str, body: &[u8]) -> bool {

@@ -1,5 +1,7 @@
-//! Why an HTTP server did not deliver.
+//! Why an HTTP server did not deliver. Every `url` is fit to be shown: without passwords and signatures.
 
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Why an HTTP server did not deliver.
@@ -12,7 +14,7 @@ pub enum HttpError {
         url: String,
     },
     /// The HTTP client cannot be set up.
-    #[error("cannot set up an HTTP client")]
+    #[error("cannot set up an HTTP client: {}", root_cause(_0))]
     Client(#[source] reqwest::Error),
     /// No connection, or no answer on it.
     #[error("cannot reach {url}: {}", root_cause(source))]
@@ -84,11 +86,51 @@ pub enum HttpError {
         /// Its status code.
         status: u16,
     },
-    /// The whole object instead of a range of it.
-    #[error("the host of {url} does not serve byte ranges (it answered 200 to a range request)")]
+    /// No ranges, and no word about the size either: too much to download blindly.
+    #[error(
+        "the host of {url} serves no byte ranges and does not say how long it is; no more than {limit} bytes are \
+         downloaded on trust"
+    )]
     NoRanges {
         /// What was asked.
         url: String,
+        /// How much is downloaded.
+        limit: u64,
+    },
+    /// The copy of an object whose host serves no ranges cannot be kept.
+    #[error("cannot keep a copy of {url}, whose host serves no byte ranges, in {}: {source}", directory.display())]
+    Spool {
+        /// What was asked.
+        url: String,
+        /// Where the copy was to be.
+        directory: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The download of an object whose host serves no ranges ended before the bytes wanted.
+    #[error("{url} is downloaded whole, as its host serves no byte ranges, and that failed: {last}")]
+    Download {
+        /// What was asked.
+        url: String,
+        /// What the download met; shared by everyone who waited for it.
+        last: Arc<HttpError>,
+    },
+    /// The server's certificate is not to be trusted.
+    #[error("the certificate of {url} is not trusted: {reason}")]
+    Untrusted {
+        /// What was asked.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// All requests that may be under way are, and none of them ended.
+    #[error("{url} was not asked: too many other reads waited for answers for {:.1} s", waited.as_secs_f64())]
+    Queued {
+        /// What was to be asked.
+        url: String,
+        /// For how long.
+        waited: Duration,
     },
     /// Another range than the one asked for.
     #[error("{url} sent the range {got:?} for bytes {wanted}")]
@@ -110,11 +152,19 @@ pub enum HttpError {
         /// By how much it differs.
         got: u64,
     },
-    /// Redirected in circles.
-    #[error("{url} redirects too often")]
+    /// Redirected in circles, or more than ten times.
+    #[error("{url} redirects in circles or too often")]
     Redirects {
         /// What was asked.
         url: String,
+    },
+    /// A redirect from https to http.
+    #[error("{url} redirects to {to}, which is not encrypted: not followed")]
+    Downgrade {
+        /// What was asked.
+        url: String,
+        /// Where it leads.
+        to: String,
     },
     /// A compressed body although only identity was accepted.
     #[error("{url} sent its answer {encoding}-encoded although that was not accepted")]
@@ -164,6 +214,15 @@ pub enum HttpError {
 }
 
 impl HttpError {
+    /// What a request that got no answer met.
+    pub(super) fn of_failed_exchange(url: &str, error: reqwest::Error) -> Self {
+        let (url, source) = (url.to_owned(), error.without_url());
+        match certificate_error(&source) {
+            Some(reason) => Self::Untrusted { url, reason },
+            None => Self::Connect { url, source },
+        }
+    }
+
     /// Whether trying again may help.
     pub(super) fn is_transient(&self) -> bool {
         match self {
@@ -174,6 +233,11 @@ impl HttpError {
                 false
             }
             Self::Redirects { .. }
+            | Self::Downgrade { .. }
+            | Self::Untrusted { .. }
+            | Self::Queued { .. }
+            | Self::Spool { .. }
+            | Self::Download { .. }
             | Self::TooSlow { .. }
             | Self::Replaced { .. }
             | Self::OutOfRange { .. }
@@ -185,9 +249,26 @@ impl HttpError {
 
 /// The innermost reason of a client error: "connection refused" rather than "error sending request".
 fn root_cause(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(source) = cause.source() {
-        cause = source;
+    causes(error).last().expect("at least itself").to_string()
+}
+
+/// What is wrong with the server's certificate, if that is why there is no connection.
+fn certificate_error(error: &reqwest::Error) -> Option<String> {
+    let tls = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>().cloned())?;
+    match tls {
+        rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer) => {
+            Some("nobody this machine trusts has signed it".into())
+        }
+        rustls::Error::InvalidCertificate(reason) => Some(reason.to_string()),
+        rustls::Error::NoCertificatesPresented => Some("it presents none".into()),
+        _ => None,
     }
-    cause.to_string()
+}
+
+/// An error and what caused it, the innermost last. `io::Error` hides the error it wraps from `source()`.
+fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn std::error::Error + 'static)> {
+    std::iter::successors(Some(error as &(dyn std::error::Error + 'static)), |cause| {
+        let wrapped = cause.downcast_ref::<std::io::Error>().and_then(|error| error.get_ref());
+        wrapped.map(|inner| inner as &(dyn std::error::Error + 'static)).or_else(|| cause.source())
+    })
 }

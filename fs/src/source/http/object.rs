@@ -1,0 +1,236 @@
+//! One object on a server and what was learnt of it: its way, size and ETag, against which every answer is checked.
+//! Nothing an answer says is believed beyond what was asked for.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Response, StatusCode};
+
+use super::HttpError;
+use super::client::{HttpClient, check_encoding, next_piece};
+use super::redirect::Route;
+use super::retry::bad_status;
+use crate::source::{Class, Counters, Deadlines, Trouble};
+
+/// One object on a server.
+#[derive(Debug)]
+pub(super) struct Object {
+    pub(super) client: HttpClient,
+    pub(super) route: Route,
+    pub(super) deadlines: Deadlines,
+    /// The strong ETag of the first answer (`None`: it had none); later ones must agree.
+    etag: OnceLock<Option<String>>,
+    size: OnceLock<u64>,
+    bytes: AtomicU64,
+    failing: Mutex<Failing>,
+}
+
+/// Reads that are being retried.
+#[derive(Debug, Default)]
+struct Failing {
+    reads: u32,
+    trouble: Option<Trouble>,
+}
+
+/// An answer that may be used.
+#[derive(Debug)]
+pub(super) enum Answer {
+    /// The range asked for.
+    Range(Response),
+    /// The whole object: the host serves no ranges.
+    Whole(Response),
+}
+
+impl Object {
+    pub(super) fn new(client: HttpClient, route: Route, size: Option<u64>, deadlines: Deadlines) -> Self {
+        Self {
+            client,
+            route,
+            deadlines,
+            etag: OnceLock::new(),
+            size: size.map_or_else(OnceLock::new, OnceLock::from),
+            bytes: AtomicU64::new(0),
+            failing: Mutex::default(),
+        }
+    }
+
+    pub(super) fn deadline(&self, class: Class) -> Duration {
+        match class {
+            Class::Demand => self.deadlines.demand,
+            Class::Prefetch => self.deadlines.prefetch,
+        }
+    }
+
+    pub(super) fn idle(&self, class: Class) -> Duration {
+        self.client.options().idle_timeout.min(self.deadline(class))
+    }
+
+    pub(super) fn size(&self) -> Option<u64> {
+        self.size.get().copied()
+    }
+
+    pub(super) fn counters(&self) -> Counters {
+        Counters { requests: self.route.requests(), bytes: self.bytes.load(Relaxed) }
+    }
+
+    /// Asks for bytes `first..=last`.
+    pub(super) async fn ask(&self, first: u64, last: u64, idle: Duration) -> Result<Answer, HttpError> {
+        let range = format!("bytes={first}-{last}").try_into().expect("digits fit a header");
+        let response = self.send(idle, HeaderMap::from_iter([(header::RANGE, range)])).await?;
+        match response.status() {
+            StatusCode::PARTIAL_CONTENT => {
+                self.check_range(&response, first, last)?;
+                Ok(Answer::Range(response))
+            }
+            StatusCode::OK => {
+                self.check_whole(&response)?;
+                let all = response.content_length().is_some_and(|len| first == 0 && len == last + 1);
+                Ok(if all { Answer::Range(response) } else { Answer::Whole(response) })
+            }
+            StatusCode::RANGE_NOT_SATISFIABLE => {
+                Err(HttpError::OutOfRange { url: self.route.label(), wanted: format!("{first}-{last}") })
+            }
+            _ => Err(self.refusal(&response)),
+        }
+    }
+
+    /// Asks for the whole object.
+    pub(super) async fn ask_whole(&self, idle: Duration) -> Result<Response, HttpError> {
+        let response = self.send(idle, HeaderMap::new()).await?;
+        match response.status() {
+            StatusCode::OK => self.check_whole(&response).map(|()| response),
+            _ => Err(self.refusal(&response)),
+        }
+    }
+
+    /// The next piece of a body, `None` at its end.
+    pub(super) async fn piece(
+        &self,
+        idle: Duration,
+        response: &mut Response,
+    ) -> Result<Option<Bytes>, HttpError> {
+        let piece = next_piece(self.route.start(), idle, response).await?;
+        self.bytes.fetch_add(piece.as_ref().map_or(0, Bytes::len) as u64, Relaxed);
+        Ok(piece)
+    }
+
+    /// The object has `total` bytes: true from the first who says so, an error from those who say otherwise later.
+    pub(super) fn check_size(&self, total: u64) -> Result<(), HttpError> {
+        let size = *self.size.get_or_init(|| total);
+        if total != size {
+            let detail = format!("{size} bytes were expected, it has {total}");
+            return Err(HttpError::Replaced { url: self.route.label(), detail });
+        }
+        Ok(())
+    }
+
+    async fn send(&self, idle: Duration, mut headers: HeaderMap) -> Result<Response, HttpError> {
+        let etag = self.etag.get().and_then(|etag| HeaderValue::from_str(etag.as_ref()?).ok());
+        headers.extend(etag.map(|etag| (header::IF_MATCH, etag)));
+        self.route.send(&self.client, idle, &headers).await
+    }
+
+    fn refusal(&self, response: &Response) -> HttpError {
+        let url = self.route.label();
+        match response.status() {
+            StatusCode::PRECONDITION_FAILED => {
+                HttpError::Replaced { url, detail: "its ETag no longer matches".into() }
+            }
+            status => bad_status(&url, status, response.headers()),
+        }
+    }
+
+    fn check_range(&self, response: &Response, first: u64, last: u64) -> Result<(), HttpError> {
+        check_encoding(self.route.start(), response.headers())?;
+        self.check_etag(response)?;
+        let got = header_text(response, header::CONTENT_RANGE).unwrap_or_default();
+        let wrong = || {
+            let (url, wanted) = (self.route.label(), format!("{first}-{last}"));
+            HttpError::WrongRange { url, wanted, got: got.into() }
+        };
+        let (got_first, got_last, total) = parse_content_range(got).ok_or_else(wrong)?;
+        self.check_size(total)?;
+        if (got_first, got_last) != (first, last) {
+            return Err(wrong());
+        }
+        let wanted = last + 1 - first;
+        match response.content_length().filter(|&len| len != wanted) {
+            Some(len) => {
+                Err(HttpError::BodyLength { url: self.route.label(), wanted, got: len.abs_diff(wanted) })
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn check_whole(&self, response: &Response) -> Result<(), HttpError> {
+        check_encoding(self.route.start(), response.headers())?;
+        self.check_etag(response)?;
+        response.content_length().map_or(Ok(()), |len| self.check_size(len))
+    }
+
+    fn check_etag(&self, response: &Response) -> Result<(), HttpError> {
+        let etag = header_text(response, header::ETAG).filter(|etag| etag.starts_with('"'));
+        let pinned = self.etag.get_or_init(|| etag.map(str::to_owned));
+        match (pinned, etag) {
+            (Some(pinned), Some(etag)) if pinned != etag => {
+                let detail = format!("its ETag was {pinned}, now {etag}");
+                Err(HttpError::Replaced { url: self.route.label(), detail })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn trouble(&self) -> Option<Trouble> {
+        self.failing.lock().expect("no panics while held").trouble.clone()
+    }
+
+    /// A read met `error` and tries again. `failing`: whether it has said so before.
+    pub(super) fn note_failure(&self, failing: &mut bool, error: &HttpError) {
+        let mut all = self.failing.lock().expect("no panics while held");
+        if !std::mem::replace(failing, true) {
+            all.reads += 1;
+        }
+        let since = all.trouble.as_ref().map_or_else(Instant::now, |trouble| trouble.since);
+        all.trouble = Some(Trouble { since, last_error: error.to_string() });
+    }
+
+    /// A read goes on, or is given up.
+    pub(super) fn note_recovery(&self, failing: &mut bool) {
+        if !std::mem::take(failing) {
+            return;
+        }
+        let mut all = self.failing.lock().expect("no panics while held");
+        all.reads -= 1;
+        if all.reads == 0 {
+            all.trouble = None;
+        }
+    }
+}
+
+fn header_text(response: &Response, name: HeaderName) -> Option<&str> {
+    response.headers().get(name)?.to_str().ok()
+}
+
+/// `bytes FIRST-LAST/TOTAL` as three numbers.
+fn parse_content_range(text: &str) -> Option<(u64, u64, u64)> {
+    let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    Some((first.parse().ok()?, last.parse().ok()?, total.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_ranges_are_read_exactly() {
+        assert_eq!(parse_content_range("bytes 0-9/100"), Some((0, 9, 100)));
+        for bad in ["", "bytes */100", "bytes 0-9/*", "bytes 0-9", "0-9/100", "bytes -9/100", "items 0-9/100"]
+        {
+            assert_eq!(parse_content_range(bad), None, "{bad}");
+        }
+    }
+}
