@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use forkd_fs::cache::{CacheOptions, ChunkCache};
-use forkd_fs::source::HttpClient;
+use forkd_fs::source::{Credentials, HttpClient, HttpOptions};
 use forkd_fs::store::{PackLocation, PackSource, StoreOptions};
 
 use crate::paths::Paths;
@@ -30,11 +30,19 @@ impl Target {
     }
 }
 
+/// Connections for one command: with the user's credentials, for the hosts the user names, and with the user's cache
+/// directory for copies of packs whose host serves no byte ranges.
+pub fn http_client() -> HttpClient {
+    let spool_dir = Paths::from_env().ok().map(|paths| paths.cache);
+    HttpClient::new(HttpOptions { credentials: Credentials::from_env(), spool_dir, ..HttpOptions::default() })
+}
+
 /// Finds what `text` names: a URL when it has a scheme, an existing file, a name of the hub, and otherwise a file that
 /// does not exist, which opening it will say.
 pub async fn find(text: &str, hub: Option<&str>, http: &HttpClient) -> Result<Target, RegistryError> {
     let direct = |source| Target::Direct(PackLocation { source, size: None, index: None });
     if text.starts_with("http://") || text.starts_with("https://") {
+        http.authorize(text);
         return Ok(direct(PackSource::Url(text.to_owned())));
     }
     let path = PathBuf::from(text.strip_prefix("file://").unwrap_or(text));

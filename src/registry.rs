@@ -11,7 +11,7 @@ use std::str::FromStr;
 
 use forkd_fs::digest::Digest;
 use forkd_fs::format::is_plain_name;
-use forkd_fs::source::{HttpClient, HttpError};
+use forkd_fs::source::{HttpClient, HttpError, redact_url};
 use forkd_fs::store::{IndexPin, PackLocation, PackSource};
 use serde::{Deserialize, Serialize};
 use url::Url;
@@ -285,7 +285,10 @@ impl HubAddress {
     /// Fetches and checks the registry: one GET.
     pub async fn load(self, http: &HttpClient) -> Result<Catalogue, RegistryError> {
         let bytes = match &self {
-            HubAddress::Url(url) => http.get(url.as_str(), MAX_LEN).await?,
+            HubAddress::Url(url) => {
+                http.authorize(url.as_str());
+                http.get(url.as_str(), MAX_LEN).await?
+            }
             HubAddress::Path(path) => read_capped(path)?.into(),
         };
         let registry = Registry::parse(&bytes, &self.to_string())?;
@@ -320,7 +323,8 @@ impl HubAddress {
 impl std::fmt::Display for HubAddress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            HubAddress::Url(url) => f.write_str(url.as_str()),
+            // Shown in messages and in /proc/mounts.
+            HubAddress::Url(url) => f.write_str(&redact_url(url.as_str())),
             HubAddress::Path(path) => write!(f, "{}", path.display()),
         }
     }

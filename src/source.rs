@@ -7,7 +7,6 @@ use crate::paths::Paths;
 use crate::registry::{HubAddress, InvalidReference, RegistryError};
 use crate::snapshot::{self, SnapshotError};
 use forkd_fs::cache::ChunkCache;
-use forkd_fs::source::HttpClient;
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -81,7 +80,7 @@ pub async fn open(
         let dir = snapshot::find(paths, &tag)?;
         return Ok(OpenedSource { name: tag, origin: Origin::Directory(dir), cache: None });
     };
-    let http = HttpClient::default();
+    let http = packs::http_client();
     let hub = args.hub.hub.clone();
     let named = match as_path(target)? {
         Some(path) if path.is_dir() => match mounts::pack_behind(paths, &path) {

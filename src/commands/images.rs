@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use forkd_fs::source::HttpClient;
 use serde::Serialize;
 
 use crate::cli::ImagesArgs;
@@ -33,7 +32,7 @@ pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError>
     let Some(hub) = &args.hub else { return super::snapshots::run(output) };
     let from_env = std::env::var("FORKD_HUB_URL").ok();
     let hub = hub.as_deref().or(from_env.as_deref());
-    let catalogue = super::runtime()?.block_on(packs::catalogue(hub, &HttpClient::default()))?;
+    let catalogue = super::runtime()?.block_on(packs::catalogue(hub, &packs::http_client()))?;
     let packages = catalogue.registry().packages.iter().map(|(name, package)| {
         let latest = package.versions.get(crate::registry::LATEST).or(package.versions.values().next_back());
         Package {

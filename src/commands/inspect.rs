@@ -8,7 +8,6 @@ use forkd_fs::digest::Digest;
 use forkd_fs::format::TRACE;
 use forkd_fs::legacy;
 use forkd_fs::prefetch;
-use forkd_fs::source::HttpClient;
 use forkd_fs::store::{OpenError, PackSource, ReadError, Store, StoreOptions};
 use forkd_fs::trace::Trace;
 use serde::Serialize;
@@ -85,7 +84,7 @@ pub fn run(args: &InspectArgs, output: &Output) -> Result<ExitCode, CommandError
 }
 
 async fn inspect(args: &InspectArgs) -> Result<Report, CommandError> {
-    let http = HttpClient::default();
+    let http = packs::http_client();
     let target = packs::find(&args.target, args.hub.hub.as_deref(), &http).await?;
     let location = target.location().clone();
     // No cache: what is shown is what is there now.

@@ -12,7 +12,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use forkd_fs::fuse::{MountError, Mounted};
-use forkd_fs::source::HttpClient;
 use forkd_fs::tree::{Listing, Tree};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
@@ -113,7 +112,7 @@ fn serve(
     }
     let runtime = super::runtime()?;
     let _guard = runtime.enter();
-    let http = HttpClient::default();
+    let http = packs::http_client();
     let catalogue = runtime.block_on(packs::catalogue(args.hub.hub.as_deref(), &http))?;
     let mut options = packs::store_options(paths, args.cache.cache_size, &http);
     options.demand_deadline = args.deadline;

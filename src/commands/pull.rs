@@ -76,7 +76,7 @@ async fn pull(
     tag: &str,
     output: &Output,
 ) -> Result<Unpacked, CommandError> {
-    let http = HttpClient::default();
+    let http = packs::http_client();
     let catalogue = packs::catalogue(args.hub.hub.as_deref(), &http).await?;
     let resolved = catalogue.resolve(reference)?;
     let options = packs::store_options(paths, args.cache.cache_size, &http);
