@@ -8,7 +8,7 @@ use crate::digest::Digest;
 use crate::format::{self, MAX_INDEX_LEN, PACK_VERSION, SEEK_FOOTER_LEN};
 use crate::index::{Index, TRAILER_LEN};
 use crate::legacy;
-use crate::source::{Class, Deadlines, FileSource, Source, SourceError};
+use crate::source::{Class, Deadlines, FileSource, Source, SourceError, redact_url};
 
 /// Bytes read at the end of a pack whose index is not pinned: holds seek table and index of packs up to about 4000
 /// stored chunks, and at least the seek table up to 30000.
@@ -53,7 +53,7 @@ impl Opening {
         let (name, source) = match &location.source {
             PackSource::Url(url) => {
                 let source = options.http.source(url, location.size, deadlines);
-                (url.clone(), source.map(Source::Http).map_err(SourceError::Http))
+                (redact_url(url), source.map(Source::Http).map_err(SourceError::Http))
             }
             PackSource::Path(path) => {
                 let source = FileSource::open(path);

@@ -11,7 +11,7 @@ use std::time::Duration;
 use forkd_fs::digest::Digest;
 use forkd_fs::format::PACK_VERSION;
 use forkd_fs::manifest::{KvmKind, Manifest, Requires};
-use forkd_fs::source::{HttpClient, HttpOptions};
+use forkd_fs::source::{Deadlines, HttpClient, HttpOptions, Source};
 use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
 use forkd_fs::writer::{PackOptions, PackSummary, PackWriter};
 
@@ -141,13 +141,23 @@ pub fn write_sparse(path: &Path, contents: &[u8]) {
 }
 
 /// Timeouts short enough for tests: nothing waits longer than half a second for a silent server.
-pub fn http() -> HttpClient {
-    HttpClient::new(HttpOptions {
+pub fn http_options() -> HttpOptions {
+    HttpOptions {
         connect_timeout: Duration::from_millis(500),
         idle_timeout: Duration::from_millis(200),
         document_deadline: Duration::from_millis(800),
         ..HttpOptions::default()
-    })
+    }
+}
+
+pub fn http() -> HttpClient {
+    HttpClient::new(http_options())
+}
+
+/// An object to read ranges of.
+pub fn source(http: &HttpClient, url: &str, size: Option<u64>) -> Source {
+    let deadline = options().demand_deadline;
+    Source::Http(http.source(url, size, Deadlines { demand: deadline, prefetch: deadline }).unwrap())
 }
 
 pub fn options() -> StoreOptions {

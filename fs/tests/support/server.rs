@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -76,6 +77,8 @@ pub struct State {
     /// 401 for requests without this Authorization.
     pub authorization: Mutex<Option<String>>,
     pub link: Mutex<Option<Link>>,
+    /// Body bytes that crossed the link.
+    pub sent: AtomicU64,
     pub requests: Mutex<Vec<Request>>,
 }
 
@@ -119,6 +122,7 @@ impl Server {
             key: Mutex::default(),
             authorization: Mutex::default(),
             link: Mutex::default(),
+            sent: AtomicU64::new(0),
             requests: Mutex::default(),
         };
         Self::listen("127.0.0.1:0".parse().unwrap(), Arc::new(state)).await
@@ -170,6 +174,11 @@ impl Server {
     /// From now on 401 for requests without this Authorization.
     pub fn require(&self, authorization: &str) {
         *self.state.authorization.lock().unwrap() = Some(authorization.to_owned());
+    }
+
+    /// Body bytes that crossed the link of [`Server::set_bandwidth`].
+    pub fn bytes_sent(&self) -> u64 {
+        self.state.sent.load(Relaxed)
     }
 
     pub fn requests(&self) -> Vec<Request> {
@@ -368,10 +377,13 @@ async fn send_whole(stream: &mut TcpStream, state: &State, etag_line: &str, faul
 /// As fast as the link allows.
 async fn send_shaped(stream: &mut TcpStream, state: &State, head: &str, body: &[u8]) -> bool {
     let Some(link) = state.link.lock().unwrap().clone() else { return send(stream, head, body).await };
-    let mut alive = send(stream, head, b"").await;
+    let alive = send(stream, head, b"").await;
     for piece in body.chunks(16 << 10) {
         link.cross(piece.len()).await;
-        alive = alive && stream.write_all(piece).await.is_ok();
+        if !alive || stream.write_all(piece).await.is_err() {
+            return false;
+        }
+        state.sent.fetch_add(piece.len() as u64, Relaxed);
     }
     alive
 }
