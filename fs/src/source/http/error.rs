@@ -256,9 +256,10 @@ fn root_cause(error: &reqwest::Error) -> String {
 fn certificate_error(error: &reqwest::Error) -> Option<String> {
     let tls = causes(error).find_map(|cause| cause.downcast_ref::<rustls::Error>().cloned())?;
     match tls {
-        rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer) => {
-            Some("nobody this machine trusts has signed it".into())
-        }
+        // A bad signature is what a CA of the same name as a trusted one looks like.
+        rustls::Error::InvalidCertificate(
+            rustls::CertificateError::UnknownIssuer | rustls::CertificateError::BadSignature,
+        ) => Some("nobody this machine trusts has signed it".into()),
         rustls::Error::InvalidCertificate(reason) => Some(reason.to_string()),
         rustls::Error::NoCertificatesPresented => Some("it presents none".into()),
         _ => None,
