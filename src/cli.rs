@@ -106,6 +106,9 @@ pub struct CacheArgs {
     /// The most the chunk cache may hold on disk
     #[arg(long, value_name = "SIZE", default_value = "10GiB", value_parser = units::parse_size)]
     pub cache_size: u64,
+    /// Disk space the cache leaves to others; it shrinks rather than take it [default: 5% of the disk, 1GiB at most]
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_size)]
+    pub cache_reserve: Option<u64>,
 }
 
 /// `forkd kernel`.
@@ -324,6 +327,9 @@ pub struct MountArgs {
     /// How long a read may be retried before the reader gets an I/O error
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = units::parse_duration)]
     pub deadline: Duration,
+    /// How often to look for new versions in the registry; 0 never looks again
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = units::parse_duration)]
+    pub refresh: Duration,
     /// Stay in the foreground and log to stderr
     #[arg(long)]
     pub foreground: bool,

@@ -8,6 +8,7 @@ use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::source::{Credentials, HttpClient, HttpOptions};
 use forkd_fs::store::{PackLocation, PackSource, StoreOptions};
 
+use crate::cli::CacheArgs;
 use crate::paths::Paths;
 use crate::registry::{Catalogue, HubAddress, Reference, RegistryError, Resolved};
 
@@ -64,7 +65,13 @@ pub async fn catalogue(hub: Option<&str>, http: &HttpClient) -> Result<Catalogue
 }
 
 /// Options for reading packs through the chunk cache of this user.
-pub fn store_options(paths: &Paths, cache_size: u64, http: &HttpClient) -> StoreOptions {
-    let cache = ChunkCache::open(&paths.cache, CacheOptions { max_bytes: cache_size });
+pub fn store_options(paths: &Paths, cache: &CacheArgs, http: &HttpClient) -> StoreOptions {
+    let cache = chunk_cache(paths, cache);
     StoreOptions { http: http.clone(), cache: Some(Arc::new(cache)), ..StoreOptions::default() }
+}
+
+/// The chunk cache of this user.
+pub fn chunk_cache(paths: &Paths, args: &CacheArgs) -> ChunkCache {
+    let options = CacheOptions { max_bytes: args.cache_size, min_free_bytes: args.cache_reserve };
+    ChunkCache::open(&paths.cache, options)
 }

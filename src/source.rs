@@ -109,7 +109,7 @@ pub async fn open(
     let options = StoreOptions {
         demand_deadline: DEMAND_DEADLINE,
         head_bytes: HEAD_BYTES,
-        ..packs::store_options(paths, args.cache.cache_size, &http)
+        ..packs::store_options(paths, &args.cache, &http)
     };
     let cache = options.cache.clone();
     let store = Store::open(location, options).await?;

@@ -24,7 +24,7 @@ use fuser::{
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use crate::tree::{Attributes, Kind, MAX_READ, Opened, ROOT, SharedTree};
+use crate::tree::{Attributes, Changed, Kind, MAX_READ, Opened, ROOT, SharedTree};
 
 /// Name of the file system in /proc/mounts: `fuse.forkd`.
 pub const SUBTYPE: &str = "forkd";
@@ -94,6 +94,25 @@ impl Mounted {
         let session = session.spawn().map_err(MountError::Threads)?;
         raise_readahead(mountpoint);
         Ok(Mounted { session, ended })
+    }
+
+    /// Makes the kernel forget what names in the tree led to. Call it after [`crate::tree::Tree::refresh`].
+    pub fn forget(&self, changed: Vec<Changed>) {
+        if changed.is_empty() {
+            return;
+        }
+        let notifier = self.session.notifier();
+        // A thread of its own: the kernel may wait for a reply to a lookup in that directory before it returns.
+        let forget = move || {
+            for Changed { directory, name } in changed {
+                // Fails for what the kernel does not know; then there is nothing to forget.
+                let _ = notifier.inval_entry(INodeNo(directory), OsStr::new(&name));
+                let _ = notifier.inval_inode(INodeNo(directory), 0, 0);
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("forkd-forget".into()).spawn(forget) {
+            tracing::debug!(%error, "changed names show when the kernel looks again");
+        }
     }
 
     /// Completes when somebody else has unmounted it.

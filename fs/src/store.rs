@@ -291,6 +291,11 @@ impl Store {
         }
     }
 
+    /// Drops the decoded chunks kept in memory.
+    pub fn release_memory(&self) {
+        self.decoded.clear();
+    }
+
     /// The parts of a bulk read in the order to start them. Hands over the zero chunks on the way.
     fn plan(&self, batches: &[Vec<ChunkId>], on_chunk: OnChunk<'_>) -> Result<Vec<run::Work>, ReadError> {
         let mut planned = vec![false; self.index.stored_chunk_count() as usize];
@@ -426,6 +431,12 @@ struct Decoded {
 impl Decoded {
     fn new(budget: usize) -> Self {
         Self { budget, kept: Mutex::new((LruCache::sparse(NonZeroUsize::MAX), 0)) }
+    }
+
+    fn clear(&self) {
+        let (kept, bytes) = &mut *self.kept.lock().expect("no panics while held");
+        kept.clear();
+        *bytes = 0;
     }
 
     fn get(&self, record: u32) -> Option<Bytes> {

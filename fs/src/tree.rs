@@ -7,12 +7,11 @@
 //! /.forkd/stats.json                                      the same of all packs opened so far
 //! ```
 //!
-//! Inode numbers are fixed when the tree is made: small ones for the directories above packs, `(pack + 1) << 32 | slot`
-//! inside a pack. Nothing is ever forgotten, because nothing is made on demand but the stores.
+//! Inode numbers are never used twice: small ones for the directories above packs, `(pack + 1) << 32 | slot` inside a
+//! pack. A new registry ([`Tree::refresh`]) adds and removes names; whoever has a removed file open keeps reading it.
 
-use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
-use std::sync::Arc;
+use std::sync::{Arc, RwLock, RwLockReadGuard};
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
@@ -22,9 +21,12 @@ use crate::digest::Digest;
 use crate::store::{PackLocation, StoreOptions};
 
 mod errno;
+mod listed;
 mod pack;
 
 pub use errno::{of_open_error, of_read_error};
+pub use listed::Changed;
+use listed::{Content, Listed};
 use pack::PackNode;
 
 /// An inode number.
@@ -40,6 +42,7 @@ const IMMUTABLE: Duration = Duration::from_secs(3600);
 /// How long the listing above packs may be remembered.
 const LISTING: Duration = Duration::from_secs(60);
 
+/// Where a pack's number starts in an inode number.
 const PACK_SHIFT: u32 = 32;
 
 /// One version of one package, as a registry lists it.
@@ -158,251 +161,138 @@ pub enum Opened {
 /// The tree.
 #[derive(Debug)]
 pub struct Tree {
-    nodes: Vec<Node>,
-    packs: Vec<PackNode>,
-    mounted: SystemTime,
-}
-
-#[derive(Debug)]
-struct Node {
-    parent: Inode,
-    content: Content,
-}
-
-#[derive(Debug)]
-enum Content {
-    Directory(BTreeMap<String, Inode>),
-    Symlink(String),
-    Report,
+    listed: RwLock<Listed>,
+    options: StoreOptions,
 }
 
 impl Tree {
     /// A tree over `listings`. Listings with names that are not plain, or the same names twice, are left out: the
     /// first one counts.
     pub fn new(listings: Vec<Listing>, options: StoreOptions) -> Tree {
-        let mut tree = Tree { nodes: Vec::new(), packs: Vec::new(), mounted: SystemTime::now() };
-        tree.add(ROOT, Content::Directory(BTreeMap::new()));
-        let report_dir = tree.add_named(ROOT, ".forkd", Content::Directory(BTreeMap::new()));
-        tree.add_named(report_dir, "stats.json", Content::Report);
-        for listing in &listings {
-            let names = [&listing.owner, &listing.name, &listing.version];
-            if !names.iter().all(|name| crate::format::is_plain_name(name)) {
-                continue;
-            }
-            let owner = tree.directory(ROOT, &listing.owner);
-            let package = tree.directory(owner, &listing.name);
-            match tree.same_pack(&listings, listing) {
-                Some(version) => {
-                    if tree.child(package, &listing.version).is_none() {
-                        tree.add_named(package, &listing.version, Content::Symlink(version));
-                    }
-                }
-                None => tree.add_pack(package, listing, &options),
-            }
-        }
-        tree
+        let mut listed = Listed::new();
+        listed.update(&listings, &options);
+        Tree { listed: RwLock::new(listed), options }
     }
 
-    /// For a `latest` that is the same pack as a named version: that version.
-    fn same_pack(&self, listings: &[Listing], latest: &Listing) -> Option<String> {
-        if latest.version != "latest" {
-            return None;
-        }
-        let twin = |other: &&Listing| {
-            (&other.owner, &other.name) == (&latest.owner, &latest.name)
-                && other.version != latest.version
-                && crate::format::is_plain_name(&other.version)
-                && other.location == latest.location
-        };
-        listings.iter().filter(twin).map(|other| other.version.clone()).next_back()
+    /// Shows `listings` from now on, as [`Tree::new`] would. What did not change keeps its inodes; what changed or went
+    /// stays readable through the inodes that are in use. Returns the names that changed, for the kernel to forget.
+    pub fn refresh(&self, listings: &[Listing]) -> Vec<Changed> {
+        self.listed.write().expect("no panics while held").update(listings, &self.options)
     }
 
-    fn add(&mut self, parent: Inode, content: Content) -> Inode {
-        self.nodes.push(Node { parent, content });
-        self.nodes.len() as Inode
+    fn listed(&self) -> RwLockReadGuard<'_, Listed> {
+        self.listed.read().expect("no panics while held")
     }
 
-    fn add_named(&mut self, parent: Inode, name: &str, content: Content) -> Inode {
-        let inode = self.add(parent, content);
-        self.name(parent, name, inode);
-        inode
-    }
-
-    fn name(&mut self, parent: Inode, name: &str, inode: Inode) {
-        if let Some(Node { content: Content::Directory(children), .. }) =
-            self.nodes.get_mut(parent as usize - 1)
-        {
-            children.insert(name.to_owned(), inode);
-        }
-    }
-
-    fn directory(&mut self, parent: Inode, name: &str) -> Inode {
-        match self.child(parent, name) {
-            Some(inode) => inode,
-            None => self.add_named(parent, name, Content::Directory(BTreeMap::new())),
-        }
-    }
-
-    fn add_pack(&mut self, package: Inode, listing: &Listing, options: &StoreOptions) {
-        if self.child(package, &listing.version).is_some() {
-            return;
-        }
-        let inode = (self.packs.len() as Inode + 1) << PACK_SHIFT;
-        self.packs.push(PackNode::new(inode, package, listing, options.clone()));
-        self.name(package, &listing.version, inode);
-    }
-
-    fn child(&self, parent: Inode, name: &str) -> Option<Inode> {
-        match &self.nodes.get(parent as usize - 1)?.content {
-            Content::Directory(children) => children.get(name).copied(),
-            Content::Symlink(_) | Content::Report => None,
-        }
-    }
-
-    fn place(&self, inode: Inode) -> Result<Place<'_>, Errno> {
+    /// The pack and slot behind an inode; `None` for one above the packs.
+    fn pack(&self, inode: Inode) -> Result<Option<(Arc<PackNode>, u32)>, Errno> {
         let (pack, slot) = (inode >> PACK_SHIFT, inode as u32);
-        if pack > 0 {
-            let pack = self.packs.get(pack as usize - 1).ok_or(Errno::STALE)?;
-            return Ok(Place::Pack(pack, slot));
+        match (pack as usize).checked_sub(1) {
+            Some(pack) => Ok(Some((self.listed().pack(pack)?, slot))),
+            None => Ok(None),
         }
-        let node = (inode as usize).checked_sub(1).and_then(|at| self.nodes.get(at)).ok_or(Errno::STALE)?;
-        Ok(Place::Node(node))
     }
 
     /// The inode `name` in the directory `parent`. Opens the pack when `name` is one of its members.
-    pub async fn lookup(&self, parent: Inode, name: impl AsRef<OsStr>) -> Result<Attributes, Errno> {
-        let name = name.as_ref();
-        match self.place(parent)? {
-            Place::Node(Node { content: Content::Directory(children), .. }) => {
-                let child = name.to_str().and_then(|name| children.get(name));
-                self.attributes(*child.ok_or(Errno::NOENT)?).await
-            }
-            Place::Node(_) => Err(Errno::NOTDIR),
-            Place::Pack(pack, slot) => pack.lookup(slot, name).await,
+    pub async fn lookup(&self, parent: Inode, name: &OsStr) -> Result<Attributes, Errno> {
+        if let Some((pack, slot)) = self.pack(parent)? {
+            return pack.lookup(slot, name).await;
         }
+        // Every name above the packs is UTF-8.
+        let inode = self.listed().named(parent, name.to_str().ok_or(Errno::NOENT)?)?;
+        self.attributes(inode).await
     }
 
     /// What `stat` shows of an inode.
     pub async fn attributes(&self, inode: Inode) -> Result<Attributes, Errno> {
-        let node = match self.place(inode)? {
-            Place::Pack(pack, slot) => return pack.attributes(slot).await,
-            Place::Node(node) => node,
-        };
+        if let Some((pack, slot)) = self.pack(inode)? {
+            return pack.attributes(slot).await;
+        }
+        let listed = self.listed();
+        let node = listed.node(inode)?;
         let (kind, size, links, valid) = match &node.content {
-            Content::Directory(children) => {
-                let below = children.values().filter(|&&child| self.kind(child) == Kind::Directory).count();
-                (Kind::Directory, 0, 2 + below as u32, LISTING)
-            }
+            Content::Directory(_) => (Kind::Directory, 0, 2 + listed.subdirectories(inode), LISTING),
             Content::Symlink(target) => (Kind::Symlink, target.len() as u64, 1, LISTING),
-            Content::Report => (Kind::File, self.report().len() as u64, 1, Duration::ZERO),
+            Content::Report => (Kind::File, report(&listed).len() as u64, 1, Duration::ZERO),
         };
-        let permissions = kind.read_only();
-        let (modified, allocated) = (self.mounted, size);
         Ok(Attributes {
             inode,
             kind,
             size,
-            allocated,
+            allocated: size,
             links,
-            permissions,
+            permissions: kind.read_only(),
             owner: None,
             device: 0,
-            modified,
+            modified: node.modified,
             valid,
         })
     }
 
-    /// The names in a directory, `.` and `..` included. Opens the pack when it is one's.
-    pub async fn entries(&self, inode: Inode) -> Result<Vec<Entry>, Errno> {
-        let mut all = Vec::new();
-        loop {
-            let position = all.last().map_or(0, |entry: &Entry| entry.next);
-            let more = self.entries_from(inode, position).await?;
-            if more.is_empty() {
-                return Ok(all);
-            }
-            all.extend(more);
-        }
-    }
-
-    /// Some of the names in a directory from a position on: 0, or an entry's `next`. None at its end.
+    /// Some of the names in a directory from a position on (0: the start), `.` and `..` included; none at the end. Opens
+    /// the pack when it is one's.
     pub async fn entries_from(&self, inode: Inode, position: u64) -> Result<Vec<Entry>, Errno> {
-        let (parent, children) = match self.place(inode)? {
-            Place::Node(Node { parent, content: Content::Directory(children) }) => (*parent, children),
-            Place::Node(_) => return Err(Errno::NOTDIR),
-            Place::Pack(pack, slot) => return pack.entries_from(slot, position).await,
-        };
-        let names = children.iter().map(|(name, &inode)| (inode, self.kind(inode), OsString::from(name)));
-        Ok(Entry::listing(inode, parent, names, position))
+        match self.pack(inode)? {
+            Some((pack, slot)) => pack.entries_from(slot, position).await,
+            None => self.listed().entries_from(inode, position),
+        }
     }
 
     /// Where a symbolic link leads.
     pub async fn link_target(&self, inode: Inode) -> Result<Bytes, Errno> {
-        match self.place(inode)? {
-            Place::Node(Node { content: Content::Symlink(target), .. }) => Ok(target.clone().into()),
-            Place::Node(_) => Err(Errno::INVAL),
-            Place::Pack(pack, slot) => pack.link_target(slot).await,
+        if let Some((pack, slot)) = self.pack(inode)? {
+            return pack.link_target(slot).await;
+        }
+        match &self.listed().node(inode)?.content {
+            Content::Symlink(target) => Ok(Bytes::copy_from_slice(target.as_bytes())),
+            Content::Directory(_) | Content::Report => Err(Errno::INVAL),
         }
     }
 
     /// Opens a file.
     pub fn open(&self, inode: Inode) -> Result<Opened, Errno> {
-        match self.place(inode)? {
-            Place::Node(Node { content: Content::Report, .. }) => Ok(Opened::Report(self.report())),
-            Place::Node(Node { content: Content::Directory(_), .. }) => Err(Errno::ISDIR),
-            Place::Node(_) => Err(Errno::INVAL),
-            Place::Pack(pack, slot) => pack.open(slot),
+        if let Some((pack, slot)) = self.pack(inode)? {
+            return pack.open(slot);
+        }
+        let listed = self.listed();
+        match listed.node(inode)?.content {
+            Content::Report => Ok(Opened::Report(report(&listed))),
+            Content::Directory(_) => Err(Errno::ISDIR),
+            Content::Symlink(_) => Err(Errno::INVAL),
         }
     }
 
     /// At most `len` bytes of a pack's member from `offset`; fewer only at its end.
     pub async fn read(&self, inode: Inode, offset: u64, len: u32) -> Result<Bytes, Errno> {
-        match self.place(inode)? {
-            Place::Pack(pack, slot) => pack.read(slot, offset, len.min(MAX_READ)).await,
-            Place::Node(_) => Err(Errno::INVAL),
-        }
+        let (pack, slot) = self.pack(inode)?.ok_or(Errno::INVAL)?;
+        pack.read(slot, offset, len.min(MAX_READ)).await
     }
 
     /// The next offset from `offset` that holds data, or that is in a hole: whole zero chunks are holes.
     pub async fn seek(&self, inode: Inode, offset: u64, data: bool) -> Result<u64, Errno> {
-        match self.place(inode)? {
-            Place::Pack(pack, slot) => pack.seek(slot, offset, data).await,
-            Place::Node(_) => Err(Errno::INVAL),
-        }
+        let (pack, slot) = self.pack(inode)?.ok_or(Errno::INVAL)?;
+        pack.seek(slot, offset, data).await
     }
 
     /// Bytes of all packs whose size is known.
     pub fn total_bytes(&self) -> u64 {
-        self.packs.iter().filter_map(PackNode::pack_bytes).fold(0, u64::saturating_add)
+        self.listed().shown().filter_map(|pack| pack.pack_bytes()).fold(0, u64::saturating_add)
     }
 
     /// How many inodes can be named without opening a pack.
     pub fn inodes(&self) -> u64 {
-        (self.nodes.len() + self.packs.len()) as u64
-    }
-
-    fn kind(&self, inode: Inode) -> Kind {
-        match self.place(inode) {
-            Ok(Place::Node(Node { content: Content::Symlink(_), .. })) => Kind::Symlink,
-            Ok(Place::Node(Node { content: Content::Report, .. })) => Kind::File,
-            // What directories name is a directory or a pack's, never missing.
-            Ok(Place::Node(_) | Place::Pack(..)) | Err(_) => Kind::Directory,
-        }
-    }
-
-    fn report(&self) -> Bytes {
-        let packs: Vec<_> = self.packs.iter().filter(|pack| pack.was_tried()).map(PackNode::stats).collect();
-        pack::as_json(&serde_json::json!({
-            "forkd_version": env!("CARGO_PKG_VERSION"),
-            "packs_listed": self.packs.len(),
-            "packs": packs,
-        }))
+        self.listed().names()
     }
 }
 
-enum Place<'a> {
-    Node(&'a Node),
-    Pack(&'a PackNode, u32),
+/// `/.forkd/stats.json`.
+fn report(listed: &Listed) -> Bytes {
+    let packs: Vec<_> = listed.shown().filter(|pack| pack.was_tried()).map(|pack| pack.stats()).collect();
+    pack::as_json(&serde_json::json!({
+        "forkd_version": env!("CARGO_PKG_VERSION"),
+        "packs_listed": listed.shown().count(),
+        "packs": packs,
+    }))
 }
 
 /// Shared by everything that serves one mount.

@@ -60,7 +60,7 @@ fn listing(name: &str, version: &str, path: &Path) -> Listing {
 async fn walk(tree: &Tree, path: &str) -> Result<Attributes, Errno> {
     let mut found = tree.attributes(ROOT).await?;
     for name in path.split('/').filter(|name| !name.is_empty()) {
-        found = tree.lookup(found.inode, name).await?;
+        found = tree.lookup(found.inode, name.as_ref()).await?;
     }
     Ok(found)
 }
@@ -88,7 +88,7 @@ async fn listings_become_directories_and_latest_a_link_to_its_twin() {
     assert_eq!(walk(&tree, "o/moved/latest").await.unwrap().kind, Kind::Directory);
     let names = async |path: &str| {
         let inode = walk(&tree, path).await.unwrap().inode;
-        let entries = tree.entries(inode).await.unwrap();
+        let entries = tree.entries_from(inode, 0).await.unwrap();
         entries.into_iter().map(|entry| entry.name).collect::<Vec<_>>()
     };
     assert_eq!(names("").await, [".", "..", ".forkd", "o"]);
@@ -166,9 +166,41 @@ async fn inodes_nobody_gave_out_are_stale() {
     let tree = Tree::new(vec![listing("n", "v1", &pack(dir.path()))], StoreOptions::default());
     for inode in [0, 999, 2 << 32, (1 << 32) + 7, (1 << 32) + 4000, u64::MAX] {
         assert_eq!(tree.attributes(inode).await.err(), Some(Errno::STALE), "{inode:#x}");
-        assert!(tree.entries(inode).await.is_err(), "{inode:#x}");
+        assert!(tree.entries_from(inode, 0).await.is_err(), "{inode:#x}");
         assert!(tree.read(inode, 0, 1).await.is_err(), "{inode:#x}");
     }
     assert_eq!(tree.open(ROOT).err(), Some(Errno::ISDIR));
-    assert_eq!(tree.lookup(ROOT, "none").await.err(), Some(Errno::NOENT));
+    assert_eq!(tree.lookup(ROOT, "none".as_ref()).await.err(), Some(Errno::NOENT));
+}
+
+#[tokio::test]
+async fn a_new_registry_shows_and_hides_names_and_open_files_stay() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = pack(dir.path());
+    let moved = dir.path().join("moved.tar.zst");
+    std::fs::copy(&path, &moved).unwrap();
+    let before = [listing("n", "v1", &path), listing("n", "latest", &path), listing("gone", "v1", &path)];
+    let tree = Tree::new(before.to_vec(), StoreOptions::default());
+    let package = walk(&tree, "o/n").await.unwrap().inode;
+    let kept = walk(&tree, "o/n/v1/memory.bin").await.unwrap().inode;
+    let open = walk(&tree, "o/gone/v1/memory.bin").await.unwrap().inode;
+    let bytes = tree.read(open, 0, MAX_READ).await.unwrap();
+
+    assert_eq!(tree.refresh(&before), [], "the same registry changes nothing");
+    let after = [
+        listing("n", "v1", &path),
+        listing("n", "v2", &moved),
+        listing("n", "latest", &moved),
+        listing("new", "v1", &path),
+    ];
+    let changed: Vec<String> = tree.refresh(&after).into_iter().map(|changed| changed.name).collect();
+    assert_eq!(changed, ["latest", "v2", "new", "v1", "v1", "gone"]);
+    assert_eq!(walk(&tree, "o/n").await.unwrap().inode, package);
+    assert_eq!(walk(&tree, "o/n/v1/memory.bin").await.unwrap().inode, kept);
+    let link = walk(&tree, "o/n/latest").await.unwrap();
+    assert_eq!(tree.link_target(link.inode).await, Ok("v2".into()));
+    assert_eq!(walk(&tree, "o/gone").await.err(), Some(Errno::NOENT));
+    assert_eq!(tree.read(open, 0, MAX_READ).await.unwrap(), bytes, "who has it open keeps reading");
+    let size = std::fs::metadata(&path).unwrap().len();
+    assert_eq!(tree.total_bytes(), size, "of what is listed, only n/v1 was opened; gone no longer counts");
 }

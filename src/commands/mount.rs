@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use forkd_fs::fuse::{MountError, Mounted};
+use forkd_fs::source::HttpClient;
 use forkd_fs::tree::{Listing, Tree};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
@@ -70,6 +71,10 @@ fn start_daemon(args: &MountArgs, output: &Output, mountpoint: &Path) -> Result<
         command.arg("--hub").arg(hub);
     }
     command.arg("--cache-size").arg(args.cache.cache_size.to_string());
+    if let Some(reserve) = args.cache.cache_reserve {
+        command.arg("--cache-reserve").arg(reserve.to_string());
+    }
+    command.arg("--refresh").arg(format!("{}us", args.refresh.as_micros()));
     command.arg("--deadline").arg(format!("{}us", args.deadline.as_micros()));
     command.arg("--").arg(mountpoint);
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
@@ -114,15 +119,15 @@ fn serve(
     let _guard = runtime.enter();
     let http = packs::http_client();
     let catalogue = runtime.block_on(packs::catalogue(args.hub.hub.as_deref(), &http))?;
-    let mut options = packs::store_options(paths, args.cache.cache_size, &http);
+    let mut options = packs::store_options(paths, &args.cache, &http);
     options.demand_deadline = args.deadline;
     let tree = Arc::new(Tree::new(listings(&catalogue), options));
     // Before mounting, so that no signal finds a mount and no handler.
     let stop = runtime.block_on(stop_signal())?;
     let hub = catalogue.location();
     let source = format!("{SOURCE_PREFIX}{hub}");
-    let mounted =
-        Mounted::new(tree, mountpoint, &source, Handle::current()).map_err(MountCommandError::from)?;
+    let mounted = Mounted::new(tree.clone(), mountpoint, &source, Handle::current())
+        .map_err(MountCommandError::from)?;
     let record = Record { mountpoint: mountpoint.to_owned(), pid: std::process::id(), hub: hub.clone() };
     mounts::write_record(paths, &record).map_err(MountCommandError::from)?;
     let report = Report { mountpoint: mountpoint.to_owned(), hub, pid: record.pid };
@@ -137,6 +142,7 @@ fn serve(
         tokio::select! {
             () = stop => false,
             () = mounted.ended() => true,
+            () = keep_current(args, &http, &tree, &mounted) => true,
         }
     });
     if !unmounted_by_other {
@@ -148,6 +154,28 @@ fn serve(
     // Reads that wait for a hub must not hold up the end.
     runtime.shutdown_background();
     Ok(ExitCode::SUCCESS)
+}
+
+/// Reads the registry anew every `--refresh`, and shows what it lists from then on. Never ends.
+async fn keep_current(args: &MountArgs, http: &HttpClient, tree: &Tree, mounted: &Mounted) {
+    if args.refresh.is_zero() {
+        return std::future::pending().await;
+    }
+    let mut away = false;
+    loop {
+        tokio::time::sleep(args.refresh).await;
+        match packs::catalogue(args.hub.hub.as_deref(), http).await {
+            Ok(catalogue) => {
+                mounted.forget(tree.refresh(&listings(&catalogue)));
+                away = false;
+            }
+            // Said once: what was listed before stays.
+            Err(error) if !std::mem::replace(&mut away, true) => {
+                tracing::warn!(error = %crate::error::chain(&error), "the registry cannot be read anew");
+            }
+            Err(_) => {}
+        }
+    }
 }
 
 /// The registry as the tree wants it. An entry that cannot be used is left out, with a warning.

@@ -79,7 +79,7 @@ async fn pull(
     let http = packs::http_client();
     let catalogue = packs::catalogue(args.hub.hub.as_deref(), &http).await?;
     let resolved = catalogue.resolve(reference)?;
-    let options = packs::store_options(paths, args.cache.cache_size, &http);
+    let options = packs::store_options(paths, &args.cache, &http);
     let whole = whole_digest(&resolved.entry)
         .transpose()
         .map_err(|_| PullError::BadDigest { reference: reference.to_string() })?;

@@ -97,6 +97,18 @@ impl PackNode {
         })
     }
 
+    /// Whether this is the pack of that listing.
+    pub(super) fn shows(&self, listing: &Listing) -> bool {
+        self.location == listing.location
+    }
+
+    /// Drops what can be fetched again.
+    pub(super) fn release_memory(&self) {
+        if let Some(store) = self.store.get() {
+            store.release_memory();
+        }
+    }
+
     fn failed(&self, error: &dyn std::error::Error) {
         let text = chain(error);
         tracing::warn!(pack = %self.label, error = %text, "a read failed");
