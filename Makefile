@@ -8,7 +8,7 @@ FORKD := $(TARGET)/release/forkd
 PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse3 jq bsdextrautils \
 	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils git rsync attr python3
 
-.PHONY: build deps machine quickstart test lint clean bench-mount fuzz
+.PHONY: build deps machine quickstart test lint clean bench-mount fuzz soak
 
 ## forkd and, beside it, the guest's agent (static: it runs as the only program of a root disk)
 build:
@@ -37,6 +37,10 @@ test: machine
 ## sequential and random reads through the mount beside zstd -d, tar and ratarmount (which pip fetches)
 bench-mount: deps build
 	benches/mount.py $(FORKD) --csv $(TARGET)/bench-mount.csv --svg $(TARGET)/bench-mount.svg
+
+## the soaks at full size, one after the other: 1000 kills, 10 minutes of readers with faults at 5 %, 5 of replaced tags
+soak:
+	FORKD_SOAK=full cargo test --release -p forkd --test soak -- --nocapture --test-threads 1
 
 ## every parser of outside input under libFuzzer, SECONDS each; finds land in fuzz/artifacts (needs a nightly toolchain)
 SECONDS ?= 60
