@@ -15,7 +15,7 @@ use forkd_fs::trace::{MAX_TRACE_LEN, Trace};
 mod checks;
 
 /// How long the mutations of one target may take in all; what is left of a slow machine's budget is simply not tried.
-const BUDGET: Duration = Duration::from_secs(3);
+const BUDGET: Duration = Duration::from_secs(2);
 /// How many mutations a target gets at least, however slow the machine.
 const AT_LEAST: u32 = 300;
 /// The longest one input may take: bounded work, with room for a machine that is busy.
