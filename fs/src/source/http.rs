@@ -30,7 +30,7 @@ pub use address::redact_url;
 pub use client::{HttpClient, HttpOptions};
 pub use credentials::{Credentials, TOKEN_VARIABLE};
 pub use error::HttpError;
-use lanes::Permit;
+use lanes::{Permit, Timing};
 use object::{Answer, Object};
 use redirect::Route;
 use retry::Retries;
@@ -100,7 +100,7 @@ impl HttpSource {
             start: offset,
             next: offset,
             end: offset + len,
-            answer: None,
+            running: None,
             spool,
             deadline,
             retries: Retries::new(deadline),
@@ -136,7 +136,7 @@ pub struct HttpBody {
     start: u64,
     next: u64,
     end: u64,
-    answer: Option<(Response, Permit)>,
+    running: Option<Running>,
     spool: Option<Arc<Spool>>,
     deadline: Duration,
     retries: Retries,
@@ -145,10 +145,19 @@ pub struct HttpBody {
     progress: (Instant, u64),
 }
 
+/// An answer being received: bytes up to `end`, which may be less than the whole range.
+#[derive(Debug)]
+struct Running {
+    response: Response,
+    end: u64,
+    timing: Timing,
+    _permit: Permit,
+}
+
 impl HttpBody {
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, HttpError> {
         loop {
-            if self.next == self.end && self.answer.is_none() {
+            if self.next == self.end && self.running.is_none() {
                 return Ok(None);
             }
             if let Some(spool) = self.spool.clone() {
@@ -162,9 +171,9 @@ impl HttpBody {
                     self.arrived(piece.len() as u64)?;
                     return Ok(Some(piece));
                 }
-                Ok(None) => self.answer = None,
+                Ok(None) => self.running = None,
                 Err(error) => {
-                    self.answer = None;
+                    self.running = None;
                     let source = self.source.clone();
                     source.object.note_failure(&mut self.failing, &error);
                     self.retries.pause(source.object.route.start(), self.progress.0, error).await?;
@@ -173,33 +182,46 @@ impl HttpBody {
         }
     }
 
-    /// The next piece of the running answer, asking for the rest of the range first when none is running. `None`: that
+    /// The next piece of the running answer, asking for more of the range first when none is running. `None`: that
     /// answer is over, or is another's to read.
     async fn attempt(&mut self) -> Result<Option<Bytes>, HttpError> {
-        let remaining = self.end - self.next;
-        if self.answer.is_none() {
+        if self.running.is_none() {
             let permit = self.permit().await?;
-            match self.request().await? {
-                Answer::Range(response) => self.answer = Some((response, permit)),
+            let (timing, end) = (Timing::start(), self.turn());
+            match self.request(end).await? {
+                Answer::Range(response) => {
+                    self.running = Some(Running { response, end, timing, _permit: permit })
+                }
                 Answer::Whole(response) => {
                     self.spool = Some(self.source.spool_from(response)?);
                     return Ok(None);
                 }
             }
         }
-        let object = &self.source.object;
-        if self.class == Class::Prefetch {
-            object.client.lanes().give_way().await;
-        }
-        let (response, _) = self.answer.as_mut().expect("just set");
-        let piece = object.piece(self.idle, response).await?;
-        let got = piece.as_ref().map_or(0, Bytes::len) as u64;
+        let (object, running) = (&self.source.object, self.running.as_mut().expect("just set"));
+        let piece = object.piece(self.idle, &mut running.response).await?;
+        let (got, remaining) = (piece.as_ref().map_or(0, Bytes::len) as u64, running.end - self.next);
         // The end before the last byte, or anything after it.
         if (piece.is_none() && remaining > 0) || got > remaining {
             let (url, wanted) = (object.route.label(), self.end - self.start);
             return Err(HttpError::BodyLength { url, wanted, got: got.abs_diff(remaining) });
         }
+        match &piece {
+            Some(_) => running.timing.arrived(got),
+            None => object.client.lanes().learn(&running.timing),
+        }
         Ok(piece)
+    }
+
+    /// Up to where to ask now: prefetch takes turns with demand.
+    fn turn(&self) -> u64 {
+        match self.class {
+            Class::Demand => self.end,
+            Class::Prefetch => {
+                let turn = self.source.object.client.lanes().turn();
+                self.end.min(self.next.saturating_add(turn))
+            }
+        }
     }
 
     /// Waits for the right to ask. Nobody waits for a prefetch, so that may take its time; a demand read may not.
@@ -218,11 +240,11 @@ impl HttpBody {
     }
 
     /// One attempt, redirects and all, gets what is left of the deadline, but at least one idle timeout.
-    async fn request(&self) -> Result<Answer, HttpError> {
+    async fn request(&self, end: u64) -> Result<Answer, HttpError> {
         let (object, began) = (&self.source.object, Instant::now());
         let until = (self.progress.0 + self.deadline).max(began + self.idle);
         let late = |_| HttpError::Stalled { url: object.route.label(), waited: began.elapsed() };
-        let asked = object.ask(self.next, self.end - 1, self.idle);
+        let asked = object.ask(self.next, end - 1, self.idle);
         timeout_at(until.into(), asked).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
     }
 
