@@ -64,13 +64,12 @@ impl Retries {
         if !error.is_transient() {
             return Err(error);
         }
-        match self.next_pause(since, &error) {
-            Some(pause) => Ok(tokio::time::sleep(pause).await),
-            None => {
-                let (url, attempts, waited) = (url.to_owned(), self.attempts, since.elapsed());
-                Err(HttpError::Deadline { url, attempts, waited, last: Box::new(error) })
-            }
-        }
+        let Some(pause) = self.next_pause(since, &error) else {
+            let (url, attempts, waited) = (url.to_owned(), self.attempts, since.elapsed());
+            return Err(HttpError::Deadline { url, attempts, waited, last: Box::new(error) });
+        };
+        tokio::time::sleep(pause).await;
+        Ok(())
     }
 
     /// How long to wait before the next attempt after `error`; `None` when it is no use or there is no time.
