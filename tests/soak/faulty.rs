@@ -36,6 +36,7 @@ struct Shared {
     stopped: AtomicBool,
     requests: AtomicU64,
     faults: Mutex<BTreeMap<Fault, u64>>,
+    next: Mutex<Option<Fault>>,
 }
 
 impl Faulty {
@@ -49,6 +50,7 @@ impl Faulty {
             stopped: AtomicBool::new(false),
             requests: AtomicU64::new(0),
             faults: Mutex::default(),
+            next: Mutex::default(),
         });
         let accepting = shared.clone();
         std::thread::spawn(move || {
@@ -70,6 +72,11 @@ impl Faulty {
     /// Requests for packs so far, and how many of them were failed in which way.
     pub fn counts(&self) -> (u64, BTreeMap<Fault, u64>) {
         (self.shared.requests.load(Relaxed), self.shared.faults.lock().unwrap().clone())
+    }
+
+    /// The next request for a pack meets this fault.
+    pub fn fail_next(&self, fault: Fault) {
+        *self.shared.next.lock().unwrap() = Some(fault);
     }
 
     /// From now on nothing fails.
@@ -98,10 +105,11 @@ impl Shared {
 
     fn fault(&self) -> Option<Fault> {
         self.requests.fetch_add(1, Relaxed);
-        if self.random() % 100 >= self.percent.load(Relaxed) {
-            return None;
-        }
-        let fault = FAULTS[self.random() as usize % FAULTS.len()];
+        let chosen = self.next.lock().unwrap().take();
+        let fault = chosen.or_else(|| {
+            let fails = self.random() % 100 < self.percent.load(Relaxed);
+            fails.then(|| FAULTS[self.random() as usize % FAULTS.len()])
+        })?;
         *self.faults.lock().unwrap().entry(fault).or_default() += 1;
         Some(fault)
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use crate::faulty::Faulty;
+use crate::faulty::{Fault, Faulty};
 use crate::support::{Lab, Mount};
 use crate::{Random, scaled};
 
@@ -68,9 +68,34 @@ fn readers_on_a_bad_network_never_see_a_wrong_byte() {
     assert!(all == fs::read(&original).unwrap(), "after the network is well again");
 }
 
+#[test]
+#[ignore = "a silent answer leaves no time for a second attempt when the idle timeout is as long as the deadline (http/object.rs)"]
+fn one_fault_of_any_kind_is_not_an_error() {
+    let lab = Lab::new();
+    lab.hub_dir("demo");
+    let faulty = Faulty::start(lab.path("hub"), 0);
+    let mount = Mount::new(&lab, "mnt", &faulty.url(), &["--deadline", "6s"]);
+    let (memory, original) =
+        (mount.version("demo").join("memory.bin"), lab.snapshot_dir("demo").join("memory.bin"));
+    fs::metadata(&memory).unwrap();
+    let (mounted, original) = (open_direct(&memory), File::open(original).unwrap());
+    let (mut got, mut expected) = ([0; 5000], [0; 5000]);
+    for (n, fault) in
+        (0..).zip([Fault::Reset, Fault::ServerError, Fault::ShortBody, Fault::FlippedByte, Fault::Stall])
+    {
+        // Far enough from each other that nothing was read ahead.
+        let at = (8 << 20) + n * (700 << 10);
+        faulty.fail_next(fault);
+        mounted.read_exact_at(&mut got, at).unwrap_or_else(|error| panic!("{fault:?}: {error}"));
+        original.read_exact_at(&mut expected, at).unwrap();
+        assert!(got == expected, "{fault:?}");
+    }
+    assert_eq!(faulty.counts().1.values().sum::<u64>(), 5, "{:?}", faulty.counts());
+    assert_eq!(mount.stats("demo")["failed_reads"], 0);
+}
+
 fn read_until(end: Instant, mounted: &Path, original: &Path, counts: &Counts, mut random: Random) {
-    // Around the kernel's cache: every read comes to the daemon.
-    let direct = File::options().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(mounted).unwrap();
+    let direct = open_direct(mounted);
     let original = File::open(original).unwrap();
     let size = original.metadata().unwrap().len();
     let (mut got, mut expected) = (vec![0; 400_000], vec![0; 400_000]);
@@ -97,6 +122,11 @@ fn read_until(end: Instant, mounted: &Path, original: &Path, counts: &Counts, mu
             }
         }
     }
+}
+
+/// Around the kernel's cache: every read comes to the daemon, and the kernel does not ask twice.
+fn open_direct(path: &Path) -> File {
+    File::options().read(true).custom_flags(OFlags::DIRECT.bits() as i32).open(path).unwrap()
 }
 
 fn resident_mib(pid: u32, field: &str) -> u64 {
