@@ -8,6 +8,7 @@
 
 pub mod cache;
 pub mod digest;
+pub mod erofs;
 pub mod format;
 pub mod fuse;
 pub mod index;

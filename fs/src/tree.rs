@@ -23,6 +23,7 @@ use crate::store::{PackLocation, StoreOptions};
 mod errno;
 mod listed;
 mod pack;
+mod rootfs;
 
 pub use errno::{of_open_error, of_read_error};
 pub use listed::Changed;

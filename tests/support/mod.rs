@@ -105,7 +105,7 @@ impl Lab {
         memory.set_len((mib << 20) as u64).unwrap();
         let data = noise(7 + tag.len() as u64, mib << 18);
         memory.write_all_at(&data, (mib << 19) as u64).unwrap();
-        fs::write(dir.join("rootfs.erofs"), noise(9, 300_001)).unwrap();
+        fs::write(dir.join("rootfs.erofs"), root_disk(300_001)).unwrap();
         dir
     }
 
@@ -135,6 +135,26 @@ impl Lab {
     pub fn published(&self, tag: &str) -> PathBuf {
         self.path("hub").join(format!("lab-{tag}-v1.forkd-snapshot.tar.zst"))
     }
+}
+
+/// An EROFS image with an empty root directory, and noise from its second chunk on.
+pub fn root_disk(len: usize) -> Vec<u8> {
+    const NID: u64 = 40;
+    const AT: usize = 32 * NID as usize;
+    let mut image = [vec![0; CHUNK], noise(9, len - CHUNK)].concat();
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    // Superblock: magic, blocks of 4 KiB, root directory.
+    put(1024, &0xE0F5_E1E2u32.to_le_bytes());
+    put(1036, &[12, 0, NID as u8]);
+    // Compact inode with inline data: mode, links, size.
+    put(AT, &[4, 0, 0, 0, 0xed, 0x41, 2, 0, 27]);
+    // Its two entries: inode, where the name starts, that it is a directory.
+    for (entry, name_at) in [(AT + 32, 24), (AT + 44, 25)] {
+        put(entry, &NID.to_le_bytes());
+        put(entry + 8, &[name_at, 0, 2]);
+    }
+    put(AT + 56, b"...");
+    image
 }
 
 /// Incompressible bytes, the same for the same seed.

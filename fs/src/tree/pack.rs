@@ -12,7 +12,9 @@ use serde::Serialize;
 use tokio::sync::OnceCell;
 
 use super::errno::{of_open_error, of_read_error};
+use super::rootfs::{Refusal, RootDisk, errno_of};
 use super::{Attributes, Entry, IMMUTABLE, Inode, Kind, LISTING, Listing, Opened};
+use crate::format::ROOTFS;
 use crate::index::{ChunkId, FileId, Index};
 use crate::store::{PackLocation, Store, StoreOptions};
 
@@ -24,6 +26,10 @@ const REPORTS: u32 = 1;
 const STATS: u32 = 2;
 /// `.forkd/blocks`.
 const BLOCKS: u32 = 3;
+/// `rootfs`, the files of the root disk; what is below it has the slots of [`RootDisk::has_slot`].
+pub(super) const ROOT_DISK: u32 = 4;
+/// Its name.
+const ROOT_DISK_NAME: &str = "rootfs";
 /// The first member; the others follow in the pack's order.
 const FIRST_MEMBER: u32 = 16;
 
@@ -37,6 +43,7 @@ pub(super) struct PackNode {
     modified: SystemTime,
     options: StoreOptions,
     store: OnceCell<Arc<Store>>,
+    root_disk: OnceCell<RootDisk>,
     trouble: Mutex<Trouble>,
 }
 
@@ -84,6 +91,7 @@ impl PackNode {
             modified: listing.modified,
             options,
             store: OnceCell::new(),
+            root_disk: OnceCell::new(),
             trouble: Mutex::default(),
         }
     }
@@ -109,6 +117,24 @@ impl PackNode {
         }
     }
 
+    /// The root disk, opened by whoever comes first.
+    async fn root_disk(&self) -> Result<&RootDisk, Errno> {
+        let store = self.store().await?;
+        let file = browsable(store.index()).ok_or(Errno::STALE)?;
+        let open = || RootDisk::open(store.clone(), file, self.inode);
+        self.root_disk.get_or_try_init(open).await.map_err(|error| self.refused(error.into()))
+    }
+
+    fn refused(&self, refusal: Refusal) -> Errno {
+        match refusal {
+            Refusal::Request(errno) => errno,
+            Refusal::Image(error) => {
+                self.failed(&error);
+                errno_of(&error)
+            }
+        }
+    }
+
     fn failed(&self, error: &dyn std::error::Error) {
         let text = chain(error);
         tracing::warn!(pack = %self.label, error = %text, "a read failed");
@@ -130,11 +156,19 @@ impl PackNode {
     }
 
     pub(super) async fn lookup(&self, slot: u32, name: &OsStr) -> Result<Attributes, Errno> {
+        if RootDisk::has_slot(slot) {
+            let found = self.root_disk().await?.lookup(slot, name.as_encoded_bytes()).await;
+            return found.map_err(|refusal| self.refused(refusal));
+        }
         let name = name.to_str().ok_or(Errno::NOENT)?;
         match (slot, name) {
             (DIRECTORY, ".forkd") => self.attributes(REPORTS).await,
             (DIRECTORY, _) => {
-                let file = self.store().await?.index().file(name).ok_or(Errno::NOENT)?;
+                let index = self.store().await?.index();
+                if name == ROOT_DISK_NAME && browsable(index).is_some() {
+                    return self.attributes(ROOT_DISK).await;
+                }
+                let file = index.file(name).ok_or(Errno::NOENT)?;
                 self.attributes(slot_of(file)).await
             }
             (REPORTS, "stats.json") => self.attributes(STATS).await,
@@ -149,10 +183,17 @@ impl PackNode {
         let report =
             |report: Bytes| (Kind::File, report.len() as u64, report.len() as u64, 1, Duration::ZERO);
         let (kind, size, allocated, links, valid) = match slot {
-            DIRECTORY => directory(3),
+            // One link means: nobody has counted the subdirectories. For the root disk's own links, the image would have
+            // to be read, which listing a pack must not cost.
+            DIRECTORY => directory(1),
             REPORTS => directory(2),
+            ROOT_DISK => directory(1),
             STATS => report(as_json(&self.stats())),
             BLOCKS => report(self.blocks()),
+            _ if RootDisk::has_slot(slot) => {
+                let found = self.root_disk().await?.attributes(slot).await;
+                return found.map_err(|refusal| self.refused(refusal));
+            }
             _ => {
                 let index = self.store().await?.index();
                 let (file, size) = member(index, slot)?;
@@ -182,27 +223,39 @@ impl PackNode {
         let file = |slot, name: &str| (self.at(slot), Kind::File, OsString::from(name));
         match slot {
             DIRECTORY => {
-                let reports = [(self.at(REPORTS), Kind::Directory, OsString::from(".forkd"))];
+                let directory = |slot, name: &str| (self.at(slot), Kind::Directory, OsString::from(name));
                 let index = self.store().await?.index();
                 let members = index.files().map(|(id, entry)| file(slot_of(id), &entry.name));
-                Ok(Entry::listing(self.inode, self.parent, reports.into_iter().chain(members), position))
+                let root_disk = browsable(index).map(|_| directory(ROOT_DISK, ROOT_DISK_NAME));
+                let names = [directory(REPORTS, ".forkd")].into_iter().chain(members).chain(root_disk);
+                Ok(Entry::listing(self.inode, self.parent, names, position))
             }
             REPORTS => {
                 let reports = [file(STATS, "stats.json"), file(BLOCKS, "blocks")];
                 Ok(Entry::listing(self.at(REPORTS), self.inode, reports.into_iter(), position))
+            }
+            _ if RootDisk::has_slot(slot) => {
+                let found = self.root_disk().await?.entries_from(slot, position).await;
+                found.map_err(|refusal| self.refused(refusal))
             }
             _ => Err(Errno::NOTDIR),
         }
     }
 
     /// Where a symbolic link leads.
-    pub(super) async fn link_target(&self, _slot: u32) -> Result<Bytes, Errno> {
-        Err(Errno::INVAL)
+    pub(super) async fn link_target(&self, slot: u32) -> Result<Bytes, Errno> {
+        match RootDisk::has_slot(slot) {
+            true => {
+                let found = self.root_disk().await?.link_target(slot).await;
+                found.map_err(|refusal| self.refused(refusal))
+            }
+            false => Err(Errno::INVAL),
+        }
     }
 
     pub(super) fn open(&self, slot: u32) -> Result<Opened, Errno> {
         match slot {
-            DIRECTORY | REPORTS => Err(Errno::ISDIR),
+            DIRECTORY | REPORTS | ROOT_DISK => Err(Errno::ISDIR),
             STATS => Ok(Opened::Report(as_json(&self.stats()))),
             BLOCKS => Ok(Opened::Report(self.blocks())),
             _ => Ok(Opened::Immutable),
@@ -210,6 +263,10 @@ impl PackNode {
     }
 
     pub(super) async fn read(&self, slot: u32, offset: u64, len: u32) -> Result<Bytes, Errno> {
+        if RootDisk::has_slot(slot) {
+            let read = self.root_disk().await?.read(slot, offset, len).await;
+            return read.map_err(|refusal| self.refused(refusal));
+        }
         let store = self.store().await?;
         let (file, size) = member(store.index(), slot)?;
         let len = size.saturating_sub(offset).min(u64::from(len));
@@ -223,6 +280,10 @@ impl PackNode {
     }
 
     pub(super) async fn seek(&self, slot: u32, offset: u64, data: bool) -> Result<u64, Errno> {
+        if RootDisk::has_slot(slot) {
+            let found = self.root_disk().await?.seek(slot, offset, data).await;
+            return found.map_err(|refusal| self.refused(refusal));
+        }
         let index = self.store().await?.index();
         let (file, size) = member(index, slot)?;
         if offset >= size {
@@ -298,6 +359,11 @@ fn file_report(store: &Arc<Store>, file: FileId, name: &str, size: u64) -> FileR
 
 fn slot_of(file: FileId) -> u32 {
     FIRST_MEMBER + file.0
+}
+
+/// The root disk, if the pack has one whose files can be shown; a member of that name keeps it.
+fn browsable(index: &Index) -> Option<FileId> {
+    index.file(ROOTFS).filter(|_| index.file(ROOT_DISK_NAME).is_none())
 }
 
 /// The member behind a slot and its size.
