@@ -260,6 +260,9 @@ fn certificate_error(error: &reqwest::Error) -> Option<String> {
         rustls::Error::InvalidCertificate(
             rustls::CertificateError::UnknownIssuer | rustls::CertificateError::BadSignature,
         ) => Some("nobody this machine trusts has signed it".into()),
+        rustls::Error::InvalidCertificate(rustls::CertificateError::Other(reason)) => {
+            Some(reason.0.to_string())
+        }
         rustls::Error::InvalidCertificate(reason) => Some(reason.to_string()),
         rustls::Error::NoCertificatesPresented => Some("it presents none".into()),
         _ => None,
