@@ -1,5 +1,5 @@
 //! Packs of the predecessor: one zstd stream of a tar, which can only be read from start to end. `inspect` and `unpack` use
-//! this; nothing lazy does.
+//! this; the mount fetches and unpacks them whole ([`whole`]).
 //!
 //! Layout 1 holds `manifest.toml`, `snapshot.json`, `vmstate`, `rootfs.ext4` (not always) and `memory.bin`; layout 2 holds the same
 //! under `TAG/` for every link of a chain. Members are recognised by those names alone, paths from the pack are never
@@ -15,6 +15,8 @@ use serde::Deserialize;
 use crate::digest::{Digest, Hasher};
 use crate::format::{MANIFEST, MAX_FILE_SIZE, MEMORY, SNAPSHOT, VMSTATE, is_plain_name};
 use crate::manifest::{self, MAX_MANIFEST_LEN, ManifestError};
+
+pub mod whole;
 
 const MEMBERS: [&str; 5] = [MANIFEST, SNAPSHOT, VMSTATE, "rootfs.ext4", MEMORY];
 /// Most tar entries looked at.
@@ -145,6 +147,14 @@ pub enum LegacyError {
         /// What the bytes hash to.
         found: Digest,
     },
+    /// What is not zero in it does not fit.
+    #[error("{} unpacks to more than the {room} bytes there is room for", path.display())]
+    NoRoom {
+        /// The pack.
+        path: PathBuf,
+        /// How many bytes may be written.
+        room: u64,
+    },
     /// An output file cannot be written.
     #[error("cannot write {}", path.display())]
     Write {
@@ -170,20 +180,59 @@ pub(crate) fn sniff(start: &[u8]) -> Option<u32> {
 
 /// Reads through a pack and lists its members. `limit` bounds the plain bytes it may hold.
 pub fn list(path: &Path, limit: u64) -> Result<LegacyPack, LegacyError> {
-    walk(path, limit, &mut |_, _| Ok(()))
+    walk(path, open(path)?, limit, &mut |_, _| Ok(()))
+}
+
+fn open(path: &Path) -> Result<File, LegacyError> {
+    File::open(path).map_err(|source| LegacyError::Open { path: path.to_owned(), source })
 }
 
 /// Unpacks a pack into the existing, empty directory `dest`: members of layout 1 side by side, those of layout 2 in a
 /// directory a tag. Zeros become holes, and members the manifest lists are checked against its digests.
 pub fn unpack(path: &Path, dest: &Path, limit: u64) -> Result<LegacyPack, LegacyError> {
-    let mut found = Vec::new();
-    let pack = walk(path, limit, &mut |member, data| {
+    let limits = Limits { plain: limit, stored: u64::MAX };
+    unpack_into(path, open(path)?, limits, &mut |member| {
         let directory = member.tag.as_ref().map_or_else(|| dest.to_owned(), |tag| dest.join(tag));
         let output = directory.join(member.name);
         let failed = |source| LegacyError::Write { path: output.clone(), source };
         fs::create_dir_all(&directory).map_err(failed)?;
-        let mut file = File::create_new(&output).map_err(failed)?;
-        found.push((member.clone(), copy_sparse(path, data, &mut file, failed)?));
+        Ok((File::create_new(&output).map_err(failed)?, output.clone()))
+    })
+    .map(|(pack, _)| pack)
+}
+
+/// How much a pack may unpack to.
+#[derive(Debug, Clone, Copy)]
+struct Limits {
+    /// Bytes of all members, zeros included.
+    plain: u64,
+    /// Bytes that are written because they are not zero.
+    stored: u64,
+}
+
+/// Gives a new file for a member, and its name for errors.
+type Make<'a> = &'a mut dyn FnMut(&LegacyMember) -> Result<(File, PathBuf), LegacyError>;
+
+/// Unpacks the pack read from `data` into the files `make` gives, which come back in the order of the members. `path`
+/// names the pack in errors.
+fn unpack_into(
+    path: &Path,
+    data: impl Read,
+    limits: Limits,
+    make: Make<'_>,
+) -> Result<(LegacyPack, Vec<File>), LegacyError> {
+    let (mut found, mut files, mut room) = (Vec::new(), Vec::new(), limits.stored);
+    let pack = walk(path, data, limits.plain, &mut |member, data| {
+        let (mut file, output) = make(member)?;
+        let failed = |source| LegacyError::Write { path: output.clone(), source };
+        let mut spend = |len: u64| {
+            room = room
+                .checked_sub(len)
+                .ok_or_else(|| LegacyError::NoRoom { path: path.to_owned(), room: limits.stored })?;
+            Ok(())
+        };
+        found.push((member.clone(), copy_sparse(path, data, &mut file, &mut spend, failed)?));
+        files.push(file);
         Ok(())
     })?;
     for (member, found) in found {
@@ -195,7 +244,7 @@ pub fn unpack(path: &Path, dest: &Path, limit: u64) -> Result<LegacyPack, Legacy
             _ => {}
         }
     }
-    Ok(pack)
+    Ok((pack, files))
 }
 
 impl LegacyMember {
@@ -234,11 +283,10 @@ impl LegacyManifest {
 type Visit<'a> = &'a mut dyn FnMut(&LegacyMember, &mut dyn Read) -> Result<(), LegacyError>;
 
 /// Reads a pack from start to end, showing every known member to `visit`.
-fn walk(path: &Path, limit: u64, visit: Visit<'_>) -> Result<LegacyPack, LegacyError> {
+fn walk(path: &Path, data: impl Read, limit: u64, visit: Visit<'_>) -> Result<LegacyPack, LegacyError> {
     let unreadable = |source| LegacyError::Read { path: path.to_owned(), source };
     let too_large = || LegacyError::TooLarge { path: path.to_owned(), limit };
-    let file = File::open(path).map_err(|source| LegacyError::Open { path: path.to_owned(), source })?;
-    let decoder = zstd::Decoder::new(file).map_err(unreadable)?;
+    let decoder = zstd::Decoder::new(data).map_err(unreadable)?;
     let mut archive = tar::Archive::new(decoder);
     let (mut manifest, mut members, mut seen, mut total) = (None, Vec::new(), HashSet::new(), 0u64);
     // Raw: extended headers, which could be of any length, stay unread.
@@ -301,6 +349,7 @@ fn copy_sparse(
     pack: &Path,
     data: &mut dyn Read,
     file: &mut File,
+    spend: &mut dyn FnMut(u64) -> Result<(), LegacyError>,
     failed: impl Fn(io::Error) -> LegacyError,
 ) -> Result<Digest, LegacyError> {
     let (mut hasher, mut piece, mut len) = (Hasher::new(), vec![0; PIECE], 0);
@@ -322,6 +371,7 @@ fn copy_sparse(
         if crate::survey::is_zero(plain) {
             file.seek(io::SeekFrom::Start(len)).map_err(&failed)?;
         } else {
+            spend(filled as u64)?;
             file.write_all(plain).map_err(&failed)?;
         }
     }

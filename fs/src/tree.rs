@@ -21,11 +21,12 @@ use crate::digest::Digest;
 use crate::store::{PackLocation, StoreOptions};
 
 mod errno;
+mod legacy;
 mod listed;
 mod pack;
 mod rootfs;
 
-pub use errno::{of_open_error, of_read_error};
+pub use errno::{of_open_error, of_read_error, of_whole_error};
 pub use listed::Changed;
 use listed::{Content, Listed};
 use pack::PackNode;

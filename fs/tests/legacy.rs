@@ -1,13 +1,17 @@
 //! The predecessor's packs: listed and unpacked, never trusted, and told apart when opened.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime};
 
 use forkd_fs::digest::Digest;
 use forkd_fs::legacy::{self, LegacyError};
-use forkd_fs::store::{OpenError, PackLocation, PackSource, Store};
+use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
+use forkd_fs::tree::{Attributes, Kind, Listing, Opened, ROOT, Tree};
+use rustix::io::Errno;
 
 mod support;
 use support::server::Server;
@@ -228,4 +232,174 @@ async fn a_store_says_which_layout_it_met() {
 fn a_pack_of_layout_3_is_not_mistaken_for_one() {
     let fixture = Fixture::new();
     assert!(matches!(legacy::list(&fixture.pack, LIMIT), Err(LegacyError::NotLegacy { .. })));
+}
+
+fn mounted(source: PackSource, sha256: Option<Digest>, options: StoreOptions) -> Tree {
+    let listing = Listing {
+        owner: "o".into(),
+        name: "n".into(),
+        version: "v1".into(),
+        location: PackLocation { source, size: None, index: None },
+        sha256,
+        modified: SystemTime::UNIX_EPOCH,
+    };
+    Tree::new(vec![listing], options)
+}
+
+async fn walk(tree: &Tree, path: &str) -> Result<Attributes, Errno> {
+    let mut found = tree.attributes(ROOT).await?;
+    for name in path.split('/') {
+        found = tree.lookup(found.inode, OsStr::new(name)).await?;
+    }
+    Ok(found)
+}
+
+async fn names(tree: &Tree, path: &str) -> Vec<String> {
+    let inode = walk(tree, path).await.unwrap().inode;
+    let entries = tree.entries_from(inode, 0).await.unwrap();
+    assert_eq!(tree.entries_from(inode, entries.last().unwrap().next).await.unwrap(), []);
+    entries.into_iter().map(|entry| entry.name.into_string().unwrap()).collect()
+}
+
+async fn contents(tree: &Tree, path: &str) -> Vec<u8> {
+    let found = walk(tree, path).await.unwrap();
+    assert_eq!(found.kind, Kind::File);
+    let mut plain = Vec::new();
+    while let piece = tree.read(found.inode, plain.len() as u64, 77_777).await.unwrap()
+        && !piece.is_empty()
+    {
+        plain.extend_from_slice(&piece);
+    }
+    assert_eq!(plain.len() as u64, found.size);
+    plain
+}
+
+async fn stats(tree: &Tree) -> serde_json::Value {
+    let report = walk(tree, "o/n/v1/.forkd/stats.json").await.unwrap();
+    let Ok(Opened::Report(bytes)) = tree.open(report.inode) else { panic!("no report") };
+    serde_json::from_slice(&bytes).unwrap()
+}
+
+#[tokio::test]
+async fn a_mount_shows_layout_1_downloaded_whole_and_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pack, files) = version_1(dir.path());
+    let bytes = std::fs::read(&pack).unwrap();
+    let (digest, server) = (Digest::of(&bytes), Server::start(bytes).await);
+    let tree = mounted(PackSource::Url(server.url()), Some(digest), options());
+    // Two at once.
+    let (one, two) = tokio::join!(walk(&tree, "o/n/v1/memory.bin"), walk(&tree, "o/n/v1/vmstate"));
+    assert_eq!((one.unwrap().kind, two.unwrap().size), (Kind::File, 5));
+    let expected =
+        [".", "..", ".forkd", "manifest.toml", "snapshot.json", "vmstate", "rootfs.ext4", "memory.bin"];
+    assert_eq!(names(&tree, "o/n/v1").await, expected);
+    for (name, plain) in &files {
+        assert!(contents(&tree, &format!("o/n/v1/{name}")).await == *plain, "{name}");
+    }
+    let memory = walk(&tree, "o/n/v1/memory.bin").await.unwrap();
+    assert!(memory.allocated < memory.size, "zeros are holes");
+    assert_eq!(tree.seek(memory.inode, 0, true).await, Ok(2 * CHUNK as u64));
+    assert_eq!(tree.seek(memory.inode, memory.size, true).await, Err(Errno::NXIO));
+    assert_eq!(tree.read(memory.inode, u64::MAX, 10).await.unwrap().len(), 0);
+    let requested = server
+        .requests()
+        .iter()
+        .filter_map(|request| request.range.clone())
+        .map(|range| range.len())
+        .sum::<usize>();
+    let size = server.state.object.lock().unwrap().len();
+    // Its end and its beginning, to see what it is, and then all of it.
+    assert!(requested <= size + (256 << 10) + (128 << 10) + 100, "{requested} of {size}");
+    assert_eq!(stats(&tree).await["opened"], true);
+    for name in ["rootfs", "trace", "old"] {
+        assert_eq!(walk(&tree, &format!("o/n/v1/{name}")).await, Err(Errno::NOENT), "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_mount_shows_the_links_of_layout_2_as_directories() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = mounted(PackSource::Path(version_2(dir.path())), None, options());
+    assert_eq!(names(&tree, "o/n/v1").await, [".", "..", ".forkd", "manifest.toml", "base", "child"]);
+    for tag in ["base", "child"] {
+        assert_eq!(names(&tree, &format!("o/n/v1/{tag}")).await, [".", "..", "snapshot.json", "memory.bin"]);
+        assert_eq!(contents(&tree, &format!("o/n/v1/{tag}/memory.bin")).await, tag.as_bytes());
+        assert_eq!(walk(&tree, &format!("o/n/v1/{tag}/vmstate")).await, Err(Errno::NOENT));
+    }
+    let pack = walk(&tree, "o/n/v1").await.unwrap().inode;
+    for slot in [15, 40, 1 << 29, (1 << 30) + 2, 1 << 31] {
+        assert_eq!(tree.attributes(pack | slot).await.err(), Some(Errno::STALE), "{slot:#x}");
+        assert!(tree.read(pack | slot, 0, 1).await.is_err(), "{slot:#x}");
+        assert!(tree.entries_from(pack | slot, 0).await.is_err(), "{slot:#x}");
+    }
+}
+
+#[tokio::test]
+async fn a_mount_refuses_damaged_and_hostile_packs_and_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pack, _) = version_1(dir.path());
+    let whole = std::fs::read(&pack).unwrap();
+    let manifest: (&str, &[u8]) = ("manifest.toml", b"forkd_pack_version = 1");
+    let listed = format!("forkd_pack_version = 1\n[[files]]\n{}", file_entry("vmstate", b"other"));
+    let made = |entries: &[(&str, &[u8])]| std::fs::read(write_pack(dir.path(), entries)).unwrap();
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 2] ^= 1;
+    let digest = Some(Digest::of(&whole));
+    for (what, bytes, sha256, errno, says) in [
+        ("flipped, digest known", flipped, digest, Errno::IO, "the registry says"),
+        ("cut short", whole[..whole.len() / 2].to_vec(), None, Errno::IO, "cannot read the pack"),
+        (
+            "cut short, digest known",
+            whole[..whole.len() / 2].to_vec(),
+            digest,
+            Errno::IO,
+            "the registry says",
+        ),
+        (
+            "another member",
+            made(&[("manifest.toml", listed.as_bytes()), ("vmstate", b"this")]),
+            None,
+            Errno::IO,
+            "vmstate",
+        ),
+        ("twice", made(&[manifest, ("vmstate", b"1"), ("vmstate", b"2")]), None, Errno::IO, "twice"),
+        (
+            "too many entries",
+            made(&[&[manifest], &vec![("x", &b""[..]); 5000][..]].concat()),
+            None,
+            Errno::FBIG,
+            "more than",
+        ),
+        ("empty", Vec::new(), None, Errno::IO, "not a forkd pack"),
+    ] {
+        let path = dir.path().join("mounted.tar.zst");
+        std::fs::write(&path, bytes).unwrap();
+        let tree = mounted(PackSource::Path(path), sha256, options());
+        assert_eq!(walk(&tree, "o/n/v1/vmstate").await, Err(errno), "{what}");
+        let stats = stats(&tree).await;
+        assert!(stats["last_error"].as_str().unwrap().contains(says), "{what}: {stats}");
+    }
+}
+
+#[tokio::test]
+async fn a_slow_download_goes_on_behind_readers_that_gave_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pack, files) = version_1(dir.path());
+    let server = Server::start(std::fs::read(&pack).unwrap()).await;
+    let own_options = StoreOptions { demand_deadline: Duration::from_millis(220), ..options() };
+    let tree = mounted(PackSource::Url(server.url()), None, own_options);
+    *server.state.latency.lock().unwrap() = Duration::from_millis(150);
+    let started = Instant::now();
+    let mut refusals = 0;
+    let found = loop {
+        match walk(&tree, "o/n/v1/vmstate").await {
+            Ok(found) => break found,
+            Err(error) => assert_eq!(error, Errno::AGAIN, "{}", stats(&tree).await),
+        }
+        refusals += 1;
+        assert!(started.elapsed() < Duration::from_secs(20), "{refusals}: {}", stats(&tree).await);
+    };
+    assert_eq!(tree.read(found.inode, 0, 100).await.unwrap(), files["vmstate"]);
+    assert!(refusals > 0, "size and bytes take longer than one deadline");
+    assert_eq!(stats(&tree).await["last_error"].as_str().map(|text| text.contains("try again")), Some(true));
 }

@@ -7,10 +7,14 @@
 //! | the hub or the file system denies access | EACCES |
 //! | a host without byte ranges, and no room for a copy of the pack | ENOSPC |
 //! | no such name in the pack | ENOENT |
-//! | a pack of the predecessor, which cannot be read in part | EOPNOTSUPP |
+//! | a pack of the predecessor that is still being downloaded | EAGAIN |
+//! | no room to unpack a pack of the predecessor | ENOSPC |
+//! | one that is larger than any may be | EFBIG |
 
 use rustix::io::Errno;
 
+use crate::legacy::LegacyError;
+use crate::legacy::whole::WholeError;
 use crate::source::{FileError, HttpError, SourceError};
 use crate::store::{OpenError, ReadError};
 
@@ -24,6 +28,29 @@ pub fn of_open_error(error: &OpenError) -> Errno {
         | OpenError::NotAPack { .. }
         | OpenError::IndexDigest { .. }
         | OpenError::Index { .. } => Errno::IO,
+    }
+}
+
+/// The errno for a pack of the predecessor that cannot be had whole.
+pub fn of_whole_error(error: &WholeError) -> Errno {
+    match error {
+        WholeError::Source { source, .. } => of_source_error(source, Errno::IO),
+        WholeError::NotYet { .. } => Errno::AGAIN,
+        WholeError::TooLarge { .. } | WholeError::Unpack(LegacyError::TooLarge { .. }) => Errno::FBIG,
+        WholeError::Unpack(LegacyError::NoRoom { .. }) | WholeError::NoRoom { .. } => Errno::NOSPC,
+        WholeError::Write { source, .. } | WholeError::Unpack(LegacyError::Write { source, .. }) => {
+            Errno::from_io_error(source).unwrap_or(Errno::IO)
+        }
+        WholeError::Digest { .. }
+        | WholeError::Stopped
+        | WholeError::Unpack(
+            LegacyError::Open { .. }
+            | LegacyError::Read { .. }
+            | LegacyError::Manifest { .. }
+            | LegacyError::NotLegacy { .. }
+            | LegacyError::Duplicate { .. }
+            | LegacyError::Digest { .. },
+        ) => Errno::IO,
     }
 }
 

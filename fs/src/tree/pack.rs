@@ -11,12 +11,15 @@ use rustix::io::Errno;
 use serde::Serialize;
 use tokio::sync::OnceCell;
 
-use super::errno::{of_open_error, of_read_error};
+use super::errno::{of_open_error, of_read_error, of_whole_error};
+use super::legacy::{self, LegacyNode};
 use super::rootfs::{Refusal, RootDisk, errno_of};
 use super::{Attributes, Entry, IMMUTABLE, Inode, Kind, LISTING, Listing, Opened};
+use crate::digest::Digest;
 use crate::format::ROOTFS;
 use crate::index::{ChunkId, FileId, Index};
-use crate::store::{PackLocation, Store, StoreOptions};
+use crate::legacy::whole::WholePack;
+use crate::store::{OpenError, PackLocation, Store, StoreOptions};
 
 /// The version's directory.
 const DIRECTORY: u32 = 0;
@@ -31,7 +34,7 @@ pub(super) const ROOT_DISK: u32 = 4;
 /// Its name.
 const ROOT_DISK_NAME: &str = "rootfs";
 /// The first member; the others follow in the pack's order.
-const FIRST_MEMBER: u32 = 16;
+pub(super) const FIRST_MEMBER: u32 = 16;
 
 /// One pack in the tree, opened when first needed.
 #[derive(Debug)]
@@ -40,11 +43,20 @@ pub(super) struct PackNode {
     parent: Inode,
     label: String,
     location: PackLocation,
+    sha256: Option<Digest>,
     modified: SystemTime,
     options: StoreOptions,
     store: OnceCell<Arc<Store>>,
     root_disk: OnceCell<RootDisk>,
+    legacy: LegacyNode,
     trouble: Mutex<Trouble>,
+}
+
+/// What an opened pack is read from.
+enum Contents<'a> {
+    Indexed(&'a Arc<Store>),
+    /// A pack of the predecessor.
+    Whole(&'a WholePack),
 }
 
 /// What went wrong so far, for the report.
@@ -88,26 +100,56 @@ impl PackNode {
             parent,
             label: format!("{}/{}/{}", listing.owner, listing.name, listing.version),
             location: listing.location.clone(),
+            sha256: listing.sha256,
             modified: listing.modified,
             options,
             store: OnceCell::new(),
             root_disk: OnceCell::new(),
+            legacy: LegacyNode::default(),
             trouble: Mutex::default(),
         }
     }
 
-    /// The store. Whoever comes first opens it, the others wait; a failure is tried again by the next one.
-    async fn store(&self) -> Result<&Arc<Store>, Errno> {
-        let open = || Store::open(self.location.clone(), self.options.clone());
-        self.store.get_or_try_init(open).await.map_err(|error| {
+    /// What the pack holds. Whoever comes first opens it, the others wait; a failure is tried again by the next one.
+    async fn contents(&self) -> Result<Contents<'_>, Errno> {
+        // `None`: it is one of the predecessor's. Those who waited for the first need not ask again.
+        let open = || async {
+            if self.legacy.is_known() {
+                return Err(None);
+            }
+            let opened = Store::open(self.location.clone(), self.options.clone()).await;
+            if let Err(OpenError::Legacy { .. }) = opened {
+                self.legacy.make_known();
+                return Err(None);
+            }
+            opened.map_err(Some)
+        };
+        match self.store.get_or_try_init(open).await {
+            Ok(store) => return Ok(Contents::Indexed(store)),
+            Err(None) => {}
+            Err(Some(error)) => {
+                self.failed(&error);
+                return Err(of_open_error(&error));
+            }
+        }
+        let fetched = self.legacy.fetch(&self.location, self.sha256, &self.options).await;
+        fetched.map(Contents::Whole).map_err(|error| {
             self.failed(&error);
-            of_open_error(&error)
+            of_whole_error(&error)
         })
+    }
+
+    /// The store of a pack that has an index.
+    async fn store(&self) -> Result<&Arc<Store>, Errno> {
+        match self.contents().await? {
+            Contents::Indexed(store) => Ok(store),
+            Contents::Whole(_) => Err(Errno::STALE),
+        }
     }
 
     /// Whether this is the pack of that listing.
     pub(super) fn shows(&self, listing: &Listing) -> bool {
-        self.location == listing.location
+        self.location == listing.location && self.sha256 == listing.sha256
     }
 
     /// Drops what can be fetched again.
@@ -144,11 +186,36 @@ impl PackNode {
     }
 
     pub(super) fn was_tried(&self) -> bool {
-        self.store.initialized() || self.trouble.lock().expect("no panics while held").failed_reads > 0
+        self.store.initialized()
+            || self.legacy.get().is_some()
+            || self.trouble.lock().expect("no panics while held").failed_reads > 0
     }
 
     pub(super) fn pack_bytes(&self) -> Option<u64> {
-        self.store.get().map(|store| store.index().pack_size()).or(self.location.size)
+        let whole = || self.legacy.get().map(|whole| whole.packed_size);
+        self.store.get().map(|store| store.index().pack_size()).or_else(whole).or(self.location.size)
+    }
+
+    fn lookup_whole(&self, whole: &WholePack, slot: u32, name: &str) -> Result<Attributes, Errno> {
+        let names = legacy::names(whole, slot)?;
+        let (found, ..) = names.iter().find(|(_, _, own)| own == name).ok_or(Errno::NOENT)?;
+        self.show_whole(whole, *found)
+    }
+
+    fn show_whole(&self, whole: &WholePack, slot: u32) -> Result<Attributes, Errno> {
+        let (kind, size, allocated, links) = legacy::attributes(whole, slot)?;
+        Ok(Attributes {
+            inode: self.at(slot),
+            kind,
+            size,
+            allocated,
+            links,
+            permissions: kind.read_only(),
+            owner: None,
+            device: 0,
+            modified: self.modified,
+            valid: IMMUTABLE,
+        })
     }
 
     fn at(&self, slot: u32) -> Inode {
@@ -164,7 +231,10 @@ impl PackNode {
         match (slot, name) {
             (DIRECTORY, ".forkd") => self.attributes(REPORTS).await,
             (DIRECTORY, _) => {
-                let index = self.store().await?.index();
+                let index = match self.contents().await? {
+                    Contents::Indexed(store) => store.index(),
+                    Contents::Whole(whole) => return self.lookup_whole(whole, slot, name),
+                };
                 if name == ROOT_DISK_NAME && browsable(index).is_some() {
                     return self.attributes(ROOT_DISK).await;
                 }
@@ -174,6 +244,10 @@ impl PackNode {
             (REPORTS, "stats.json") => self.attributes(STATS).await,
             (REPORTS, "blocks") => self.attributes(BLOCKS).await,
             (REPORTS, _) => Err(Errno::NOENT),
+            _ if legacy::is_tag(slot) => match self.contents().await? {
+                Contents::Indexed(_) => Err(Errno::STALE),
+                Contents::Whole(whole) => self.lookup_whole(whole, slot, name),
+            },
             _ => Err(Errno::NOTDIR),
         }
     }
@@ -195,7 +269,10 @@ impl PackNode {
                 return found.map_err(|refusal| self.refused(refusal));
             }
             _ => {
-                let index = self.store().await?.index();
+                let index = match self.contents().await? {
+                    Contents::Indexed(store) => store.index(),
+                    Contents::Whole(whole) => return self.show_whole(whole, slot),
+                };
                 let (file, size) = member(index, slot)?;
                 let plain = u64::from(index.stats(file).stored_chunks) * u64::from(index.chunk_size());
                 (Kind::File, size, plain.min(size), 1, IMMUTABLE)
@@ -224,7 +301,15 @@ impl PackNode {
         match slot {
             DIRECTORY => {
                 let directory = |slot, name: &str| (self.at(slot), Kind::Directory, OsString::from(name));
-                let index = self.store().await?.index();
+                let index = match self.contents().await? {
+                    Contents::Indexed(store) => store.index(),
+                    Contents::Whole(whole) => {
+                        let members = legacy::names(whole, slot)?.into_iter();
+                        let members = members.map(|(slot, kind, name)| (self.at(slot), kind, name));
+                        let names = [directory(REPORTS, ".forkd")].into_iter().chain(members);
+                        return Ok(Entry::listing(self.inode, self.parent, names, position));
+                    }
+                };
                 let members = index.files().map(|(id, entry)| file(slot_of(id), &entry.name));
                 let root_disk = browsable(index).map(|_| directory(ROOT_DISK, ROOT_DISK_NAME));
                 let names = [directory(REPORTS, ".forkd")].into_iter().chain(members).chain(root_disk);
@@ -234,6 +319,14 @@ impl PackNode {
                 let reports = [file(STATS, "stats.json"), file(BLOCKS, "blocks")];
                 Ok(Entry::listing(self.at(REPORTS), self.inode, reports.into_iter(), position))
             }
+            _ if legacy::is_tag(slot) && !RootDisk::has_slot(slot) => match self.contents().await? {
+                Contents::Indexed(_) => Err(Errno::STALE),
+                Contents::Whole(whole) => {
+                    let members = legacy::names(whole, slot)?.into_iter();
+                    let members = members.map(|(slot, kind, name)| (self.at(slot), kind, name));
+                    Ok(Entry::listing(self.at(slot), self.inode, members, position))
+                }
+            },
             _ if RootDisk::has_slot(slot) => {
                 let found = self.root_disk().await?.entries_from(slot, position).await;
                 found.map_err(|refusal| self.refused(refusal))
@@ -267,7 +360,10 @@ impl PackNode {
             let read = self.root_disk().await?.read(slot, offset, len).await;
             return read.map_err(|refusal| self.refused(refusal));
         }
-        let store = self.store().await?;
+        let store = match self.contents().await? {
+            Contents::Indexed(store) => store,
+            Contents::Whole(whole) => return legacy::read(whole, slot, offset, len).await,
+        };
         let (file, size) = member(store.index(), slot)?;
         let len = size.saturating_sub(offset).min(u64::from(len));
         if len == 0 {
@@ -284,7 +380,10 @@ impl PackNode {
             let found = self.root_disk().await?.seek(slot, offset, data).await;
             return found.map_err(|refusal| self.refused(refusal));
         }
-        let index = self.store().await?.index();
+        let index = match self.contents().await? {
+            Contents::Indexed(store) => store.index(),
+            Contents::Whole(whole) => return legacy::seek(whole, slot, offset, data),
+        };
         let (file, size) = member(index, slot)?;
         if offset >= size {
             return Err(Errno::NXIO);
@@ -311,7 +410,7 @@ impl PackNode {
         });
         Stats {
             name: self.label.clone(),
-            opened: store.is_some(),
+            opened: store.is_some() || self.legacy.get().is_some(),
             bytes_total: self.pack_bytes(),
             bytes_fetched: progress.bytes_fetched,
             requests: progress.requests,

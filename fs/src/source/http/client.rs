@@ -129,6 +129,11 @@ impl HttpClient {
         Ok(HttpSource::new(self.clone(), Route::new(address, credential), size, deadlines))
     }
 
+    /// Where temporary copies of whole objects go.
+    pub(crate) fn spool_dir(&self) -> PathBuf {
+        self.0.options.spool_dir.clone().unwrap_or_else(std::env::temp_dir)
+    }
+
     pub(super) fn options(&self) -> &HttpOptions {
         &self.0.options
     }

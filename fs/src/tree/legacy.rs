@@ -1,0 +1,141 @@
+//! A predecessor's pack below one VERSION: fetched whole by the first look, its members as files; those of a chain
+//! (layout 2) in a directory a tag.
+//!
+//! Fetching takes as long as it takes, and a reader in a FUSE request cannot be killed: each request waits for its
+//! deadline and is then told to try again, while fetching goes on.
+
+use std::ffi::OsString;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+
+use bytes::Bytes;
+use rustix::io::Errno;
+use tokio::sync::OnceCell;
+
+use super::Kind;
+use super::pack::FIRST_MEMBER;
+use crate::digest::Digest;
+use crate::legacy::whole::{WholeError, WholePack};
+use crate::store::{PackLocation, PackSource, StoreOptions};
+
+/// The first directory of a tag; the others follow in the order of their first members.
+const FIRST_TAG: u32 = 1 << 30;
+
+/// The members of a predecessor's pack, once they are here.
+#[derive(Debug, Default)]
+pub(super) struct LegacyNode {
+    whole: Arc<OnceCell<WholePack>>,
+    /// Whether the pack turned out to be one of the predecessor's.
+    known: AtomicBool,
+}
+
+/// A member or a directory: kind, size, bytes that are not holes, links.
+pub(super) type Shown = (Kind, u64, u64, u32);
+
+impl LegacyNode {
+    pub(super) fn get(&self) -> Option<&WholePack> {
+        self.whole.get()
+    }
+
+    /// Whether there is no need to ask the store what kind of pack it is.
+    pub(super) fn is_known(&self) -> bool {
+        self.known.load(Relaxed)
+    }
+
+    pub(super) fn make_known(&self) {
+        self.known.store(true, Relaxed);
+    }
+
+    /// The pack, fetched by whoever comes first; a failure is tried again by the next one.
+    pub(super) async fn fetch(
+        &self,
+        location: &PackLocation,
+        sha256: Option<Digest>,
+        options: &StoreOptions,
+    ) -> Result<&WholePack, WholeError> {
+        if let Some(whole) = self.whole.get() {
+            return Ok(whole);
+        }
+        let (cell, place, own_options) = (self.whole.clone(), location.clone(), options.clone());
+        // A task of its own: it goes on when this request has given up.
+        let fetching = tokio::spawn(async move {
+            let directory = own_options.http.spool_dir();
+            cell.get_or_try_init(|| WholePack::fetch(&place, sha256, &own_options, directory)).await.map(drop)
+        });
+        match tokio::time::timeout(options.demand_deadline, fetching).await {
+            Ok(done) => done.unwrap_or(Err(WholeError::Stopped))?,
+            Err(_) => return Err(WholeError::NotYet { location: describe(location) }),
+        }
+        self.whole.get().ok_or(WholeError::Stopped)
+    }
+}
+
+fn describe(location: &PackLocation) -> String {
+    match &location.source {
+        PackSource::Url(url) => url.clone(),
+        PackSource::Path(path) => path.display().to_string(),
+    }
+}
+
+/// The tags of a chain, in the order of their first members.
+fn tags(whole: &WholePack) -> Vec<&str> {
+    let mut tags: Vec<&str> = Vec::new();
+    for tag in whole.pack.members.iter().filter_map(|member| member.tag.as_deref()) {
+        if !tags.contains(&tag) {
+            tags.push(tag);
+        }
+    }
+    tags
+}
+
+/// Whether a slot is a directory of a tag.
+pub(super) fn is_tag(slot: u32) -> bool {
+    slot & FIRST_TAG != 0
+}
+
+/// The tag of a directory's slot; `None` for the version's own directory.
+fn tag_of(whole: &WholePack, slot: u32) -> Result<Option<&str>, Errno> {
+    match is_tag(slot) {
+        true => Ok(Some(*tags(whole).get((slot & !FIRST_TAG) as usize).ok_or(Errno::STALE)?)),
+        false => Ok(None),
+    }
+}
+
+fn member_of(whole: &WholePack, slot: u32) -> Result<usize, Errno> {
+    let member = slot.checked_sub(FIRST_MEMBER).ok_or(Errno::STALE)? as usize;
+    if member < whole.pack.members.len() { Ok(member) } else { Err(Errno::STALE) }
+}
+
+/// What is in a directory: slot, kind, name.
+pub(super) fn names(whole: &WholePack, slot: u32) -> Result<Vec<(u32, Kind, OsString)>, Errno> {
+    let tag = tag_of(whole, slot)?;
+    let members = (FIRST_MEMBER..).zip(&whole.pack.members);
+    let members = members.filter(|(_, member)| member.tag.as_deref() == tag);
+    let mut names: Vec<_> = members.map(|(slot, member)| (slot, Kind::File, member.name.into())).collect();
+    if tag.is_none() {
+        let directories = (FIRST_TAG..).zip(tags(whole));
+        names.extend(directories.map(|(slot, tag)| (slot, Kind::Directory, tag.into())));
+    }
+    Ok(names)
+}
+
+pub(super) fn attributes(whole: &WholePack, slot: u32) -> Result<Shown, Errno> {
+    if is_tag(slot) {
+        tag_of(whole, slot)?;
+        return Ok((Kind::Directory, 0, 0, 2));
+    }
+    let member = member_of(whole, slot)?;
+    Ok((Kind::File, whole.pack.members[member].size, whole.allocated(member), 1))
+}
+
+pub(super) async fn read(whole: &WholePack, slot: u32, offset: u64, len: u32) -> Result<Bytes, Errno> {
+    if is_tag(slot) {
+        return Err(Errno::ISDIR);
+    }
+    let read = whole.read(member_of(whole, slot)?, offset, u64::from(len)).await;
+    read.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+}
+
+pub(super) fn seek(whole: &WholePack, slot: u32, offset: u64, data: bool) -> Result<u64, Errno> {
+    whole.seek(member_of(whole, slot)?, offset, data)
+}
