@@ -72,6 +72,9 @@ pub enum Verb {
     Mount(MountArgs),
     /// Unmount what `forkd mount` mounted
     Umount(UmountArgs),
+    /// Look after the chunk cache
+    #[command(subcommand)]
+    Cache(CacheVerb),
     /// Start copies of a snapshot
     Fork(ForkArgs),
     /// List running children
@@ -109,6 +112,28 @@ pub struct CacheArgs {
     /// Disk space the cache leaves to others; it shrinks rather than take it [default: 5% of the disk, 1GiB at most]
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size)]
     pub cache_reserve: Option<u64>,
+}
+
+/// `forkd cache`.
+#[derive(Debug, Subcommand)]
+pub enum CacheVerb {
+    /// Show what the cache holds, and of which packs
+    Ls,
+    /// Read and check every chunk; damaged ones are put aside and will be fetched again
+    Verify,
+    /// Remove damaged and unfinished files, and the longest unused chunks until the limits hold
+    Gc(CacheGcArgs),
+}
+
+/// `forkd cache gc`.
+#[derive(Debug, Args)]
+pub struct CacheGcArgs {
+    /// The limits.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+    /// Remove every chunk
+    #[arg(long)]
+    pub all: bool,
 }
 
 /// `forkd kernel`.
@@ -346,6 +371,9 @@ pub struct UmountArgs {
     /// Detach now even when files are open; they stay readable until closed
     #[arg(long)]
     pub lazy: bool,
+    /// Set by `forkd mount` on the watcher it starts: wait until stdin ends, then detach the mount if it is dead.
+    #[arg(long, hide = true, conflicts_with = "lazy")]
+    pub watch: bool,
 }
 
 /// `forkd fork`.

@@ -8,6 +8,7 @@
 pub mod cli;
 pub mod commands;
 pub mod detach;
+pub mod download;
 pub mod error;
 pub mod hub;
 pub mod identity;

@@ -10,7 +10,7 @@ use forkd_fs::store::{PackLocation, PackSource, StoreOptions};
 
 use crate::cli::CacheArgs;
 use crate::paths::Paths;
-use crate::registry::{Catalogue, HubAddress, Reference, RegistryError, Resolved};
+use crate::registry::{Catalogue, HubAddress, Reference, RegistryCopies, RegistryError, Resolved};
 
 /// A pack the user named.
 #[derive(Debug, Clone)]
@@ -40,7 +40,12 @@ pub fn http_client() -> HttpClient {
 
 /// Finds what `text` names: a URL when it has a scheme, an existing file, a name of the hub, and otherwise a file that
 /// does not exist, which opening it will say.
-pub async fn find(text: &str, hub: Option<&str>, http: &HttpClient) -> Result<Target, RegistryError> {
+pub async fn find(
+    text: &str,
+    paths: &Paths,
+    hub: Option<&str>,
+    http: &HttpClient,
+) -> Result<Target, RegistryError> {
     let direct = |source| Target::Direct(PackLocation { source, size: None, index: None });
     if text.starts_with("http://") || text.starts_with("https://") {
         http.authorize(text);
@@ -52,16 +57,20 @@ pub async fn find(text: &str, hub: Option<&str>, http: &HttpClient) -> Result<Ta
     }
     match text.parse::<Reference>() {
         Ok(reference) => {
-            let resolved = catalogue(hub, http).await?.resolve(&reference)?;
+            let resolved = catalogue(paths, hub, http).await?.resolve(&reference)?;
             Ok(Target::Hub(Box::new(resolved)))
         }
         Err(_) => Ok(direct(PackSource::Path(path))),
     }
 }
 
-/// The hub's registry.
-pub async fn catalogue(hub: Option<&str>, http: &HttpClient) -> Result<Catalogue, RegistryError> {
-    HubAddress::find(hub)?.load(http).await
+/// The hub's registry; the copy kept of it while the hub is away.
+pub async fn catalogue(
+    paths: &Paths,
+    hub: Option<&str>,
+    http: &HttpClient,
+) -> Result<Catalogue, RegistryError> {
+    HubAddress::find(hub)?.load(http, &RegistryCopies::new(paths)).await
 }
 
 /// Options for reading packs through the chunk cache of this user.

@@ -1,5 +1,7 @@
 //! Tests of `registry`.
 
+use forkd_fs::store::PackSource;
+
 use super::*;
 use proptest::prelude::*;
 

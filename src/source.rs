@@ -4,7 +4,7 @@ use crate::cli::ForkArgs;
 use crate::mounts;
 use crate::packs;
 use crate::paths::Paths;
-use crate::registry::{HubAddress, InvalidReference, RegistryError};
+use crate::registry::{InvalidReference, RegistryError};
 use crate::snapshot::{self, SnapshotError};
 use forkd_fs::cache::ChunkCache;
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
@@ -100,7 +100,7 @@ pub async fn open(
     };
     let location = match named {
         Ok((hub, reference)) => {
-            let catalogue = HubAddress::find(hub.as_deref())?.load(&http).await?;
+            let catalogue = packs::catalogue(paths, hub.as_deref(), &http).await?;
             reached(Stage::Registry);
             catalogue.resolve(&reference)?.location
         }

@@ -15,6 +15,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 
 use crate::digest::Digest;
+use crate::index::Index;
 
 mod disk;
 
@@ -127,6 +128,13 @@ impl ChunkCache {
         if jobs.send(Job::Flush(done)).is_ok() {
             let _ = written.recv();
         }
+    }
+
+    /// How many of a pack's stored chunks are here, and their bytes.
+    pub fn coverage(&self, index: &Index) -> (u32, u64) {
+        let stored = index.files().flat_map(|(file, _)| index.stored_chunks(file));
+        let here = stored.filter(|(_, record)| self.contains(record.digest));
+        here.fold((0, 0), |(chunks, bytes), (_, record)| (chunks + 1, bytes + u64::from(record.length)))
     }
 
     /// Counts what is there.

@@ -30,6 +30,18 @@ impl Digest {
 #[derive(Default)]
 pub struct Hasher(Sha256);
 
+/// Never fails.
+impl std::io::Write for Hasher {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
 impl Hasher {
     /// Starts an empty stream.
     pub fn new() -> Self {

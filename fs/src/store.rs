@@ -34,6 +34,9 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// client's prefetch budget bounds the requests of all stores together.
 const PARALLEL_PARTS: usize = 4;
 
+/// Zeros at hand: as many as the mount's largest read.
+const ZEROS: usize = 1 << 20;
+
 /// Where a pack is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PackSource {
@@ -343,13 +346,19 @@ impl Store {
         if let [span] = spans {
             return part(span);
         }
-        let mut all = BytesMut::with_capacity(spans.iter().map(|span| span.len as usize).sum());
+        let len = spans.iter().map(|span| span.len as usize).sum();
+        // Most of a memory image: whole reads of zeros share one buffer.
+        let is_zero = |span: &ChunkSpan| self.index.is_zero(ChunkId { file, chunk: span.chunk });
+        if len <= self.zeros().len() && spans.iter().all(is_zero) {
+            return self.zeros().slice(..len);
+        }
+        let mut all = BytesMut::with_capacity(len);
         spans.iter().for_each(|span| all.extend_from_slice(&part(span)));
         all.freeze()
     }
 
     fn zeros(&self) -> Bytes {
-        self.zeros.get_or_init(|| vec![0; self.index.chunk_size() as usize].into()).clone()
+        self.zeros.get_or_init(|| vec![0; ZEROS.max(self.index.chunk_size() as usize)].into()).clone()
     }
 
     /// Plain chunks someone waits for, in the order of `records`.

@@ -9,7 +9,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
-use forkd::registry::{HubAddress, Registry};
+use forkd::paths::Paths;
+use forkd::registry::{HubAddress, Registry, RegistryCopies};
 use forkd_fs::digest::Digest;
 use forkd_fs::format::{self, MAX_NAME_LEN};
 use forkd_fs::index::{ChunkId, Index, TRAILER_LEN};
@@ -120,8 +121,10 @@ pub fn registry(bytes: &[u8]) {
     let text = serde_json::to_vec(&parsed).expect("maps with text keys serialise");
     assert_eq!(Registry::parse(&text, "fuzz").expect("what is written can be read"), parsed);
     let (file, path) = memory_file(bytes);
-    let catalogue =
-        RUNTIME.block_on(HubAddress::Path(path).load(&HttpClient::default())).expect("parsed before");
+    // A registry on disk is not copied.
+    let copies = RegistryCopies::new(&Paths { data: "".into(), cache: "".into(), runtime: "".into() });
+    let loaded = RUNTIME.block_on(HubAddress::Path(path).load(&HttpClient::default(), &copies));
+    let catalogue = loaded.expect("parsed before");
     for entry in catalogue.entries().flatten() {
         assert!(format::is_plain_name(&entry.reference.version));
         let again = catalogue.resolve(&entry.reference).expect("a listed entry resolves");

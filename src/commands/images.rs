@@ -8,6 +8,7 @@ use crate::cli::ImagesArgs;
 use crate::error::CommandError;
 use crate::output::{Output, table};
 use crate::packs;
+use crate::paths::Paths;
 use crate::units::show_size;
 
 /// What `forkd images --hub --json` prints.
@@ -32,7 +33,8 @@ pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError>
     let Some(hub) = &args.hub else { return super::snapshots::run(output) };
     let from_env = std::env::var("FORKD_HUB_URL").ok();
     let hub = hub.as_deref().or(from_env.as_deref());
-    let catalogue = super::runtime()?.block_on(packs::catalogue(hub, &packs::http_client()))?;
+    let paths = Paths::from_env()?;
+    let catalogue = super::runtime()?.block_on(packs::catalogue(&paths, hub, &packs::http_client()))?;
     let packages = catalogue.registry().packages.iter().map(|(name, package)| {
         let latest = package.versions.get(crate::registry::LATEST).or(package.versions.values().next_back());
         Package {

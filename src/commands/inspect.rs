@@ -17,6 +17,7 @@ use crate::cli::InspectArgs;
 use crate::error::CommandError;
 use crate::output::{Output, table};
 use crate::packs;
+use crate::paths::Paths;
 use crate::units::{show_share, show_size};
 
 /// Largest trace read, in bytes.
@@ -85,7 +86,7 @@ pub fn run(args: &InspectArgs, output: &Output) -> Result<ExitCode, CommandError
 
 async fn inspect(args: &InspectArgs) -> Result<Report, CommandError> {
     let http = packs::http_client();
-    let target = packs::find(&args.target, args.hub.hub.as_deref(), &http).await?;
+    let target = packs::find(&args.target, &Paths::from_env()?, args.hub.hub.as_deref(), &http).await?;
     let location = target.location().clone();
     // No cache: what is shown is what is there now.
     let options = StoreOptions { http, ..StoreOptions::default() };

@@ -4,11 +4,12 @@
 
 use std::process::ExitCode;
 
-use crate::cli::{HubVerb, KernelVerb, Verb};
+use crate::cli::{CacheVerb, HubVerb, KernelVerb, Verb};
 use crate::error::CommandError;
 use crate::output::Output;
 
 pub mod build;
+mod cache;
 pub mod children;
 mod cleanup;
 pub mod completions;
@@ -47,6 +48,9 @@ pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
         Verb::Images(args) => images::run(&args, output),
         Verb::Mount(args) => mount::run(&args, output),
         Verb::Umount(args) => umount::run(&args, output),
+        Verb::Cache(CacheVerb::Ls) => cache::ls(output),
+        Verb::Cache(CacheVerb::Verify) => cache::verify(output),
+        Verb::Cache(CacheVerb::Gc(args)) => cache::gc(&args, output),
         Verb::Fork(args) => fork::run(&args, output),
         Verb::Ps => children::ps(output),
         Verb::Exec(args) => children::exec(&args, output),

@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use forkd_fs::fuse::{MountError, Mounted};
 use forkd_fs::source::HttpClient;
@@ -17,6 +17,7 @@ use forkd_fs::tree::{Listing, Tree};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
+use super::umount;
 use crate::cli::MountArgs;
 use crate::error::CommandError;
 use crate::hub::serve::stop_signal;
@@ -24,7 +25,7 @@ use crate::mounts::{self, MountsError, Record, SOURCE_PREFIX};
 use crate::output::Output;
 use crate::packs;
 use crate::paths::Paths;
-use crate::registry::{Catalogue, whole_digest};
+use crate::registry::{Catalogue, RegistryCopies, whole_digest};
 
 /// Why a hub cannot be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -38,6 +39,9 @@ pub enum MountCommandError {
     /// The daemon does not start.
     #[error("the daemon does not start")]
     Spawn(#[source] io::Error),
+    /// The process that unmounts after a killed daemon does not start.
+    #[error("the watcher does not start")]
+    Watcher(#[source] io::Error),
     /// The daemon's output cannot be moved to its log.
     #[error("the daemon cannot leave the terminal")]
     Detach(#[source] io::Error),
@@ -118,17 +122,23 @@ fn serve(
     let runtime = super::runtime()?;
     let _guard = runtime.enter();
     let http = packs::http_client();
-    let catalogue = runtime.block_on(packs::catalogue(args.hub.hub.as_deref(), &http))?;
+    let catalogue = runtime.block_on(packs::catalogue(paths, args.hub.hub.as_deref(), &http))?;
     let mut options = packs::store_options(paths, &args.cache, &http);
     options.demand_deadline = args.deadline;
     let tree = Arc::new(Tree::new(listings(&catalogue), options));
+    // Before mounting, so that the watcher holds nothing of the mount.
+    let _watcher = umount::start_watcher(mountpoint).map_err(MountCommandError::Watcher)?;
     // Before mounting, so that no signal finds a mount and no handler.
     let stop = runtime.block_on(stop_signal())?;
     let hub = catalogue.location();
     let source = format!("{SOURCE_PREFIX}{hub}");
     let mounted = Mounted::new(tree.clone(), mountpoint, &source, Handle::current())
         .map_err(MountCommandError::from)?;
-    let record = Record { mountpoint: mountpoint.to_owned(), pid: std::process::id(), hub: hub.clone() };
+    let record = Record {
+        mountpoint: mountpoint.to_owned(),
+        pid: std::process::id(),
+        hub: catalogue.address().spelled_out(),
+    };
     mounts::write_record(paths, &record).map_err(MountCommandError::from)?;
     let report = Report { mountpoint: mountpoint.to_owned(), hub, pid: record.pid };
     if args.daemon {
@@ -142,7 +152,7 @@ fn serve(
         tokio::select! {
             () = stop => false,
             () = mounted.ended() => true,
-            () = keep_current(args, &http, &tree, &mounted) => true,
+            () = keep_current(args.refresh, &catalogue, (paths, &http), (&tree, &mounted)) => true,
         }
     });
     if !unmounted_by_other {
@@ -156,15 +166,21 @@ fn serve(
     Ok(ExitCode::SUCCESS)
 }
 
-/// Reads the registry anew every `--refresh`, and shows what it lists from then on. Never ends.
-async fn keep_current(args: &MountArgs, http: &HttpClient, tree: &Tree, mounted: &Mounted) {
-    if args.refresh.is_zero() {
+/// Reads the registry anew every `interval` (0: never), and shows what it lists from then on. Never ends.
+async fn keep_current(
+    interval: Duration,
+    catalogue: &Catalogue,
+    (paths, http): (&Paths, &HttpClient),
+    (tree, mounted): (&Tree, &Mounted),
+) {
+    if interval.is_zero() {
         return std::future::pending().await;
     }
+    let copies = RegistryCopies::new(paths);
     let mut away = false;
     loop {
-        tokio::time::sleep(args.refresh).await;
-        match packs::catalogue(args.hub.hub.as_deref(), http).await {
+        tokio::time::sleep(interval).await;
+        match catalogue.address().fetch(http, &copies).await {
             Ok(catalogue) => {
                 mounted.forget(tree.refresh(&listings(&catalogue)));
                 away = false;

@@ -2,23 +2,20 @@
 //!
 //! A v3 pack whose index the registry pins is fetched chunk by chunk through the chunk cache, each chunk checked: a pull
 //! that was interrupted goes on where it stopped. Any other pack has to lead back to the registry by the digest of the
-//! whole file, so it is downloaded into a temporary file and checked before anything is unpacked.
+//! whole file, so it is downloaded into a file of its own ([`crate::download`]) and checked before anything is unpacked.
 
-use std::io::Write;
+use std::path::Path;
 use std::process::ExitCode;
 
-use forkd_fs::digest::{Digest, Hasher};
-use forkd_fs::source::{Class, Deadlines, FileSource, HttpClient, Source, SourceError};
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
-use tempfile::NamedTempFile;
 
 use super::unpack::{UnpackCommandError, Unpacked, from_legacy, from_store};
 use crate::cli::PullArgs;
+use crate::download::{Download, DownloadError};
 use crate::error::CommandError;
 use crate::output::Output;
 use crate::packs;
 use crate::paths::Paths;
-use crate::progress::Progress;
 use crate::registry::{Reference, Resolved, whole_digest};
 use crate::snapshot::SnapshotError;
 
@@ -27,31 +24,12 @@ use crate::snapshot::SnapshotError;
 pub enum PullError {
     /// Downloading failed.
     #[error(transparent)]
-    Source(#[from] SourceError),
-    /// The pack is not the one that was registered.
-    #[error("{reference} has sha256 {found}, the registry says {expected}")]
-    Digest {
-        /// What was pulled.
-        reference: String,
-        /// What the registry says.
-        expected: Digest,
-        /// What the bytes hash to.
-        found: Digest,
-    },
+    Download(#[from] DownloadError),
     /// The registry's digest is none.
     #[error("the registry's sha256 of {reference} is no sha256")]
     BadDigest {
         /// What was pulled.
         reference: String,
-    },
-    /// The temporary file cannot be written.
-    #[error("the temporary file in {}", directory.display())]
-    Temporary {
-        /// Where.
-        directory: std::path::PathBuf,
-        /// Why.
-        #[source]
-        source: std::io::Error,
     },
 }
 
@@ -77,15 +55,16 @@ async fn pull(
     output: &Output,
 ) -> Result<Unpacked, CommandError> {
     let http = packs::http_client();
-    let catalogue = packs::catalogue(args.hub.hub.as_deref(), &http).await?;
+    let catalogue = packs::catalogue(paths, args.hub.hub.as_deref(), &http).await?;
     let resolved = catalogue.resolve(reference)?;
     let options = packs::store_options(paths, &args.cache, &http);
     let whole = whole_digest(&resolved.entry)
         .transpose()
         .map_err(|_| PullError::BadDigest { reference: reference.to_string() })?;
     if resolved.location.index.is_none() && (whole.is_some() || is_legacy(&resolved, &options).await) {
-        let file = download(&resolved, whole, paths, &http, output).await?;
-        return from_file(file, paths, tag, args.force, output).await;
+        let download =
+            Download::fetch(&resolved, whole, paths, &http, output).await.map_err(PullError::from)?;
+        return from_file(download.path(), paths, tag, args.force, output).await;
     }
     let store = Store::open(resolved.location.clone(), options).await?;
     if resolved.location.index.is_none() {
@@ -100,56 +79,17 @@ async fn is_legacy(resolved: &Resolved, options: &StoreOptions) -> bool {
     matches!(opened, Err(OpenError::Legacy { .. }))
 }
 
-/// Downloads a pack from start to end and checks its digest.
-async fn download(
-    resolved: &Resolved,
-    expected: Option<Digest>,
-    paths: &Paths,
-    http: &HttpClient,
-    output: &Output,
-) -> Result<NamedTempFile, PullError> {
-    let directory = paths.snapshots();
-    let failed = |source| PullError::Temporary { directory: directory.clone(), source };
-    std::fs::create_dir_all(&directory).map_err(failed)?;
-    let mut file = tempfile::Builder::new().prefix(".pull-").tempfile_in(&directory).map_err(failed)?;
-    let source = match &resolved.location.source {
-        PackSource::Url(url) => {
-            let StoreOptions { demand_deadline: demand, prefetch_deadline: prefetch, .. } =
-                StoreOptions::default();
-            let deadlines = Deadlines { demand, prefetch };
-            Source::Http(http.source(url, resolved.location.size, deadlines).map_err(SourceError::from)?)
-        }
-        PackSource::Path(path) => Source::File(FileSource::open(path).map_err(SourceError::from)?),
-    };
-    let size = source.size().await?;
-    let progress = Progress::bytes(output, &format!("downloading {}", resolved.reference), size);
-    let (mut body, mut hasher, mut done) = (source.stream_at(0, size, Class::Prefetch), Hasher::new(), 0);
-    while let Some(piece) = body.next().await? {
-        hasher.update(&piece);
-        file.write_all(&piece).map_err(failed)?;
-        done += piece.len() as u64;
-        progress.to(done);
-    }
-    let found = hasher.finish();
-    match expected.filter(|&expected| expected != found) {
-        Some(expected) => {
-            Err(PullError::Digest { reference: resolved.reference.to_string(), expected, found })
-        }
-        None => Ok(file),
-    }
-}
-
 async fn from_file(
-    file: NamedTempFile,
+    file: &Path,
     paths: &Paths,
     tag: &str,
     force: bool,
     output: &Output,
 ) -> Result<Unpacked, CommandError> {
-    let location = PackLocation { source: PackSource::Path(file.path().to_owned()), size: None, index: None };
+    let location = PackLocation { source: PackSource::Path(file.to_owned()), size: None, index: None };
     match Store::open(location, StoreOptions::default()).await {
         Ok(store) => Ok(from_store(&store, paths, Some(tag), force, output).await?),
-        Err(OpenError::Legacy { .. }) => Ok(from_legacy(file.path(), paths, Some(tag), force, output)?),
+        Err(OpenError::Legacy { .. }) => Ok(from_legacy(file, paths, Some(tag), force, output)?),
         Err(error) => Err(UnpackCommandError::from(error).into()),
     }
 }

@@ -1,6 +1,9 @@
-//! `forkd umount`.
+//! `forkd umount`, and the watcher that unmounts after a daemon that was killed.
 
-use std::process::ExitCode;
+use std::io;
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -20,8 +23,43 @@ struct Report {
     mountpoint: std::path::PathBuf,
 }
 
+/// Starts a process that detaches the mount on `mountpoint` once this one has ended without doing so itself: killed, a
+/// daemon leaves a mount that answers every call with ENOTCONN. It waits for the end of the pipe in [`Child::stdin`].
+pub fn start_watcher(mountpoint: &Path) -> io::Result<Child> {
+    use std::os::unix::process::CommandExt;
+    Command::new(std::env::current_exe()?)
+        .args(["umount", "--watch", "--"])
+        .arg(mountpoint)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        // Neither Ctrl-C nor what kills the daemon's group is meant for it.
+        .process_group(0)
+        .current_dir("/")
+        .spawn()
+}
+
+/// The watcher's life.
+fn watch(args: &UmountArgs) -> Result<ExitCode, CommandError> {
+    let paths = Paths::from_env()?;
+    let _ = io::copy(&mut io::stdin(), &mut io::sink());
+    // The daemon's connection to the kernel may outlive its end of the pipe by a moment.
+    for _ in 0..50 {
+        let Ok(mount) = mounts::find(&args.dir) else { break };
+        if mount.is_dead() {
+            mounts::take_down(&paths, &args.dir, true).map_err(super::mount::MountCommandError::from)?;
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// Unmounts, and waits for the daemon's end, so that nothing of it is left when the command returns.
 pub fn run(args: &UmountArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    if args.watch {
+        return watch(args);
+    }
     let paths = Paths::from_env()?;
     // Held from before it can end, so that the number cannot come to mean another process.
     let daemon = mounts::find(&args.dir).ok().and_then(|mount| {

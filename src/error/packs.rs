@@ -11,6 +11,7 @@ use crate::commands::mount::MountCommandError;
 use crate::commands::pack::PackError;
 use crate::commands::pull::PullError;
 use crate::commands::unpack::UnpackCommandError;
+use crate::download::DownloadError;
 use crate::hub::publish::PublishError;
 use crate::hub::serve::ServeError;
 use crate::mounts::MountsError;
@@ -164,6 +165,7 @@ pub(super) fn mount(error: &MountCommandError) -> Row {
             .hint("load the fuse module (modprobe fuse) and run as root or as a user who may open /dev/fuse"),
         MountCommandError::Fuse(MountError::Mount { .. } | MountError::Threads(_))
         | MountCommandError::Spawn(_)
+        | MountCommandError::Watcher(_)
         | MountCommandError::Detach(_) => row,
         MountCommandError::Mounts(error) => match error {
             MountsError::Mountpoint { .. } => {
@@ -219,11 +221,14 @@ pub(super) fn unpack(error: &UnpackCommandError) -> Row {
 pub(super) fn pull(error: &PullError) -> Row {
     let row = Row::failed("pull", "");
     match error {
-        PullError::Source(SourceError::Http(error)) => hint_of_http(row, error),
-        PullError::Digest { .. } => {
+        PullError::Download(DownloadError::Source(SourceError::Http(error))) => hint_of_http(row, error),
+        PullError::Download(DownloadError::Digest { .. }) => {
             row.hint("the pack was changed after it was registered: do not trust it, tell its publisher")
         }
+        PullError::Download(DownloadError::File { .. }) => {
+            row.hint("make room there, or point XDG_CACHE_HOME elsewhere")
+        }
         PullError::BadDigest { .. } => row.hint("the publisher has to mend the registry"),
-        PullError::Source(SourceError::File(_)) | PullError::Temporary { .. } => row,
+        PullError::Download(DownloadError::Source(SourceError::File(_))) => row,
     }
 }

@@ -53,6 +53,12 @@ struct Entries {
     unfinished: Vec<Entry>,
 }
 
+impl Entry {
+    fn is_stale(&self) -> bool {
+        self.used.elapsed().is_ok_and(|age| age > STALE_AFTER)
+    }
+}
+
 impl Disk {
     /// `None` when the directory cannot be made.
     pub(super) fn open(dir: &Path, options: CacheOptions) -> Option<Self> {
@@ -133,7 +139,7 @@ impl Disk {
                 let unchecked = self.unchecked.fetch_add(len, Relaxed) + len;
                 if unchecked > self.max_bytes / 16 {
                     self.unchecked.store(0, Relaxed);
-                    self.evict();
+                    self.evict(0);
                 }
             }
         }
@@ -145,8 +151,15 @@ impl Disk {
             return Ok(());
         }
         let folder = path.parent().expect("entries lie in folders");
-        fs::create_dir_all(folder)?;
-        let mut temporary = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder)?;
+        let make = || tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder);
+        let mut temporary = match make() {
+            // Making a folder costs a twentieth of a cold read; nearly always it is there.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                fs::create_dir_all(folder)?;
+                make()?
+            }
+            made => made?,
+        };
         temporary.write_all(frame)?;
         temporary.persist(&path).map_err(|failed| failed.error)?;
         Ok(())
@@ -161,7 +174,7 @@ impl Disk {
         if full_until.is_some_and(|until| Instant::now() < until) {
             return false;
         }
-        self.evict();
+        self.evict(len);
         let room = self.shortage(len) == 0;
         if !room {
             *full_until = Some(Instant::now() + FULL_FOR);
@@ -177,23 +190,28 @@ impl Disk {
         self.min_free_bytes.saturating_add(len).saturating_sub(free)
     }
 
-    /// Removes the longest unused entries until an eighth of the cache is free again, and a sixteenth of the reserve
-    /// beyond it on the disk. Another process doing so at the same time is enough.
-    fn evict(&self) {
+    /// Removes what was put aside and then the longest unused entries, until an eighth of the cache is free again and a
+    /// sixteenth of the reserve beyond `len` more bytes on the disk. Another process doing so at the same time is enough.
+    fn evict(&self, len: u64) {
         let Some(_lock) = self.lock(FlockOperation::NonBlockingLockExclusive) else { return };
-        let entries = self.entries();
-        let now = SystemTime::now();
-        let stale = |entry: &&Entry| now.duration_since(entry.used).is_ok_and(|age| age > STALE_AFTER);
-        let abandoned = entries.unfinished.iter().filter(stale);
+        let Entries { frames, damaged, unfinished } = self.entries();
         let mut removed = Collected::default();
-        let shortage = self.shortage(self.min_free_bytes / 16);
-        abandoned.chain(&entries.damaged).for_each(|entry| drop(remove(entry, &mut removed)));
-        let total: u64 = entries.frames.iter().map(|entry| entry.len).sum();
+        unfinished
+            .iter()
+            .filter(|entry| entry.is_stale())
+            .for_each(|entry| drop(remove(entry, &mut removed)));
+        let total: u64 = frames.iter().chain(&damaged).map(|entry| entry.len).sum();
         let excess = match total > self.max_bytes {
             true => total - (self.max_bytes - self.max_bytes / 8),
             false => 0,
         };
-        self.shrink(entries.frames, excess.max(shortage.saturating_sub(removed.bytes)), &mut removed);
+        let mut bytes = excess;
+        if self.shortage(len) > 0 {
+            bytes = excess.max(self.shortage(len.saturating_add(self.min_free_bytes / 16)));
+        }
+        let before = removed.bytes;
+        self.shrink(damaged, bytes, &mut removed);
+        self.shrink(frames, bytes.saturating_sub(removed.bytes - before), &mut removed);
     }
 
     /// Removes the longest unused of `frames` until `bytes` are gone.
@@ -253,14 +271,11 @@ impl Disk {
     pub(super) fn collect(&self, everything: bool) -> io::Result<Collected> {
         let _lock = self.lock(FlockOperation::LockExclusive);
         let entries = self.entries();
-        let now = SystemTime::now();
         let mut removed = Collected::default();
         for entry in &entries.damaged {
             remove(entry, &mut removed)?;
         }
-        let abandoned =
-            |entry: &&Entry| everything || now.duration_since(entry.used).is_ok_and(|age| age > STALE_AFTER);
-        for entry in entries.unfinished.iter().filter(abandoned) {
+        for entry in entries.unfinished.iter().filter(|entry| everything || entry.is_stale()) {
             remove(entry, &mut removed)?;
         }
         let total: u64 = entries.frames.iter().map(|entry| entry.len).sum();

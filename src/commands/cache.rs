@@ -1,0 +1,167 @@
+//! `forkd cache`: what the chunk cache holds, whether it is intact, and making it smaller.
+
+use std::collections::BTreeSet;
+use std::process::ExitCode;
+use std::time::SystemTime;
+
+use forkd_fs::cache::{CacheOptions, ChunkCache, Survey};
+use forkd_fs::index::Index;
+use serde::Serialize;
+
+use crate::cli::CacheGcArgs;
+use crate::download;
+use crate::error::CommandError;
+use crate::output::{Output, table};
+use crate::packs;
+use crate::paths::{Paths, PathsError};
+use crate::progress::Progress;
+use crate::registry::{RegistryCopies, Resolved};
+use crate::units::show_size;
+
+/// What `forkd cache ls` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    directory: String,
+    chunks: u64,
+    bytes: u64,
+    damaged: u64,
+    unfinished: u64,
+    oldest_use: Option<String>,
+    /// Packs of the hubs seen so far of which something is here.
+    packs: Vec<Pack>,
+}
+
+#[derive(Debug, Serialize)]
+struct Pack {
+    name: String,
+    chunks: u32,
+    chunks_total: u32,
+    bytes: u64,
+    /// Whether it mounts and forks without its hub.
+    complete: bool,
+}
+
+/// What `forkd cache verify` prints.
+#[derive(Debug, Serialize)]
+struct Verified {
+    chunks: u64,
+    bytes: u64,
+    damaged: u64,
+}
+
+/// What `forkd cache gc` prints.
+#[derive(Debug, Serialize)]
+struct Collected {
+    removed_files: u64,
+    removed_bytes: u64,
+    chunks: u64,
+    bytes: u64,
+}
+
+/// Lists.
+pub fn ls(output: &Output) -> Result<ExitCode, CommandError> {
+    let paths = Paths::from_env()?;
+    let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
+    let Survey { entries, bytes, damaged, unfinished, oldest_use } = cache.survey();
+    let mut packs = Vec::new();
+    let mut seen = BTreeSet::new();
+    for catalogue in RegistryCopies::new(&paths).all() {
+        for resolved in catalogue.entries().filter_map(Result::ok) {
+            if let Some(pack) = pack(&cache, &resolved).filter(|pack| seen.insert(pack.name.clone())) {
+                packs.push(pack);
+            }
+        }
+    }
+    let report = Report {
+        directory: paths.cache.display().to_string(),
+        chunks: entries,
+        bytes,
+        damaged,
+        unfinished,
+        oldest_use: oldest_use.map(|used| humantime::format_rfc3339_seconds(used).to_string()),
+        packs,
+    };
+    output.report(&report, |report| show(report, oldest_use));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is here of a pack, when its index is.
+fn pack(cache: &ChunkCache, resolved: &Resolved) -> Option<Pack> {
+    let pin = resolved.location.index?;
+    let index = Index::parse(&cache.get(pin.sha256, pin.length)?, resolved.location.size).ok()?;
+    let (chunks, bytes) = cache.coverage(&index);
+    let chunks_total = index.stored_chunk_count();
+    Some(Pack {
+        name: resolved.reference.to_string(),
+        chunks,
+        chunks_total,
+        bytes,
+        complete: chunks == chunks_total,
+    })
+}
+
+fn show(report: &Report, oldest_use: Option<SystemTime>) -> String {
+    let Report { directory, chunks, bytes, damaged, unfinished, .. } = report;
+    let mut text = format!("{directory}: {chunks} chunks, {}", show_size(*bytes));
+    if let Some(age) = oldest_use.and_then(|used| used.elapsed().ok()) {
+        let hours = age.as_secs() / 3600;
+        text.push_str(&format!(", the longest unused for {hours} h"));
+    }
+    if *damaged > 0 {
+        text.push_str(&format!(", {damaged} damaged"));
+    }
+    if *unfinished > 0 {
+        text.push_str(&format!(", {unfinished} unfinished"));
+    }
+    text.push('\n');
+    if !report.packs.is_empty() {
+        let heading = ["PACK", ">CHUNKS", ">OF", ">SIZE", "OFFLINE"].map(str::to_owned).to_vec();
+        let row = |pack: &Pack| {
+            let offline = if pack.complete { "yes" } else { "no" };
+            let (chunks, of) = (pack.chunks.to_string(), pack.chunks_total.to_string());
+            vec![pack.name.clone(), chunks, of, show_size(pack.bytes), offline.to_owned()]
+        };
+        let rows: Vec<Vec<String>> = std::iter::once(heading).chain(report.packs.iter().map(row)).collect();
+        text.push_str(&table(&rows));
+    }
+    text
+}
+
+/// Checks every chunk. Exit code 1 when some are damaged.
+pub fn verify(output: &Output) -> Result<ExitCode, CommandError> {
+    let paths = Paths::from_env()?;
+    let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
+    let progress = Progress::bytes(output, "checking", cache.survey().bytes);
+    let found = cache.verify(&|bytes| progress.to(bytes));
+    drop(progress);
+    let report = Verified { chunks: found.entries, bytes: found.bytes, damaged: found.damaged };
+    output.report(&report, |report| {
+        let intact = report.chunks - report.damaged;
+        format!("{intact} of {} chunks are intact ({})\n", report.chunks, show_size(report.bytes))
+    });
+    Ok(if found.damaged == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Makes room.
+pub fn gc(args: &CacheGcArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    let paths = Paths::from_env()?;
+    let cache = packs::chunk_cache(&paths, &args.cache);
+    let failed = |source| PathsError::Directory { path: paths.cache.clone(), source };
+    let removed = cache.collect(args.all).map_err(failed)?;
+    let (downloads, download_bytes) = download::collect(&paths, args.all);
+    let left = cache.survey();
+    let report = Collected {
+        removed_files: removed.files + downloads,
+        removed_bytes: removed.bytes + download_bytes,
+        chunks: left.entries,
+        bytes: left.bytes,
+    };
+    output.report(&report, |report| {
+        let (removed, left) = (show_size(report.removed_bytes), show_size(report.bytes));
+        format!(
+            "removed {} files ({removed}); {} chunks ({left}) stay\n",
+            report.removed_files, report.chunks
+        )
+    });
+    Ok(ExitCode::SUCCESS)
+}
