@@ -27,8 +27,8 @@ pub const FILE_NAME: &str = "registry.json";
 pub const SCHEMA_VERSION: u64 = 1;
 /// The version every package has, which moves.
 pub const LATEST: &str = "latest";
-/// Largest registry read, in bytes.
-pub const MAX_LEN: u64 = 16 << 20;
+/// Largest registry read, in bytes: thousands of packages. Parsed, one can take forty times as much memory.
+pub const MAX_LEN: u64 = 4 << 20;
 
 /// A registry.json.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

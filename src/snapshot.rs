@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -147,14 +148,60 @@ pub fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error
     move |source| SnapshotError::File { operation, path, source }
 }
 
-/// The directory of an existing snapshot.
-pub fn find(paths: &Paths, tag: &str) -> Result<PathBuf, SnapshotError> {
-    let dir = paths.snapshot(tag)?;
-    if dir.join(CONFIGURATION).exists() {
-        Ok(dir)
-    } else {
-        Err(SnapshotError::Unknown { tag: tag.to_owned() })
+/// A snapshot in use: whoever replaces or removes its tag meanwhile leaves these files alone.
+#[derive(Debug)]
+pub struct Held {
+    /// Locked, shared with others who use it.
+    dir: File,
+}
+
+impl Held {
+    /// Holds the snapshot of a tag.
+    pub fn find(paths: &Paths, tag: &str) -> Result<Held, SnapshotError> {
+        let dir = paths.snapshot(tag)?;
+        let unknown = || SnapshotError::Unknown { tag: tag.to_owned() };
+        // One that is being removed when it is opened is empty when it can be locked; its successor is there then.
+        for _ in 0..8 {
+            match Held::open(&dir) {
+                Ok(held) if held.path().join(CONFIGURATION).exists() => return Ok(held),
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(unknown()),
+                Err(error) => return Err(file_error("opening", &dir)(error)),
+            }
+        }
+        Err(unknown())
     }
+
+    /// Holds a snapshot that is no tag's.
+    pub fn open(dir: &Path) -> io::Result<Held> {
+        let dir = File::open(dir)?;
+        rustix::fs::flock(&dir, FlockOperation::LockShared)?;
+        Ok(Held { dir })
+    }
+
+    /// Where its files are, whatever happens to its name.
+    pub fn path(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}", self.dir.as_raw_fd()))
+    }
+}
+
+/// Removes a snapshot's directory: its name at once, its files when nobody holds them. What is still held goes with
+/// [`remove_dead_drafts`].
+pub fn remove(paths: &Paths, dir: &Path) -> Result<(), SnapshotError> {
+    let grave = tempfile::Builder::new().prefix(DRAFT_PREFIX).tempdir_in(paths.snapshots());
+    let grave = grave.map_err(file_error("removing", dir))?.keep();
+    fs::rename(dir, &grave).map_err(file_error("removing", dir))?;
+    remove_unless_held(&grave).map(drop)
+}
+
+/// Whether nobody held it.
+fn remove_unless_held(dir: &Path) -> Result<bool, SnapshotError> {
+    let Ok(lock) = File::open(dir) else { return Ok(false) };
+    if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return Ok(false);
+    }
+    fs::remove_dir_all(dir).map_err(file_error("removing", dir))?;
+    Ok(true)
 }
 
 /// A snapshot in the making; gone again unless published.
@@ -175,14 +222,23 @@ impl Draft {
         }
         let parent = paths.snapshots();
         fs::create_dir_all(&parent).map_err(file_error("creating", &parent))?;
-        let dir = tempfile::Builder::new()
-            .prefix(DRAFT_PREFIX)
-            .tempdir_in(&parent)
-            .map_err(file_error("creating a directory in", &parent))?;
-        let lock = File::open(dir.path()).map_err(file_error("opening", dir.path()))?;
-        rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|errno| file_error("locking", dir.path())(errno.into()))?;
-        Ok(Draft { dir, target, tag: tag.to_owned(), _lock: lock })
+        loop {
+            let dir = tempfile::Builder::new()
+                .prefix(DRAFT_PREFIX)
+                .tempdir_in(&parent)
+                .map_err(file_error("creating a directory in", &parent))?;
+            let locked = File::open(dir.path())
+                .and_then(|lock| Ok(rustix::fs::flock(&lock, FlockOperation::LockExclusive).map(|()| lock)?));
+            match locked {
+                Ok(lock) if dir.path().exists() => {
+                    return Ok(Draft { dir, target, tag: tag.to_owned(), _lock: lock });
+                }
+                // A cleanup took it for a dead one before it was locked.
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(file_error("locking", dir.path())(error)),
+            }
+        }
     }
 
     /// Where its files are to be put.
@@ -203,7 +259,11 @@ impl Draft {
             Err(Errno::EXIST) if force => rename(RenameFlags::EXCHANGE),
             placed => placed,
         };
-        let _ = fs::remove_dir_all(&staged);
+        match placed {
+            // Nothing, or the old snapshot; one that is in use goes with the next cleanup.
+            Ok(()) => drop(remove_unless_held(&staged)),
+            Err(_) => drop(fs::remove_dir_all(&staged)),
+        }
         match placed {
             Ok(()) => Ok(target),
             Err(Errno::EXIST) => Err(SnapshotError::Exists { tag }),
@@ -223,12 +283,8 @@ pub fn remove_dead_drafts(paths: &Paths) -> Result<Vec<PathBuf>, SnapshotError> 
     let mut removed = Vec::new();
     for entry in entries.flatten() {
         let draft = entry.file_name().to_string_lossy().starts_with(DRAFT_PREFIX);
-        // A maker locks its draft right after creating it; one that dies lets go.
-        let dead = draft
-            && File::open(entry.path())
-                .is_ok_and(|dir| rustix::fs::flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok());
-        if dead {
-            fs::remove_dir_all(entry.path()).map_err(file_error("removing", &entry.path()))?;
+        // A maker locks its draft right after creating it, as does who uses what was replaced; one that dies lets go.
+        if draft && remove_unless_held(&entry.path())? {
             removed.push(entry.path());
         }
     }
@@ -249,9 +305,9 @@ mod tests {
         let paths = paths(dir.path());
         let draft = Draft::create(&paths, "t", false).unwrap();
         fs::write(draft.path().join(CONFIGURATION), "one").unwrap();
-        assert!(matches!(find(&paths, "t"), Err(SnapshotError::Unknown { .. })));
+        assert!(matches!(Held::find(&paths, "t"), Err(SnapshotError::Unknown { .. })));
         draft.publish(false).unwrap();
-        assert!(find(&paths, "t").is_ok());
+        assert!(Held::find(&paths, "t").is_ok());
         assert!(matches!(Draft::create(&paths, "t", false), Err(SnapshotError::Exists { .. })));
         let again = Draft::create(&paths, "t", true).unwrap();
         fs::write(again.path().join(CONFIGURATION), "two").unwrap();
@@ -263,6 +319,34 @@ mod tests {
         fs::create_dir(paths.snapshots().join(".draft-dead")).unwrap();
         assert_eq!(remove_dead_drafts(&paths).unwrap().len(), 1);
         assert_eq!(fs::read_dir(paths.snapshots()).unwrap().count(), 1, "nothing but the snapshot is left");
+    }
+
+    #[test]
+    fn what_is_held_outlives_its_tag() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = paths(dir.path());
+        let publish = |text: &str| {
+            let draft = Draft::create(&paths, "t", true).unwrap();
+            fs::write(draft.path().join(CONFIGURATION), text).unwrap();
+            draft.publish(true).unwrap();
+        };
+        publish("one");
+        let (held, again) = (Held::find(&paths, "t").unwrap(), Held::find(&paths, "t").unwrap());
+        publish("two");
+        let read = |held: &Held| fs::read_to_string(held.path().join(CONFIGURATION)).unwrap();
+        assert_eq!(read(&held), "one");
+        drop(held);
+        assert!(remove_dead_drafts(&paths).unwrap().is_empty(), "somebody else holds it");
+        assert_eq!(read(&again), "one");
+        drop(again);
+        assert_eq!(remove_dead_drafts(&paths).unwrap().len(), 1);
+        let held = Held::find(&paths, "t").unwrap();
+        remove(&paths, &paths.snapshot("t").unwrap()).unwrap();
+        assert_eq!(read(&held), "two");
+        assert!(matches!(Held::find(&paths, "t"), Err(SnapshotError::Unknown { .. })));
+        drop(held);
+        assert_eq!(remove_dead_drafts(&paths).unwrap().len(), 1);
+        assert_eq!(fs::read_dir(paths.snapshots()).unwrap().count(), 0);
     }
 
     #[test]

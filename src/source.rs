@@ -5,7 +5,7 @@ use crate::mounts;
 use crate::packs;
 use crate::paths::Paths;
 use crate::registry::{InvalidReference, RegistryError};
-use crate::snapshot::{self, SnapshotError};
+use crate::snapshot::{self, Held, SnapshotError, file_error};
 use forkd_fs::cache::ChunkCache;
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
 use std::path::{Path, PathBuf};
@@ -66,7 +66,7 @@ pub enum Origin {
     /// A pack, its index verified.
     Pack(Arc<Store>),
     /// A snapshot's directory.
-    Directory(PathBuf),
+    Directory(Held),
 }
 
 /// Opens what `args` name. `reached` is called as stages are done.
@@ -77,8 +77,8 @@ pub async fn open(
 ) -> Result<OpenedSource, SourceError> {
     let Some(target) = &args.target else {
         let tag = args.tag.clone().unwrap_or_default();
-        let dir = snapshot::find(paths, &tag)?;
-        return Ok(OpenedSource { name: tag, origin: Origin::Directory(dir), cache: None });
+        let held = Held::find(paths, &tag)?;
+        return Ok(OpenedSource { name: tag, origin: Origin::Directory(held), cache: None });
     };
     let http = packs::http_client();
     let hub = args.hub.hub.clone();
@@ -87,9 +87,10 @@ pub async fn open(
             // The fork reads the pack itself, without a detour through FUSE.
             Some((hub, reference)) => Ok((Some(hub), reference)),
             None if path.join(snapshot::CONFIGURATION).exists() => {
+                let held = Held::open(&path).map_err(file_error("opening", &path))?;
                 return Ok(OpenedSource {
                     name: target.clone(),
-                    origin: Origin::Directory(path),
+                    origin: Origin::Directory(held),
                     cache: None,
                 });
             }

@@ -273,6 +273,12 @@ fn unmounting_leaves_nothing_and_busy_mounts_want_lazy() {
     assert_eq!(left, 0, "records or logs were left");
 }
 
+/// Processes that a process has started.
+fn children(pid: u32) -> Vec<u32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    text.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+}
+
 #[test]
 fn a_killed_daemon_leaves_a_mount_that_the_next_command_clears() {
     let lab = Lab::new();
@@ -280,11 +286,18 @@ fn a_killed_daemon_leaves_a_mount_that_the_next_command_clears() {
     let hub = lab.path("hub");
     let first = Mount::new(&lab, "mnt", hub.to_str().unwrap(), &[]);
     let kill = |pid: u32, signal| kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
-    kill(first.pid, Signal::KILL);
+    // With its watcher, which would unmount at once.
+    let kill_both = |mount: &Mount<'_>| {
+        for pid in children(mount.pid) {
+            kill(pid, Signal::KILL);
+        }
+        kill(mount.pid, Signal::KILL);
+    };
+    kill_both(&first);
     wait_until("the mount is dead", || fs::read_dir(&first.dir).is_err());
     let second = Mount::new(&lab, "mnt", hub.to_str().unwrap(), &[]);
     assert_eq!(fs::read(second.version("demo").join("snapshot.json")).unwrap(), b"{}\n");
-    kill(second.pid, Signal::KILL);
+    kill_both(&second);
     wait_until("the mount is dead", || fs::read_dir(&second.dir).is_err());
     lab.run(&["umount", second.dir.to_str().unwrap()]).ok();
     assert_eq!(fs::read_dir(&second.dir).unwrap().count(), 0);

@@ -26,7 +26,7 @@ use tokio::sync::watch;
 
 use crate::tree::{Attributes, Changed, Kind, MAX_READ, Opened, ROOT, SharedTree};
 
-/// Name of the file system in /proc/mounts: `fuse.forkd`.
+/// Name of the file system in /proc/mounts where fusermount3 mounts: `fuse.forkd`. What root mounts is plain `fuse`.
 pub const SUBTYPE: &str = "forkd";
 /// Threads that take requests from the kernel; the work is done by tasks.
 const DISPATCH_THREADS: usize = 2;
@@ -353,13 +353,17 @@ impl Filesystem for Adapter {
         reply.statfs(blocks, 0, 0, self.tree.inodes(), 0, 4096, name_len, 4096);
     }
 
+    /// There are none: an empty list, as a local disk answers.
+    fn listxattr(&self, _: &Request, _: INodeNo, size: u32, reply: ReplyXattr) {
+        match size {
+            0 => reply.size(0),
+            _ => reply.data(&[]),
+        }
+    }
+
     // ENOSYS to these tells the kernel never to ask again.
 
     fn getxattr(&self, _: &Request, _: INodeNo, _: &OsStr, _: u32, reply: ReplyXattr) {
-        reply.error(Errno::ENOSYS);
-    }
-
-    fn listxattr(&self, _: &Request, _: INodeNo, _: u32, reply: ReplyXattr) {
         reply.error(Errno::ENOSYS);
     }
 

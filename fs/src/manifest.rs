@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use crate::digest::Digest;
 use crate::format::{self, MAX_FILE_SIZE, MAX_FILES, PACK_VERSION};
 
-/// Largest manifest accepted, in bytes.
-pub const MAX_MANIFEST_LEN: u64 = 1 << 20;
+/// Largest manifest accepted, in bytes: a hundred times a usual one. Parsed, one can take a hundred times as much memory.
+pub const MAX_MANIFEST_LEN: u64 = 256 << 10;
 
 /// A pack's own description. Fields unknown to this version are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -82,6 +82,8 @@ pub struct StoreOptions {
     pub prefetch_deadline: Duration,
     /// Plain bytes kept decoded in memory.
     pub decoded_bytes: usize,
+    /// Frames at most this many bytes apart come in one request. See `tests/gap.rs` for what others cost.
+    pub max_gap: u64,
     /// Bytes at the start of the pack to fetch along with a pinned index that is not cached, and to hold: whoever opens
     /// a pack to restore it saves the round trip for the small members, which lie there. 0 fetches none.
     pub head_bytes: u64,
@@ -95,6 +97,7 @@ impl Default for StoreOptions {
             demand_deadline: Duration::from_secs(30),
             prefetch_deadline: Duration::from_secs(120),
             decoded_bytes: 64 << 20,
+            max_gap: 128 << 10,
             head_bytes: 0,
         }
     }
@@ -139,6 +142,7 @@ pub struct Store {
     cache: Option<Arc<ChunkCache>>,
     decoded: Decoded,
     flights: Arc<Flights>,
+    max_gap: u64,
     /// One bit a record: verified since the store was opened.
     fetched: Vec<AtomicU64>,
     fetched_count: AtomicU32,
@@ -171,6 +175,7 @@ impl Store {
             cache: options.cache,
             decoded: Decoded::new(options.decoded_bytes),
             flights: Arc::default(),
+            max_gap: options.max_gap,
             fetched: (0..words).map(|_| AtomicU64::new(0)).collect(),
             fetched_count: AtomicU32::new(0),
             manifest: OnceCell::new(),

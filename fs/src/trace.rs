@@ -114,7 +114,7 @@ impl Trace {
         }
     }
 
-    /// Reads what [`Trace::encode`] wrote. Safe on hostile input: memory stays below 24 times the length of `bytes`.
+    /// Reads what [`Trace::encode`] wrote. Safe on hostile input: memory stays below 48 times the length of `bytes`.
     pub fn decode(bytes: &[u8]) -> Result<Self, TraceError> {
         if bytes.len() as u64 > MAX_TRACE_LEN {
             return Err(TraceError::TooLong { len: bytes.len() as u64 });

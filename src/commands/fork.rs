@@ -177,7 +177,7 @@ fn open_sandbox(
     let kind = KvmKind::detect();
     let failed = |source| ForkCommandError::Sandbox { name: name.to_owned(), source: Box::new(source) };
     match origin {
-        source::Origin::Directory(dir) => Sandbox::open_local(&dir, kind).map_err(failed),
+        source::Origin::Directory(held) => Sandbox::open_local(&held.path(), kind).map_err(failed),
         source::Origin::Pack(store) => {
             let handle = runtime.handle().clone();
             let mut sandbox = runtime.block_on(Sandbox::open_pack(store, handle, kind)).map_err(failed)?;

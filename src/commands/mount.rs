@@ -25,7 +25,7 @@ use crate::mounts::{self, MountsError, Record, SOURCE_PREFIX};
 use crate::output::Output;
 use crate::packs;
 use crate::paths::Paths;
-use crate::registry::{Catalogue, RegistryCopies, whole_digest};
+use crate::registry::{Catalogue, RegistryCopies, Resolved, whole_digest};
 
 /// Why a hub cannot be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -196,25 +196,32 @@ async fn keep_current(
 
 /// The registry as the tree wants it. An entry that cannot be used is left out, with a warning.
 fn listings(catalogue: &Catalogue) -> Vec<Listing> {
-    let mut listings = Vec::new();
-    for entry in catalogue.entries() {
-        match entry {
-            Ok(resolved) => listings.push(Listing {
-                sha256: whole_digest(&resolved.entry).and_then(Result::ok),
-                owner: resolved.reference.package.owner,
-                name: resolved.reference.package.name,
-                version: resolved.reference.version,
-                location: resolved.location,
-                modified: resolved
-                    .entry
-                    .created_at
-                    .and_then(|text| humantime::parse_rfc3339_weak(&text).ok())
-                    .unwrap_or_else(SystemTime::now),
-            }),
-            Err(error) => tracing::warn!(%error, "an entry is left out"),
-        }
-    }
-    listings
+    let listing = |resolved: Resolved| {
+        let sha256 = match whole_digest(&resolved.entry).transpose() {
+            Ok(sha256) => sha256,
+            // The index is pinned: nobody needs the other.
+            Err(_) if resolved.location.index.is_some() => None,
+            Err(error) => {
+                tracing::warn!(pack = %resolved.reference, %error, "an entry with a malformed sha256 is left out");
+                return None;
+            }
+        };
+        let created_at = resolved.entry.created_at.as_deref();
+        Some(Listing {
+            owner: resolved.reference.package.owner,
+            name: resolved.reference.package.name,
+            version: resolved.reference.version,
+            location: resolved.location,
+            sha256,
+            modified: created_at
+                .and_then(|text| humantime::parse_rfc3339_weak(text).ok())
+                .unwrap_or(SystemTime::UNIX_EPOCH),
+        })
+    };
+    let usable = |entry: Result<Resolved, _>| {
+        entry.map_err(|error| tracing::warn!(%error, "an entry is left out")).ok()
+    };
+    catalogue.entries().filter_map(usable).filter_map(listing).collect()
 }
 
 /// Moves stdout and stderr to the log, which closes the pipe to the command that waits.

@@ -15,7 +15,7 @@ use crate::error::CommandError;
 use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
-use crate::snapshot::{self, SnapshotError, file_error};
+use crate::snapshot::{Held, SnapshotError, file_error};
 use crate::units::{show_share, show_size};
 
 /// Why a snapshot cannot be packed.
@@ -96,7 +96,9 @@ pub fn run(args: &PackArgs, output: &Output) -> Result<ExitCode, CommandError> {
 }
 
 fn pack(args: &PackArgs, output: &Output) -> Result<PackSummary, PackError> {
-    let directory = snapshot::find(&Paths::from_env().map_err(SnapshotError::from)?, &args.tag)?;
+    // Held until it is packed, so that a pull that replaces the tag meanwhile does not mix two snapshots.
+    let snapshot = Held::find(&Paths::from_env().map_err(SnapshotError::from)?, &args.tag)?;
+    let directory = snapshot.path();
     if args.out.exists() && !args.force {
         return Err(PackError::Exists { path: args.out.clone() });
     }

@@ -60,11 +60,7 @@ pub fn remove(args: &RmiArgs, output: &Output) -> Result<ExitCode, CommandError>
     let paths = Paths::from_env()?;
     let directories: Result<Vec<_>, SnapshotError> = args.tags.iter().map(|tag| place(&paths, tag)).collect();
     for directory in directories? {
-        // Renamed first: a tag is either whole or absent, also while its files go.
-        let grave = tempfile::Builder::new().prefix(".removed-").tempdir_in(paths.snapshots());
-        let grave = grave.map_err(file_error("removing", &directory))?;
-        std::fs::rename(&directory, grave.path()).map_err(file_error("removing", &directory))?;
-        grave.close().map_err(file_error("removing", &directory))?;
+        snapshot::remove(&paths, &directory)?;
     }
     output.report(&Removed { removed: args.tags.clone() }, |removed| {
         removed.removed.iter().map(|tag| format!("removed {tag}\n")).collect()
@@ -75,7 +71,7 @@ pub fn remove(args: &RmiArgs, output: &Output) -> Result<ExitCode, CommandError>
 /// The directory of a tag, broken or not.
 fn place(paths: &Paths, tag: &str) -> Result<std::path::PathBuf, SnapshotError> {
     let directory = paths.snapshot(tag)?;
-    if directory.is_dir() { Ok(directory) } else { snapshot::find(paths, tag) }
+    if directory.is_dir() { Ok(directory) } else { Err(SnapshotError::Unknown { tag: tag.to_owned() }) }
 }
 
 fn describe(tag: String, directory: &Path) -> Snapshot {

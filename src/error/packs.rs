@@ -213,6 +213,11 @@ pub(super) fn unpack(error: &UnpackCommandError) -> Row {
         UnpackCommandError::Unpack(UnpackError::Digest { .. }) => {
             row.hint("the pack was built wrong: tell its publisher")
         }
+        UnpackCommandError::Unpack(UnpackError::Write { source, .. })
+            if source.kind() == std::io::ErrorKind::StorageFull =>
+        {
+            row.hint("make room there, or point XDG_DATA_HOME to a larger disk")
+        }
         UnpackCommandError::Unpack(UnpackError::Mismatch { .. } | UnpackError::Write { .. })
         | UnpackCommandError::Legacy(_) => row,
     }

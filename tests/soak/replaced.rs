@@ -82,7 +82,6 @@ fn a_tag_that_is_replaced_all_the_time_is_never_torn() {
 }
 
 #[test]
-#[ignore = "forkd pack opens a tag's files one by one, so that it mixes versions or misses members (about 1 of 150 packs)"]
 fn a_pack_of_a_tag_that_is_replaced_all_the_time_is_of_one_version() {
     let counts = replace_while(pack);
     assert!(counts.packed.load(Relaxed) + counts.refused.load(Relaxed) > 3, "{counts:?}");

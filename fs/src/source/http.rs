@@ -132,6 +132,7 @@ impl SourceShared {
 pub struct HttpBody {
     source: Arc<SourceShared>,
     class: Class,
+    /// How long the next attempt waits for a silent host; grows with each that did in vain.
     idle: Duration,
     start: u64,
     next: u64,
@@ -176,6 +177,9 @@ impl HttpBody {
                     self.running = None;
                     let source = self.source.clone();
                     source.object.note_failure(&mut self.failing, &error);
+                    if matches!(error, HttpError::Stalled { .. }) {
+                        self.idle = (self.idle * 2).min(source.object.longest_idle(self.class));
+                    }
                     self.retries.pause(source.object.route.start(), self.progress.0, error).await?;
                 }
             }

@@ -64,7 +64,13 @@ impl Object {
         }
     }
 
+    /// How long a first attempt waits for the next bytes: short enough to leave time for another.
     pub(super) fn idle(&self, class: Class) -> Duration {
+        self.longest_idle(class).min(self.deadline(class) / 3)
+    }
+
+    /// How long any attempt waits for the next bytes.
+    pub(super) fn longest_idle(&self, class: Class) -> Duration {
         self.client.options().idle_timeout.min(self.deadline(class))
     }
 
