@@ -96,7 +96,31 @@ def legacy(work):
         save("legacy", f"v{version}.tar.zst", packed)
 
 
+def erofs(work):
+    """Root disks of each layout mkfs.erofs knows, a compressed one (which is refused file by file) among them."""
+    tree = work / "tree"
+    (tree / "a/b").mkdir(parents=True)
+    for number in range(6):
+        (tree / "a" / f"file {number}").write_bytes(bytes([65 + number]) * number * 61)
+    (tree / "blocks").write_bytes(b"two" * 1500)
+    for number in range(90):
+        (tree / "a/b" / f"{number:040}").touch()
+    (tree / "link").symlink_to("a/b")
+    os.link(tree / "blocks", tree / "a/b/again")
+    os.mkfifo(tree / "pipe")
+    for name, arguments in {
+        "plain": [],
+        "extended": ["-Eforce-inode-extended", "-Enoinline_data"],
+        "chunks": ["--chunksize=4096", "-Eforce-chunk-indexes"],
+        "lz4": ["-zlz4"],
+    }.items():
+        image = work / f"{name}.erofs"
+        subprocess.run(["mkfs.erofs", "--quiet", "-T0", *arguments, image, tree], check=True, stdout=subprocess.DEVNULL)
+        save("erofs", name, image.read_bytes())
+
+
 with tempfile.TemporaryDirectory() as name:
     shutil.rmtree(CORPUS, ignore_errors=True)
     packs(Path(sys.argv[1]).resolve(), Path(name))
     legacy(Path(name))
+    erofs(Path(name))

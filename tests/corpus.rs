@@ -193,6 +193,11 @@ fn traces() {
 }
 
 #[test]
+fn root_disks() {
+    replay("erofs");
+}
+
+#[test]
 fn machine_states() {
     replay("vmstate");
 }

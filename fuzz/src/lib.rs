@@ -11,7 +11,9 @@ use std::sync::LazyLock;
 
 use forkd::paths::Paths;
 use forkd::registry::{HubAddress, Registry, RegistryCopies};
+use bytes::Bytes;
 use forkd_fs::digest::Digest;
+use forkd_fs::erofs::{Image, ReadImage};
 use forkd_fs::format::{self, MAX_NAME_LEN};
 use forkd_fs::index::{ChunkId, Index, TRAILER_LEN};
 use forkd_fs::legacy;
@@ -27,7 +29,7 @@ use tokio::runtime::Runtime;
 pub type Check = fn(&[u8]);
 
 /// Every target.
-pub const CHECKS: [(&str, Check); 7] = [
+pub const CHECKS: [(&str, Check); 8] = [
     ("index", index),
     ("manifest", manifest),
     ("registry", registry),
@@ -35,6 +37,7 @@ pub const CHECKS: [(&str, Check); 7] = [
     ("vmstate", vmstate),
     ("legacy", legacy),
     ("pack", pack),
+    ("erofs", erofs),
 ];
 
 /// Most plain bytes a predecessor's pack may hold here.
@@ -131,6 +134,54 @@ pub fn registry(bytes: &[u8]) {
         assert_eq!(again.location, entry.location);
     }
     drop(file);
+}
+
+/// An image in memory.
+struct InMemory<'a>(&'a [u8]);
+
+impl ReadImage for InMemory<'_> {
+    type Error = std::convert::Infallible;
+
+    fn size(&self) -> u64 {
+        self.0.len() as u64
+    }
+
+    async fn read(&self, offset: u64, len: u64) -> Result<Bytes, Self::Error> {
+        Ok(Bytes::copy_from_slice(&self.0[offset as usize..(offset + len) as usize]))
+    }
+}
+
+/// A root disk: every name that can be reached, and the beginning of what it names.
+pub fn erofs(bytes: &[u8]) {
+    RUNTIME.block_on(async {
+        let Ok(image) = Image::open(InMemory(bytes)).await else { return };
+        let Ok(root) = image.node(image.root()).await else { return };
+        let (mut directories, mut seen) = (vec![root], 0);
+        while let Some(directory) = directories.pop() {
+            let mut position = 0;
+            while let Ok(entries) = image.entries_from(&directory, position).await {
+                let Some(last) = entries.last() else { break };
+                assert!(last.next > position, "listing goes on");
+                position = last.next;
+                for entry in entries {
+                    seen += 1;
+                    assert!(seen <= 100_000, "an image of {} bytes has no end", bytes.len());
+                    let Ok(Some(node)) = image.lookup(&directory, &entry.name).await else { continue };
+                    for offset in [0, 5000, node.size.saturating_sub(10)] {
+                        if let Ok(read) = image.read(&node, offset, 10_000).await {
+                            assert_eq!(read.len() as u64, node.size.saturating_sub(offset).min(10_000));
+                        }
+                    }
+                    if node.is_symlink() {
+                        let _ = image.link_target(&node).await;
+                    }
+                    if node.is_directory() {
+                        directories.push(node);
+                    }
+                }
+            }
+        }
+    });
 }
 
 /// The trace of first touches.
