@@ -9,9 +9,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
+use bytes::Bytes;
 use forkd::paths::Paths;
 use forkd::registry::{HubAddress, Registry, RegistryCopies};
-use bytes::Bytes;
 use forkd_fs::digest::Digest;
 use forkd_fs::erofs::{Image, ReadImage};
 use forkd_fs::format::{self, MAX_NAME_LEN};

@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitCode, Stdio};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, getppid, pidfd_open};
 use serde::Serialize;
 
 use crate::cli::UmountArgs;
@@ -42,10 +42,17 @@ pub fn start_watcher(mountpoint: &Path) -> io::Result<Child> {
 /// The watcher's life.
 fn watch(args: &UmountArgs) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
+    let daemon = getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
     let _ = io::copy(&mut io::stdin(), &mut io::sink());
     // The daemon's connection to the kernel may outlive its end of the pipe by a moment.
     for _ in 0..50 {
         let Ok(mount) = mounts::find(&args.dir) else { break };
+        let successor = |record: &mounts::Record| {
+            record.mountpoint == mount.mountpoint && Some(record.pid) != daemon && !mount.is_dead()
+        };
+        if mounts::records(&paths).iter().any(successor) {
+            break;
+        }
         if mount.is_dead() {
             mounts::take_down(&paths, &args.dir, true).map_err(super::mount::MountCommandError::from)?;
             break;

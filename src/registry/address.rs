@@ -1,12 +1,16 @@
 //! Where a hub's registry is, and reading it. Used through [`super::Catalogue`].
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use forkd_fs::source::{HttpClient, HttpError, redact_url};
 use forkd_fs::store::PackSource;
 use url::Url;
 
 use super::{Catalogue, FILE_NAME, MAX_LEN, Registry, RegistryCopies, RegistryError, read_capped};
+
+/// How long a hub may refuse before the copy of its registry serves.
+const PATIENCE_WITH_COPY: Duration = Duration::from_millis(500);
 
 /// Where a registry is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,17 +65,17 @@ impl HubAddress {
     /// Fetches and checks the registry: one GET. While the hub cannot be reached, the copy kept of it when it was last
     /// read serves instead, with a warning.
     pub async fn load(self, http: &HttpClient, copies: &RegistryCopies) -> Result<Catalogue, RegistryError> {
-        let error = match self.fetch(http, copies).await {
+        let Some(copy) = copies.find(&self) else { return self.fetch(http, copies).await };
+        let error = match self.fetch_within(Some(PATIENCE_WITH_COPY), http, copies).await {
             Err(RegistryError::Fetch(error)) if is_away(&error) => error,
             fetched => return fetched,
         };
-        let Some(copy) = copies.find(&self) else { return Err(error.into()) };
         let registry = Registry::parse(&copy.bytes, &self.to_string())?;
         tracing::warn!(
             hub = %self,
             error = %crate::error::chain(&error),
             "the hub cannot be reached: using its registry as it was {} ago",
-            humantime::format_duration(std::time::Duration::from_secs(copy.age.as_secs()))
+            humantime::format_duration(Duration::from_secs(copy.age.as_secs()))
         );
         Ok(Catalogue { registry, address: self })
     }
@@ -82,10 +86,22 @@ impl HubAddress {
         http: &HttpClient,
         copies: &RegistryCopies,
     ) -> Result<Catalogue, RegistryError> {
+        self.fetch_within(None, http, copies).await
+    }
+
+    async fn fetch_within(
+        &self,
+        patience: Option<Duration>,
+        http: &HttpClient,
+        copies: &RegistryCopies,
+    ) -> Result<Catalogue, RegistryError> {
         let bytes = match self {
             HubAddress::Url(url) => {
                 http.authorize(url.as_str());
-                http.get(url.as_str(), MAX_LEN).await?
+                match patience {
+                    Some(patience) => http.get_within(url.as_str(), MAX_LEN, patience).await?,
+                    None => http.get(url.as_str(), MAX_LEN).await?,
+                }
             }
             HubAddress::Path(path) => read_capped(path)?.into(),
         };

@@ -172,7 +172,7 @@ fn check_house(lab: &Lab, hub: &Hub, original: &Path) {
     let drafts: Vec<_> =
         names(&lab.path("data/forkd/snapshots")).into_iter().filter(|n| n.starts_with('.')).collect();
     assert_eq!(drafts, Vec::<String>::new(), "drafts of dead pulls");
-    assert_eq!(processes_of(lab), Vec::<String>::new());
+    wait_until("watchers have seen their daemons' ends", || processes_of(lab).is_empty());
     let (entries, temporary) = check_cache(&lab.path("cache"));
     // A death leaves at most one file a writer; they go when the cache is next cleaned.
     assert!(temporary <= 40, "{temporary} temporary files beside {entries} entries");

@@ -101,10 +101,15 @@ impl HttpClient {
 
     /// Fetches a whole document of at most `limit` bytes, such as a registry.json, retrying up to the document deadline.
     pub async fn get(&self, url: &str, limit: u64) -> Result<Bytes, HttpError> {
+        self.get_within(url, limit, self.0.options.document_deadline).await
+    }
+
+    /// The same, failing and retrying for `deadline` at most. An attempt that is getting somewhere is not cut short.
+    pub async fn get_within(&self, url: &str, limit: u64, deadline: Duration) -> Result<Bytes, HttpError> {
         let (address, in_url) = Address::parse(url)?;
         let credential = in_url.or_else(|| self.0.keyring.credential_for(&address));
         let started = Instant::now();
-        let mut retries = Retries::new(self.0.options.document_deadline);
+        let mut retries = Retries::new(deadline);
         loop {
             // Bounds an attempt whose bytes drip in.
             let patience = self.0.options.idle_timeout * 6;
