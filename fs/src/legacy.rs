@@ -1,5 +1,6 @@
 //! Packs of the predecessor: one zstd stream of a tar, which can only be read from start to end. `inspect` and `unpack` use
-//! this; the mount fetches and unpacks them whole ([`whole`]).
+//! this, `repack` turns them into v3; the mount fetches and unpacks them whole ([`whole`]); of one on an HTTP server,
+//! `inspect` reads the beginning alone ([`head`]).
 //!
 //! Layout 1 holds `manifest.toml`, `snapshot.json`, `vmstate`, `rootfs.ext4` (not always) and `memory.bin`; layout 2 holds the same
 //! under `TAG/` for every link of a chain. Members are recognised by those names alone, paths from the pack are never
@@ -16,6 +17,7 @@ use crate::digest::{Digest, Hasher};
 use crate::format::{MANIFEST, MAX_FILE_SIZE, MEMORY, SNAPSHOT, VMSTATE, is_plain_name};
 use crate::manifest::{self, MAX_MANIFEST_LEN, ManifestError};
 
+pub mod head;
 pub mod whole;
 
 const MEMBERS: [&str; 5] = [MANIFEST, SNAPSHOT, VMSTATE, "rootfs.ext4", MEMORY];
@@ -73,6 +75,8 @@ pub struct LegacyManifest {
 #[derive(Debug, Clone, Deserialize)]
 struct LegacyFile {
     path: String,
+    #[serde(default)]
+    size: Option<u64>,
     sha256: Digest,
 }
 
@@ -81,6 +85,17 @@ struct LegacyLink {
     tag: String,
     #[serde(default)]
     files: Vec<LegacyFile>,
+}
+
+/// A member as a predecessor's manifest lists it, which need not be true.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LegacyListed {
+    /// `NAME` or `TAG/NAME`, of any form.
+    pub path: String,
+    /// Plain size in bytes, if it says.
+    pub size: Option<u64>,
+    /// Digest of the plain contents.
+    pub sha256: Digest,
 }
 
 /// Why a predecessor's pack cannot be read.
@@ -188,14 +203,27 @@ fn open(path: &Path) -> Result<File, LegacyError> {
 }
 
 /// Unpacks a pack into the existing, empty directory `dest`: members of layout 1 side by side, those of layout 2 in a
-/// directory a tag. Zeros become holes, and members the manifest lists are checked against its digests.
+/// directory a tag. Zeros become holes, and members the manifest lists are checked against its digests. Ends before the
+/// disk is full.
 pub fn unpack(path: &Path, dest: &Path, limit: u64) -> Result<LegacyPack, LegacyError> {
-    let limits = Limits { plain: limit, stored: u64::MAX };
-    unpack_into(path, open(path)?, limits, &mut |member| {
+    unpack_from(path, open(path)?, dest, limit)
+}
+
+/// Does what [`unpack`] does with a pack read from `data`; `path` names it in errors.
+pub fn unpack_from(path: &Path, data: impl Read, dest: &Path, limit: u64) -> Result<LegacyPack, LegacyError> {
+    let room = whole::room(dest).map_err(|source| LegacyError::Write { path: dest.to_owned(), source })?;
+    let limits = Limits { plain: limit, stored: room };
+    unpack_into(path, data, limits, &mut |member| {
         let directory = member.tag.as_ref().map_or_else(|| dest.to_owned(), |tag| dest.join(tag));
         let output = directory.join(member.name);
         let failed = |source| LegacyError::Write { path: output.clone(), source };
-        fs::create_dir_all(&directory).map_err(failed)?;
+        // Never `dest` itself: who removes it wants it gone.
+        if member.tag.is_some()
+            && let Err(error) = fs::create_dir(&directory)
+            && error.kind() != io::ErrorKind::AlreadyExists
+        {
+            return Err(failed(error));
+        }
         Ok((File::create_new(&output).map_err(failed)?, output.clone()))
     })
     .map(|(pack, _)| pack)
@@ -268,8 +296,24 @@ impl LegacyMember {
 }
 
 impl LegacyManifest {
+    /// The members it lists, in its order.
+    pub fn listed(&self) -> Vec<LegacyListed> {
+        let listed = |tag: Option<&str>, file: &LegacyFile| LegacyListed {
+            path: match tag {
+                Some(tag) if !file.path.contains('/') => format!("{tag}/{}", file.path),
+                _ => file.path.clone(),
+            },
+            size: file.size,
+            sha256: file.sha256,
+        };
+        let own = self.files.iter().map(|file| listed(None, file));
+        let chain = self.chain.iter();
+        own.chain(chain.flat_map(|link| link.files.iter().map(move |file| listed(Some(&link.tag), file))))
+            .collect()
+    }
+
     /// What the manifest says a member hashes to.
-    fn digest(&self, member: &LegacyMember) -> Option<Digest> {
+    pub fn digest(&self, member: &LegacyMember) -> Option<Digest> {
         let path = member.path();
         let link = self.chain.iter().find(|link| Some(&link.tag) == member.tag.as_ref());
         let of_link = link.into_iter().flat_map(|link| &link.files).find(|file| {

@@ -9,6 +9,10 @@ use crate::format::{self, MAX_FILE_SIZE, MAX_FILES, PACK_VERSION};
 /// Largest manifest accepted, in bytes: a hundred times a usual one. Parsed, one can take a hundred times as much memory.
 pub const MAX_MANIFEST_LEN: u64 = 256 << 10;
 
+/// [`Requires::vmstate_version`] of a pack whose `vmstate` is another monitor's: its files are there to be read, its machine
+/// is not to be restored.
+pub const FOREIGN_VMSTATE: u32 = 0;
+
 /// A pack's own description. Fields unknown to this version are ignored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -55,7 +59,7 @@ pub struct Requires {
     pub kvm_kind: KvmKind,
     /// Guest kernel build, e.g. `6.12.48-forkd`.
     pub kernel: String,
-    /// Layout of the `vmstate` member.
+    /// Layout of the `vmstate` member; [`FOREIGN_VMSTATE`] if it is none of ours.
     pub vmstate_version: u32,
     /// CPU features the guest was shown and may use.
     #[serde(default)]
@@ -120,6 +124,13 @@ pub enum ManifestError {
         /// What is too large.
         what: String,
     },
+}
+
+impl Requires {
+    /// Whether the machine's state is another monitor's.
+    pub fn is_foreign(&self) -> bool {
+        self.vmstate_version == FOREIGN_VMSTATE
+    }
 }
 
 impl Manifest {

@@ -12,7 +12,7 @@ use bytes::Bytes;
 
 use super::{LegacyError, LegacyMember, LegacyPack, Limits, unpack_into};
 use crate::digest::{Digest, Hasher};
-use crate::source::{Class, Deadlines, FileSource, Source, SourceError};
+use crate::source::{Class, Deadlines, FileSource, Source, SourceError, redact_url};
 use crate::store::{PackLocation, PackSource, StoreOptions};
 
 /// Largest pack downloaded, in bytes.
@@ -177,12 +177,15 @@ fn unpack(mut packed: File, size: u64, name: &str, directory: &Path) -> Result<W
     Ok(WholePack { pack, packed_size: size, files: files.into_iter().map(Arc::new).collect() })
 }
 
-fn source(location: &PackLocation, options: &StoreOptions) -> Result<(Source, String), WholeError> {
+pub(super) fn source(
+    location: &PackLocation,
+    options: &StoreOptions,
+) -> Result<(Source, String), WholeError> {
     let deadlines = Deadlines { demand: options.demand_deadline, prefetch: options.prefetch_deadline };
     let (name, source) = match &location.source {
         PackSource::Url(url) => {
             let source = options.http.source(url, location.size, deadlines);
-            (url.clone(), source.map(Source::Http).map_err(SourceError::Http))
+            (redact_url(url), source.map(Source::Http).map_err(SourceError::Http))
         }
         PackSource::Path(path) => {
             let source = FileSource::open(path);
@@ -196,7 +199,7 @@ fn source(location: &PackLocation, options: &StoreOptions) -> Result<(Source, St
 }
 
 /// Bytes that may be written to a directory's disk.
-fn room(directory: &Path) -> io::Result<u64> {
+pub(super) fn room(directory: &Path) -> io::Result<u64> {
     let disk = rustix::fs::statvfs(directory)?;
     Ok(disk.f_bavail.saturating_mul(disk.f_frsize).saturating_sub(RESERVE))
 }
