@@ -3,8 +3,9 @@
 //! A *lazy* sandbox reads machine state from an opened pack and lets a pager fill the images while machines run; a
 //! *local* one maps the files of a snapshot on disk. Callers: `supervisor.rs`, `commands/fork.rs`.
 
-use crate::snapshot::{self, CONFIGURATION_MAX, Configuration, SnapshotError, file_error};
+use crate::snapshot::{self, CONFIGURATION_MAX, Configuration, FOREIGN_MACHINE, SnapshotError, file_error};
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
+use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
 use forkd_fs::prefetch;
 use forkd_fs::source::Class;
 use forkd_fs::store::{ChunkData, OnChunk, Progress, ReadError, Store};
@@ -17,6 +18,7 @@ use forkd_vmm::pager::{
 use forkd_vmm::process::Start;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,6 +42,9 @@ pub enum SandboxError {
     /// The snapshot's own files.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The machine is another monitor's.
+    #[error("{FOREIGN_MACHINE}")]
+    Foreign,
     /// Reading the pack.
     #[error("reading the machine's state from the pack failed")]
     Read(#[from] ReadError),
@@ -240,6 +245,9 @@ impl Sandbox {
             let path = dir.join(name);
             File::open(&path).map_err(file_error("opening", &path))
         };
+        if is_foreign_directory(dir) {
+            return Err(SandboxError::Foreign);
+        }
         let path = dir.join(snapshot::CONFIGURATION);
         let configuration = std::fs::read(&path).map_err(file_error("reading", &path))?;
         let configuration = Configuration::parse(&configuration)?;
@@ -268,7 +276,12 @@ impl Sandbox {
         host: KvmKind,
     ) -> Result<Sandbox, SandboxError> {
         let names = [snapshot::CONFIGURATION, snapshot::VMSTATE, snapshot::TRACE];
-        let small = store.read_files(&names, SMALL_FILE_MAX).await?;
+        // At once: both lie at the start of the pack, and a pack of a foreign machine need not have the others.
+        let (manifest, small) = tokio::join!(store.manifest(), store.read_files(&names, SMALL_FILE_MAX));
+        if manifest?.requires.is_foreign() {
+            return Err(SandboxError::Foreign);
+        }
+        let small = small?;
         let [configuration, vmstate, trace] = &small[..] else {
             return Err(ReadError::NoSuchFile { name: snapshot::VMSTATE.to_owned() }.into());
         };
@@ -412,6 +425,19 @@ impl Sandbox {
     /// The file in the pack behind an image, for messages.
     pub fn image_name(image: ImageId) -> &'static str {
         IMAGE_FILES[image.index()]
+    }
+}
+
+/// Whether a snapshot's manifest says that its machine is another monitor's: unpacked from a pack of the predecessor, or
+/// from one that `forkd repack` made of it. Anything else about the manifest is of no matter here.
+fn is_foreign_directory(dir: &Path) -> bool {
+    let mut bytes = Vec::new();
+    let opened = File::open(dir.join(snapshot::MANIFEST));
+    let read = opened.and_then(|file| file.take(MAX_MANIFEST_LEN + 1).read_to_end(&mut bytes));
+    match read.map(|_| Manifest::parse(&bytes)) {
+        Ok(Ok(manifest)) => manifest.requires.is_foreign(),
+        Ok(Err(ManifestError::Version { found })) => found < forkd_fs::format::PACK_VERSION,
+        _ => false,
     }
 }
 

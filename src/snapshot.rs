@@ -36,6 +36,10 @@ const FORMAT: u32 = 1;
 /// Longest `snapshot.json`, bytes.
 pub const CONFIGURATION_MAX: usize = 64 * 1024;
 
+/// What is said of a pack or snapshot of the predecessor that is to be forked.
+pub const FOREIGN_MACHINE: &str =
+    "it holds the state of a Firecracker machine, which this forkd cannot restore";
+
 /// `snapshot.json`: the machine that the snapshot is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Configuration {

@@ -5,9 +5,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use forkd_fs::digest::Digest;
-use forkd_fs::format::TRACE;
-use forkd_fs::legacy;
+use forkd_fs::format::{MANIFEST, TRACE};
+use forkd_fs::legacy::head::{HeadError, LegacyHead};
+use forkd_fs::legacy::{self, LegacyManifest};
 use forkd_fs::prefetch;
+use forkd_fs::source::redact_url;
 use forkd_fs::store::{OpenError, PackSource, ReadError, Store, StoreOptions};
 use forkd_fs::trace::Trace;
 use serde::Serialize;
@@ -18,6 +20,7 @@ use crate::error::CommandError;
 use crate::output::{Output, table};
 use crate::packs;
 use crate::paths::Paths;
+use crate::snapshot::FOREIGN_MACHINE;
 use crate::units::{show_share, show_size};
 
 /// Largest trace read, in bytes.
@@ -34,8 +37,9 @@ struct Report {
     created_at: String,
     forkd_version: String,
     size_bytes: u64,
-    plain_bytes: u64,
-    ratio: f64,
+    /// Null when a pack of the predecessor was not read whole and its manifest does not tell.
+    plain_bytes: Option<u64>,
+    ratio: Option<f64>,
     files: Vec<File>,
     /// Why it cannot be forked; null when nothing in the pack forbids it.
     unforkable: Option<String>,
@@ -90,10 +94,19 @@ async fn inspect(args: &InspectArgs) -> Result<Report, CommandError> {
     let location = target.location().clone();
     // No cache: what is shown is what is there now.
     let options = StoreOptions { http, ..StoreOptions::default() };
-    match (Store::open(location.clone(), options).await, &location.source) {
+    match (Store::open(location.clone(), options.clone()).await, &location.source) {
         (Ok(store), _) => Ok(of_store(&store).await?),
         (Err(OpenError::Legacy { .. }), PackSource::Path(path)) => {
             Ok(of_legacy(path).map_err(UnpackCommandError::from)?)
+        }
+        (Err(OpenError::Legacy { .. }), PackSource::Url(url)) => {
+            match LegacyHead::fetch(&location, &options).await {
+                Ok(head) => Ok(of_head(redact_url(url), head)),
+                Err(HeadError::Source { location, source }) => {
+                    Err(OpenError::Source { location, source }.into())
+                }
+                Err(HeadError::Pack(error)) => Err(UnpackCommandError::from(error).into()),
+            }
         }
         (Err(error), _) => Err(error.into()),
     }
@@ -127,10 +140,10 @@ async fn of_store(store: &Arc<Store>) -> Result<Report, ReadError> {
         created_at: manifest.created_at.clone(),
         forkd_version: manifest.forkd_version.clone(),
         size_bytes: index.pack_size(),
-        plain_bytes,
-        ratio: share(plain_bytes, index.pack_size()),
+        plain_bytes: Some(plain_bytes),
+        ratio: Some(share(plain_bytes, index.pack_size())),
         files,
-        unforkable: None,
+        unforkable: manifest.requires.is_foreign().then(|| FOREIGN_MACHINE.to_owned()),
         requires: Some(manifest.requires.clone()),
         chunks: Some(Chunks {
             size: index.chunk_size(),
@@ -164,19 +177,40 @@ async fn traced(store: &Arc<Store>) -> Result<Option<(u64, u64)>, ReadError> {
 fn of_legacy(path: &Path) -> Result<Report, legacy::LegacyError> {
     let pack = legacy::list(path, LEGACY_LIMIT)?;
     let size_bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
-    let file = |member: &legacy::LegacyMember| File {
-        path: member.path(),
-        size: member.size,
-        sha256: None,
-        chunks: None,
-        stored_chunks: None,
-        stored_bytes: None,
-    };
+    let file =
+        |member: &legacy::LegacyMember| legacy_file(member.path(), member.size, pack.manifest.digest(member));
     let files: Vec<File> = pack.members.iter().map(file).collect();
     let plain_bytes = files.iter().map(|file| file.size).sum();
-    let manifest = pack.manifest;
-    Ok(Report {
-        location: path.display().to_string(),
+    let location = path.display().to_string();
+    Ok(legacy_report(location, pack.manifest, size_bytes, files, Some(plain_bytes), None))
+}
+
+/// Of a pack on a server: its manifest is believed about the members that were not read.
+fn of_head(location: String, head: LegacyHead) -> Report {
+    let listed = head.manifest.listed();
+    let told = !listed.is_empty() && listed.iter().all(|file| file.size.is_some());
+    let mut files = vec![legacy_file(MANIFEST.to_owned(), head.manifest_size, None)];
+    let listed =
+        listed.into_iter().map(|file| legacy_file(file.path, file.size.unwrap_or(0), Some(file.sha256)));
+    files.extend(listed);
+    let plain_bytes = told.then(|| files.iter().fold(0u64, |sum, file| sum.saturating_add(file.size)));
+    legacy_report(location, head.manifest, head.packed_size, files, plain_bytes, Some(head.fetched_bytes))
+}
+
+fn legacy_file(path: String, size: u64, sha256: Option<Digest>) -> File {
+    File { path, size, sha256, chunks: None, stored_chunks: None, stored_bytes: None }
+}
+
+fn legacy_report(
+    location: String,
+    manifest: LegacyManifest,
+    size_bytes: u64,
+    files: Vec<File>,
+    plain_bytes: Option<u64>,
+    fetched_bytes: Option<u64>,
+) -> Report {
+    Report {
+        location,
         pack_format: manifest.forkd_pack_version,
         tag: manifest.tag,
         description: manifest.description,
@@ -185,16 +219,14 @@ fn of_legacy(path: &Path) -> Result<Report, legacy::LegacyError> {
         forkd_version: manifest.forkd_version,
         size_bytes,
         plain_bytes,
-        ratio: share(plain_bytes, size_bytes),
+        ratio: plain_bytes.map(|plain| share(plain, size_bytes)),
         files,
-        unforkable: Some(
-            "it holds the state of a Firecracker machine, which this forkd cannot restore".to_owned(),
-        ),
+        unforkable: Some(FOREIGN_MACHINE.to_owned()),
         requires: None,
         chunks: None,
         index: None,
-        fetched_bytes: None,
-    })
+        fetched_bytes,
+    }
 }
 
 fn share(part: u64, whole: u64) -> f64 {
@@ -217,9 +249,13 @@ fn show(report: &Report) -> String {
             rows.push(vec![label.to_owned(), printable(text)]);
         }
     }
-    let (size, plain) = (show_size(report.size_bytes), show_size(report.plain_bytes));
-    rows.push(vec!["size".to_owned(), format!("{size} for {plain} ({:.1} to 1)", report.ratio)]);
-    if let Some(needs) = &report.requires {
+    let mut size = show_size(report.size_bytes);
+    if let (Some(plain), Some(ratio)) = (report.plain_bytes, report.ratio) {
+        size.push_str(&format!(" for {} ({ratio:.1} to 1)", show_size(plain)));
+    }
+    rows.push(vec!["size".to_owned(), size]);
+    // What the machine of another monitor needs is of no use to anyone here.
+    if let Some(needs) = report.requires.as_ref().filter(|needs| !needs.is_foreign()) {
         let text = format!(
             "{} MiB, {} vCPU, {} KVM, kernel {}",
             needs.memory_mib,

@@ -71,6 +71,9 @@ fn sandbox(error: &SandboxError) -> Row {
         SandboxError::Snapshot(error) => packs::snapshot(error),
         SandboxError::Pager(error) => pager(error),
         SandboxError::Read(error) => packs::read(error),
+        SandboxError::Foreign => {
+            row.hint("its files can be mounted and unpacked; to fork it, build it again with this forkd")
+        }
         SandboxError::Trace(_) | SandboxError::Size { .. } => {
             row.hint("the pack was built wrong; ask its publisher")
         }
