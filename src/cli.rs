@@ -59,6 +59,8 @@ pub enum Verb {
     Pack(PackArgs),
     /// Unpack a pack into a local snapshot
     Unpack(UnpackArgs),
+    /// Turn a pack of any format version into one of this version
+    Repack(RepackArgs),
     /// Show what is in a pack without downloading it
     Inspect(InspectArgs),
     /// Publish packs and serve them
@@ -247,6 +249,32 @@ pub struct UnpackArgs {
     /// Replace a snapshot of that name
     #[arg(long)]
     pub force: bool,
+}
+
+/// `forkd repack`.
+#[derive(Debug, Args)]
+pub struct RepackArgs {
+    /// A pack of any format version: a file, an http(s):// URL, or a name of the hub (owner/name[@version])
+    #[arg(value_name = "FILE|URL|REF")]
+    pub target: String,
+    /// The pack to write, by convention NAME.forkd-snapshot.tar.zst
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// Plain bytes per chunk: a power of two from 64 KiB to 4 MiB
+    #[arg(long, value_name = "SIZE", default_value = "256KiB", value_parser = units::parse_size)]
+    pub chunk: u64,
+    /// zstd level
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=22))]
+    pub level: i32,
+    /// Replace FILE when it exists
+    #[arg(long)]
+    pub force: bool,
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
 }
 
 /// `forkd inspect`.

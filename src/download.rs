@@ -1,7 +1,7 @@
 //! A whole pack in a local file, checked against the digest of the whole: for packs whose index no registry pins.
 //!
 //! What is known by its digest is downloaded into `downloads/SHA256.partial` in the cache directory, and an interrupted
-//! download goes on from there, whatever process or machine start comes between. Used by `pull` and `cache gc`.
+//! download goes on from there, whatever process or machine start comes between. Used by `pull`, `repack` and `cache gc`.
 
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime};
 
 use forkd_fs::digest::{Digest, Hasher};
 use forkd_fs::source::{Class, Deadlines, FileSource, HttpClient, Source, SourceError};
-use forkd_fs::store::{PackSource, StoreOptions};
+use forkd_fs::store::{PackLocation, PackSource, StoreOptions};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::output::Output;
@@ -20,6 +20,9 @@ use crate::registry::Resolved;
 
 /// Interrupted downloads older than this are garbage.
 const STALE_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Largest pack downloaded whole, in bytes.
+const MAX_PACK: u64 = 64 << 30;
 
 /// Why a pack cannot be downloaded.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +39,14 @@ pub enum DownloadError {
         expected: Digest,
         /// What the bytes hash to.
         found: Digest,
+    },
+    /// Larger than any pack may be.
+    #[error("{location} has {size} bytes, at most {MAX_PACK} are downloaded")]
+    TooLarge {
+        /// URL or path.
+        location: String,
+        /// Its size in bytes.
+        size: u64,
     },
     /// The file cannot be written.
     #[error("{}", path.display())]
@@ -71,8 +82,8 @@ impl Download {
         http: &HttpClient,
         output: &Output,
     ) -> Result<Download, DownloadError> {
-        let source = source(resolved, http)?;
-        let size = source.size().await?;
+        let source = source(&resolved.location, http)?;
+        let size = size_of(&source).await?;
         let mut download = Download::open(&directory(paths), expected)?;
         let progress = Progress::bytes(output, &format!("downloading {}", resolved.reference), size);
         loop {
@@ -92,6 +103,21 @@ impl Download {
                 }
             }
         }
+    }
+
+    /// Downloads a pack that nothing vouches for, into a directory which the caller removes.
+    pub async fn fetch_unknown(
+        location: &PackLocation,
+        directory: &Path,
+        http: &HttpClient,
+        output: &Output,
+    ) -> Result<Download, DownloadError> {
+        let source = source(location, http)?;
+        let size = size_of(&source).await?;
+        let mut download = Download::open(directory, None)?;
+        let progress = Progress::bytes(output, "downloading", size);
+        download.complete(&source, size, &progress).await?;
+        Ok(download)
     }
 
     /// Opens what is there already. Without a digest to know it by, nothing is.
@@ -130,6 +156,17 @@ impl Download {
         Ok(self.file.metadata().map_err(self.failed())?.len())
     }
 
+    /// Says before the download rather than near its end that the disk is too full for it.
+    fn check_room(&self, size: u64) -> Result<(), DownloadError> {
+        let failed = self.failed();
+        let disk = rustix::fs::fstatvfs(&self.file).map_err(|errno| failed(errno.into()))?;
+        let room = disk.f_bavail.saturating_mul(disk.f_frsize);
+        match size.saturating_sub(self.len()?) > room {
+            true => Err(failed(rustix::io::Errno::NOSPC.into())),
+            false => Ok(()),
+        }
+    }
+
     fn truncate(&mut self) -> Result<(), DownloadError> {
         self.file.set_len(0).map_err(self.failed())
     }
@@ -145,6 +182,7 @@ impl Download {
         if self.len()? > size {
             self.truncate()?;
         }
+        self.check_room(size)?;
         self.file.seek(SeekFrom::Start(0)).map_err(&failed)?;
         let mut hasher = Hasher::new();
         let mut done = io::copy(&mut self.file, &mut hasher).map_err(&failed)?;
@@ -175,15 +213,23 @@ fn directory(paths: &Paths) -> PathBuf {
     paths.cache.join("downloads")
 }
 
-fn source(resolved: &Resolved, http: &HttpClient) -> Result<Source, SourceError> {
-    match &resolved.location.source {
+fn source(location: &PackLocation, http: &HttpClient) -> Result<Source, SourceError> {
+    match &location.source {
         PackSource::Url(url) => {
             let StoreOptions { demand_deadline: demand, prefetch_deadline: prefetch, .. } =
                 StoreOptions::default();
             let deadlines = Deadlines { demand, prefetch };
-            Ok(Source::Http(http.source(url, resolved.location.size, deadlines)?))
+            Ok(Source::Http(http.source(url, location.size, deadlines)?))
         }
         PackSource::Path(path) => Ok(Source::File(FileSource::open(path)?)),
+    }
+}
+
+async fn size_of(source: &Source) -> Result<u64, DownloadError> {
+    let size = source.size().await?;
+    match size > MAX_PACK {
+        true => Err(DownloadError::TooLarge { location: source.describe().to_owned(), size }),
+        false => Ok(size),
     }
 }
 

@@ -20,6 +20,7 @@ use crate::commands::fork::ForkCommandError;
 use crate::commands::mount::MountCommandError;
 use crate::commands::pack::PackError;
 use crate::commands::pull::PullError;
+use crate::commands::repack::RepackError;
 use crate::commands::unpack::UnpackCommandError;
 use crate::hub::publish::PublishError;
 use crate::hub::serve::ServeError;
@@ -82,6 +83,9 @@ pub enum CommandError {
     /// `forkd pull`.
     #[error(transparent)]
     Pull(#[from] PullError),
+    /// `forkd repack`.
+    #[error(transparent)]
+    Repack(#[from] RepackError),
     /// `forkd mount` and `forkd umount`.
     #[error(transparent)]
     Mount(#[from] MountCommandError),
@@ -153,6 +157,7 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Pack(error) => packs::pack(error),
         CommandError::Unpack(error) => packs::unpack(error),
         CommandError::Pull(error) => packs::pull(error),
+        CommandError::Repack(error) => packs::repack(error),
         CommandError::Mount(error) => packs::mount(error),
         CommandError::Runtime(_) => {
             Row::failed("start", "threads").hint("check the process and thread limits (ulimit -u)")

@@ -24,6 +24,7 @@ pub mod kernel;
 pub mod mount;
 pub mod pack;
 pub mod pull;
+pub mod repack;
 pub mod snapshots;
 pub mod umount;
 pub mod unpack;
@@ -41,6 +42,7 @@ pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
         Verb::Rmi(args) => snapshots::remove(&args, output),
         Verb::Pack(args) => pack::run(&args, output),
         Verb::Unpack(args) => unpack::run(&args, output),
+        Verb::Repack(args) => repack::run(&args, output),
         Verb::Inspect(args) => inspect::run(&args, output),
         Verb::Hub(HubVerb::Publish(args)) => hub_publish::run(&args, output),
         Verb::Hub(HubVerb::Serve(args)) => hub_serve::run(&args, output),

@@ -50,8 +50,9 @@ pub enum PackError {
     Write(#[from] WriteError),
 }
 
-#[derive(Serialize)]
-struct Report {
+/// What `forkd pack --json` prints, and `forkd repack` among other things.
+#[derive(Debug, Serialize)]
+pub(super) struct Report {
     path: PathBuf,
     size_bytes: u64,
     sha256: Digest,
@@ -65,33 +66,40 @@ struct Report {
     ratio: f64,
 }
 
+impl Report {
+    pub(super) fn new(path: &Path, summary: &PackSummary) -> Report {
+        Report {
+            path: path.to_owned(),
+            size_bytes: summary.pack_size,
+            sha256: summary.pack_sha256,
+            index_offset: summary.index.offset,
+            index_size: summary.index.length,
+            index_sha256: summary.index.sha256,
+            plain_bytes: summary.plain_bytes,
+            stored_bytes: summary.stored_bytes,
+            chunks: u64::from(summary.stored_chunks) + u64::from(summary.zero_chunks),
+            stored_chunks: u64::from(summary.stored_chunks),
+            ratio: summary.ratio(),
+        }
+    }
+
+    /// The line for people, without its verb.
+    pub(super) fn line(&self, what: &str) -> String {
+        format!(
+            "{what} as {}: {} of {} ({} of the chunks are zero), sha256 {}",
+            self.path.display(),
+            show_size(self.size_bytes),
+            show_size(self.plain_bytes),
+            show_share(self.chunks - self.stored_chunks, self.chunks),
+            self.sha256
+        )
+    }
+}
+
 /// Packs.
 pub fn run(args: &PackArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let summary = pack(args, output)?;
-    let report = Report {
-        path: args.out.clone(),
-        size_bytes: summary.pack_size,
-        sha256: summary.pack_sha256,
-        index_offset: summary.index.offset,
-        index_size: summary.index.length,
-        index_sha256: summary.index.sha256,
-        plain_bytes: summary.plain_bytes,
-        stored_bytes: summary.stored_bytes,
-        chunks: u64::from(summary.stored_chunks) + u64::from(summary.zero_chunks),
-        stored_chunks: u64::from(summary.stored_chunks),
-        ratio: summary.ratio(),
-    };
-    output.report(&report, |report| {
-        format!(
-            "packed {} as {}: {} of {} ({} of the chunks are zero), sha256 {}",
-            args.tag,
-            report.path.display(),
-            show_size(report.size_bytes),
-            show_size(report.plain_bytes),
-            show_share(report.chunks - report.stored_chunks, report.chunks),
-            report.sha256
-        )
-    });
+    let report = Report::new(&args.out, &pack(args, output)?);
+    output.report(&report, |report| format!("packed {}", report.line(&args.tag)));
     Ok(ExitCode::SUCCESS)
 }
 
@@ -102,8 +110,7 @@ fn pack(args: &PackArgs, output: &Output) -> Result<PackSummary, PackError> {
     if args.out.exists() && !args.force {
         return Err(PackError::Exists { path: args.out.clone() });
     }
-    let chunk_size = u32::try_from(args.chunk).ok().filter(|&size| forkd_fs::format::is_chunk_size(size));
-    let chunk_size = chunk_size.ok_or(PackError::Chunk { size: args.chunk })?;
+    let options = options(args.chunk, args.level)?;
     let mut manifest = read_manifest(&directory)?;
     manifest.tag.clone_from(&args.tag);
     if !args.description.is_empty() {
@@ -112,6 +119,24 @@ fn pack(args: &PackArgs, output: &Output) -> Result<PackSummary, PackError> {
     if !args.base_image.is_empty() {
         manifest.base_image.clone_from(&args.base_image);
     }
+    write(options, &directory, manifest, &args.out, output)
+}
+
+/// How to pack, by the command line.
+pub(super) fn options(chunk: u64, level: i32) -> Result<PackOptions, PackError> {
+    let chunk_size = u32::try_from(chunk).ok().filter(|&size| forkd_fs::format::is_chunk_size(size));
+    let chunk_size = chunk_size.ok_or(PackError::Chunk { size: chunk })?;
+    Ok(PackOptions { chunk_size, level, ..PackOptions::default() })
+}
+
+/// Packs the files of a directory, with a progress bar.
+pub(super) fn write(
+    options: PackOptions,
+    directory: &Path,
+    manifest: Manifest,
+    out: &Path,
+    output: &Output,
+) -> Result<PackSummary, PackError> {
     let progress = Progress::bytes(output, "packing", 0);
     let on_progress = |now: forkd_fs::writer::PackProgress| {
         progress.limit(now.total);
@@ -121,8 +146,7 @@ fn pack(args: &PackArgs, output: &Output) -> Result<PackSummary, PackError> {
             Pass::Compress => "packing",
         });
     };
-    let writer = PackWriter::new(PackOptions { chunk_size, level: args.level, ..PackOptions::default() });
-    Ok(writer.write(&directory, manifest, &args.out, &on_progress)?)
+    Ok(PackWriter::new(options).write(directory, manifest, out, &on_progress)?)
 }
 
 fn read_manifest(directory: &Path) -> Result<Manifest, PackError> {

@@ -10,6 +10,7 @@ use super::Row;
 use crate::commands::mount::MountCommandError;
 use crate::commands::pack::PackError;
 use crate::commands::pull::PullError;
+use crate::commands::repack::RepackError;
 use crate::commands::unpack::UnpackCommandError;
 use crate::download::DownloadError;
 use crate::hub::publish::PublishError;
@@ -107,7 +108,9 @@ pub(super) fn open(error: &OpenError) -> Row {
         OpenError::Source { source: SourceError::File(_), .. } => {
             row.hint("give a pack's file, its URL, or owner/name with --hub")
         }
-        OpenError::Legacy { .. } => row.hint("`forkd unpack` reads it whole"),
+        OpenError::Legacy { .. } => row.hint(
+            "`forkd unpack` and `forkd repack` read it whole; its machine is Firecracker's and cannot be forked",
+        ),
         OpenError::Truncated { .. } => row.hint("download or copy it again"),
         OpenError::IndexDigest { .. } => {
             row.hint("the pack was changed after it was registered: do not trust it, tell its publisher")
@@ -223,6 +226,19 @@ pub(super) fn unpack(error: &UnpackCommandError) -> Row {
     }
 }
 
+pub(super) fn repack(error: &RepackError) -> Row {
+    const WHAT: &str = "repack";
+    let row = Row::failed(WHAT, "");
+    match error {
+        RepackError::Unpack(error) => Row { what: WHAT, ..unpack(error) },
+        RepackError::Pull(error) => Row { what: WHAT, ..pull(error) },
+        RepackError::Pack(error) => Row { what: WHAT, ..pack(error) },
+        RepackError::Place { .. } => row.hint("--out needs an existing directory that can be written to"),
+        RepackError::Directory { .. } => Row::usage(WHAT, "").hint("--out takes the new pack's file"),
+        RepackError::Name { .. } | RepackError::Manifest(_) | RepackError::Signals(_) => row,
+    }
+}
+
 pub(super) fn pull(error: &PullError) -> Row {
     let row = Row::failed("pull", "");
     match error {
@@ -233,6 +249,7 @@ pub(super) fn pull(error: &PullError) -> Row {
         PullError::Download(DownloadError::File { .. }) => {
             row.hint("make room there, or point XDG_CACHE_HOME elsewhere")
         }
+        PullError::Download(DownloadError::TooLarge { .. }) => row,
         PullError::BadDigest { .. } => row.hint("the publisher has to mend the registry"),
         PullError::Download(DownloadError::Source(SourceError::File(_))) => row,
     }
