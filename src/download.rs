@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use forkd_fs::digest::{Digest, Hasher};
-use forkd_fs::source::{Class, Deadlines, FileSource, HttpClient, Source, SourceError};
-use forkd_fs::store::{PackLocation, PackSource, StoreOptions};
+use forkd_fs::source::{Class, HttpClient, Source, SourceError};
+use forkd_fs::store::{PackLocation, StoreOptions};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::output::Output;
@@ -214,15 +214,7 @@ fn directory(paths: &Paths) -> PathBuf {
 }
 
 fn source(location: &PackLocation, http: &HttpClient) -> Result<Source, SourceError> {
-    match &location.source {
-        PackSource::Url(url) => {
-            let StoreOptions { demand_deadline: demand, prefetch_deadline: prefetch, .. } =
-                StoreOptions::default();
-            let deadlines = Deadlines { demand, prefetch };
-            Ok(Source::Http(http.source(url, location.size, deadlines)?))
-        }
-        PackSource::Path(path) => Ok(Source::File(FileSource::open(path)?)),
-    }
+    location.source(&StoreOptions { http: http.clone(), ..StoreOptions::default() })
 }
 
 async fn size_of(source: &Source) -> Result<u64, DownloadError> {

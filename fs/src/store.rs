@@ -18,7 +18,7 @@ use crate::digest::Digest;
 use crate::format::MANIFEST;
 use crate::index::{ChunkId, ChunkSpan, FileId, Index};
 use crate::manifest::{MAX_MANIFEST_LEN, Manifest};
-use crate::source::{Class, HttpClient, Source};
+use crate::source::{Class, Deadlines, FileSource, HttpClient, Source, SourceError, redact_url};
 
 mod error;
 mod flight;
@@ -55,6 +55,25 @@ pub struct PackLocation {
     pub size: Option<u64>,
     /// Where its index is and what it must hash to, from a registry. Saves requests and anchors trust.
     pub index: Option<IndexPin>,
+}
+
+impl PackLocation {
+    /// What messages call it: the path, or the URL without what may be secret in it.
+    pub fn describe(&self) -> String {
+        match &self.source {
+            PackSource::Url(url) => redact_url(url),
+            PackSource::Path(path) => path.display().to_string(),
+        }
+    }
+
+    /// Its bytes, checked by nobody yet. Of a URL nothing is requested so far.
+    pub fn source(&self, options: &StoreOptions) -> Result<Source, SourceError> {
+        let deadlines = Deadlines { demand: options.demand_deadline, prefetch: options.prefetch_deadline };
+        match &self.source {
+            PackSource::Url(url) => Ok(Source::Http(options.http.source(url, self.size, deadlines)?)),
+            PackSource::Path(path) => Ok(Source::File(FileSource::open(path)?)),
+        }
+    }
 }
 
 /// The root of trust of a pack: its index frame.

@@ -12,8 +12,8 @@ use bytes::Bytes;
 
 use super::{LegacyError, LegacyMember, LegacyPack, Limits, unpack_into};
 use crate::digest::{Digest, Hasher};
-use crate::source::{Class, Deadlines, FileSource, Source, SourceError, redact_url};
-use crate::store::{PackLocation, PackSource, StoreOptions};
+use crate::source::{Class, Source, SourceError};
+use crate::store::{PackLocation, StoreOptions};
 
 /// Largest pack downloaded, in bytes.
 const MAX_PACK: u64 = 64 << 30;
@@ -181,18 +181,8 @@ pub(super) fn source(
     location: &PackLocation,
     options: &StoreOptions,
 ) -> Result<(Source, String), WholeError> {
-    let deadlines = Deadlines { demand: options.demand_deadline, prefetch: options.prefetch_deadline };
-    let (name, source) = match &location.source {
-        PackSource::Url(url) => {
-            let source = options.http.source(url, location.size, deadlines);
-            (redact_url(url), source.map(Source::Http).map_err(SourceError::Http))
-        }
-        PackSource::Path(path) => {
-            let source = FileSource::open(path);
-            (path.display().to_string(), source.map(Source::File).map_err(SourceError::File))
-        }
-    };
-    match source {
+    let name = location.describe();
+    match location.source(options) {
         Ok(source) => Ok((source, name)),
         Err(source) => Err(WholeError::Source { location: name, source }),
     }

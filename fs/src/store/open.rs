@@ -2,13 +2,13 @@
 
 use bytes::Bytes;
 
-use super::{IndexPin, OpenError, PackLocation, PackSource, StoreOptions};
+use super::{IndexPin, OpenError, PackLocation, StoreOptions};
 use crate::cache::ChunkCache;
 use crate::digest::Digest;
 use crate::format::{self, MAX_INDEX_LEN, PACK_VERSION, SEEK_FOOTER_LEN};
 use crate::index::{Index, TRAILER_LEN};
 use crate::legacy;
-use crate::source::{Class, Deadlines, FileSource, Source, SourceError, redact_url};
+use crate::source::{Class, Source, SourceError};
 
 /// Bytes read at the end of a pack whose index is not pinned: holds seek table and index of packs up to about 4000
 /// stored chunks, and at least the seek table up to 30000.
@@ -49,18 +49,8 @@ pub(super) async fn open(location: &PackLocation, options: &StoreOptions) -> Res
 
 impl Opening {
     fn new(location: &PackLocation, options: &StoreOptions) -> Result<Self, OpenError> {
-        let deadlines = Deadlines { demand: options.demand_deadline, prefetch: options.prefetch_deadline };
-        let (name, source) = match &location.source {
-            PackSource::Url(url) => {
-                let source = options.http.source(url, location.size, deadlines);
-                (redact_url(url), source.map(Source::Http).map_err(SourceError::Http))
-            }
-            PackSource::Path(path) => {
-                let source = FileSource::open(path);
-                (path.display().to_string(), source.map(Source::File).map_err(SourceError::File))
-            }
-        };
-        match source {
+        let name = location.describe();
+        match location.source(options) {
             Ok(source) => Ok(Self { source, location: name }),
             Err(source) => Err(OpenError::Source { location: name, source }),
         }
