@@ -132,6 +132,8 @@ impl Download {
             let (file, path) = made
                 .and_then(|file| file.keep().map_err(|failed| failed.error))
                 .map_err(failed(directory))?;
+            // Nobody else knows its name but who collects what is left.
+            flock(&file, FlockOperation::LockExclusive).map_err(|errno| failed(&path)(errno.into()))?;
             return Ok(Download { path, file, keep: false });
         };
         let path = directory.join(format!("{digest}.partial"));

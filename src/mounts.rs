@@ -229,7 +229,8 @@ fn unmount_now(mountpoint: &Path) -> Result<(), MountsError> {
 /// Takes the mount out of the file system now; it ends when its last user is gone.
 pub fn detach(mountpoint: &Path) -> Result<(), MountsError> {
     match unmount(mountpoint, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
-        Ok(()) => Ok(()),
+        // Nothing is mounted there any more: somebody else was faster.
+        Ok(()) | Err(Errno::INVAL) => Ok(()),
         Err(Errno::PERM) => fusermount(mountpoint, &["-u", "-z"]),
         Err(error) => Err(MountsError::Unmount { path: mountpoint.to_owned(), source: error.into() }),
     }
@@ -269,6 +270,13 @@ pub fn write_record(paths: &Paths, record: &Record) -> Result<(), MountsError> {
     let text = serde_json::to_vec(record).map_err(|error| failed(error.into()))?;
     let partial = path.with_extension("json.new");
     std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, &path)).map_err(failed)
+}
+
+/// Whether the mount on `mountpoint` is recorded as that process's: after a lazy unmount another daemon may have mounted
+/// there, whose mount and record are not to be touched.
+pub fn is_ours(paths: &Paths, mountpoint: &Path, pid: u32) -> bool {
+    let text = std::fs::read(record_path(paths, mountpoint, "json")).unwrap_or_default();
+    serde_json::from_slice(&text).is_ok_and(|record: Record| record.pid == pid)
 }
 
 /// Removes a mount's record and log; it is no error when there are none.

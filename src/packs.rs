@@ -84,3 +84,15 @@ pub fn chunk_cache(paths: &Paths, args: &CacheArgs) -> ChunkCache {
     let options = CacheOptions { max_bytes: args.cache_size, min_free_bytes: args.cache_reserve };
     ChunkCache::open(&paths.cache, options)
 }
+
+/// Says that a pack which is read in parts can only be checked as far as its own index goes: `forkd pull` checks the
+/// digest of the whole.
+pub fn warn_unpinned(resolved: Resolved) -> Resolved {
+    if resolved.location.index.is_none() {
+        tracing::warn!(
+            pack = %resolved.reference,
+            "the registry pins no index of this pack: it is taken as its host sends it"
+        );
+    }
+    resolved
+}

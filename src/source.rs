@@ -12,8 +12,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// How long opening a pack may be retried.
+const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+
 /// How long a machine waits for memory while the network is away.
-const DEMAND_DEADLINE: Duration = Duration::from_secs(600);
+pub const DEMAND_DEADLINE: Duration = Duration::from_secs(600);
 
 /// What is fetched from the start of a pack together with its index: snapshot.json, vmstate, trace and the first
 /// hot pages lie there, so they cost no round trip of their own.
@@ -103,12 +106,12 @@ pub async fn open(
         Ok((hub, reference)) => {
             let catalogue = packs::catalogue(paths, hub.as_deref(), &http).await?;
             reached(Stage::Registry);
-            catalogue.resolve(&reference)?.location
+            packs::warn_unpinned(catalogue.resolve(&reference)?).location
         }
         Err(location) => location,
     };
     let options = StoreOptions {
-        demand_deadline: DEMAND_DEADLINE,
+        demand_deadline: OPEN_DEADLINE,
         head_bytes: HEAD_BYTES,
         ..packs::store_options(paths, &args.cache, &http)
     };

@@ -164,7 +164,7 @@ fn a_killed_download_goes_on_where_it_stopped() {
     let lab = Lab::new();
     lab.hub_dir("demo");
     unpin(&lab);
-    let hub = Hub::start(&lab, &["--bandwidth", "4MB/s"]);
+    let hub = Hub::start(&lab, &["--bandwidth", "2MB/s"]);
     let total = fs::metadata(lab.published("demo")).unwrap().len();
     let args = ["pull", "lab/demo", "--tag", "copy", "--hub", &hub.url()];
     let mut pull = lab.command(&args).spawn().unwrap();
@@ -172,16 +172,17 @@ fn a_killed_download_goes_on_where_it_stopped() {
         let files = fs::read_dir(lab.path("cache/forkd/downloads")).into_iter().flatten().flatten();
         files.map(|file| file.metadata().unwrap().len()).sum::<u64>()
     };
-    wait_until("half of it is here", || partial() > total / 2);
+    wait_until("a part of it is here", || partial() > total / 8);
     pull.kill().unwrap();
     pull.wait().unwrap();
     assert!(!is_running(pull.id()) && partial() < total);
+    let here = partial();
     let before = hub.pack_bytes();
     lab.run(&args).ok();
     let memory = |tag: &str| fs::read(lab.snapshot_dir(tag).join("memory.bin")).unwrap();
     assert!(memory("copy") == memory("demo"));
     let fetched = hub.pack_bytes() - before;
-    assert!(fetched < total * 6 / 10, "the rest only: {fetched} of {total}");
+    assert!(fetched <= total - here + 100_000, "the rest only: {fetched} of {total}, {here} were here");
     assert_eq!(partial(), 0, "and nothing stays of it");
 }
 

@@ -243,7 +243,7 @@ fn mistakes_are_named_and_leave_nothing() {
     let gone = hub.stop();
     let (status, text) = bed.run(&gone, &["fork", "deeplethe/python-numpy"]).both();
     assert_eq!(status, Some(1), "{text}");
-    assert!(text.contains("registry") && text.contains("hint:"), "{text}");
+    assert!(text.contains("cannot be reached") && text.contains("hint:"), "{text}");
     assert!(!bed.has_run_dirs(), "a run directory is left");
 }
 

@@ -218,6 +218,12 @@ impl Store {
         self.source.describe()
     }
 
+    /// Changes how long a demand read that begins from now on may be retried: who opens a pack wants to know soon that
+    /// its host is away, a machine that runs can wait.
+    pub fn set_demand_deadline(&self, deadline: Duration) {
+        self.source.set_demand_deadline(deadline);
+    }
+
     /// The pack's manifest, read once.
     pub async fn manifest(self: &Arc<Self>) -> Result<Arc<Manifest>, ReadError> {
         let read = async || {

@@ -109,9 +109,10 @@ async fn a_broken_download_goes_on_and_a_replaced_object_is_noticed() {
         server.replace(other, etag);
         let error = met(source.read_at(200_000, 100, Class::Demand).await.unwrap_err());
         assert!(error.starts_with(word), "{error}");
+        // What it is now may be what it was before the host erred: whoever reads knows by the digests.
         let before = server.request_count();
-        source.read_at(200_000, 100, Class::Demand).await.unwrap_err();
-        assert_eq!(server.request_count(), before, "it will not be the same object again");
+        source.read_at(200_000, 100, Class::Demand).await.unwrap();
+        assert!(server.request_count() > before, "the next reader starts afresh");
     }
 }
 
@@ -158,8 +159,11 @@ async fn only_what_was_announced_is_downloaded() {
     let enough = source(&HttpClient::new(options(300_000)), &server.url(), None);
     assert_eq!(enough.size().await.unwrap(), 300_000);
     assert_eq!(enough.read_at(299_000, 1000, Class::Demand).await.unwrap(), object[299_000..]);
-    // A registry does: the limit is not needed, and neither more nor less is taken.
-    let known = source(&HttpClient::new(options(1)), &server.url(), Some(300_000));
+    // A registry does, and may be as hostile: the limit holds, and neither more nor less is taken.
+    let known = source(&HttpClient::new(options(299_999)), &server.url(), Some(300_000));
+    let error = met(known.read_at(0, 300_000, Class::Demand).await.unwrap_err());
+    assert!(error.starts_with("NoRanges"), "{error}");
+    let known = source(&HttpClient::new(options(300_000)), &server.url(), Some(300_000));
     assert_eq!(known.read_at(0, 300_000, Class::Demand).await.unwrap(), object);
     let shorter = source(&http(), &server.url(), Some(200_000));
     let error = met(shorter.read_at(150_000, 50_000, Class::Demand).await.unwrap_err());

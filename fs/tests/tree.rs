@@ -9,6 +9,9 @@ use forkd_fs::tree::{Attributes, Kind, Listing, MAX_READ, Opened, ROOT, Tree};
 use forkd_fs::writer::{PackOptions, PackWriter};
 use rustix::io::Errno;
 
+mod support;
+use support::server::{Fault, Server};
+
 const CHUNK: u64 = 64 << 10;
 
 fn pack(dir: &Path) -> PathBuf {
@@ -203,4 +206,31 @@ async fn a_new_registry_shows_and_hides_names_and_open_files_stay() {
     assert_eq!(tree.read(open, 0, MAX_READ).await.unwrap(), bytes, "who has it open keeps reading");
     let size = std::fs::metadata(&path).unwrap().len();
     assert_eq!(tree.total_bytes(), size, "of what is listed, only n/v1 was opened; gone no longer counts");
+}
+
+#[tokio::test]
+async fn readers_of_a_pack_that_does_not_open_share_one_failure() {
+    let server = Server::start(vec![1; 1000]).await;
+    server.fail_always(Fault::Stall);
+    let location = PackLocation { source: PackSource::Url(server.url()), size: None, index: None };
+    let deadline = std::time::Duration::from_millis(400);
+    let tree = std::sync::Arc::new(Tree::new(
+        vec![Listing { location, ..listing("n", "v1", Path::new("unused")) }],
+        StoreOptions { demand_deadline: deadline, ..support::options() },
+    ));
+    let version = walk(&tree, "o/n/v1").await.unwrap().inode;
+    let started = std::time::Instant::now();
+    let look = |_| {
+        let tree = tree.clone();
+        tokio::spawn(async move { tree.lookup(version, "vmstate".as_ref()).await.err() })
+    };
+    for looked in (0..12).map(look).collect::<Vec<_>>() {
+        assert_eq!(looked.await.unwrap(), Some(Errno::IO));
+    }
+    let took = started.elapsed();
+    assert!(took < deadline * 3, "twelve readers waited {took:?} for one host");
+    server.fail_always(Fault::Fine);
+    let later = tree.lookup(version, "vmstate".as_ref()).await.err();
+    assert_eq!(later, Some(Errno::IO), "it answers now, with what is no pack");
+    assert!(server.request_count() > 3, "whoever comes later asks again");
 }

@@ -180,7 +180,9 @@ fn open_sandbox(
         source::Origin::Directory(held) => Sandbox::open_local(&held.path(), kind).map_err(failed),
         source::Origin::Pack(store) => {
             let handle = runtime.handle().clone();
-            let mut sandbox = runtime.block_on(Sandbox::open_pack(store, handle, kind)).map_err(failed)?;
+            let opening = Sandbox::open_pack(store.clone(), handle, kind);
+            let mut sandbox = runtime.block_on(opening).map_err(failed)?;
+            store.set_demand_deadline(source::DEMAND_DEADLINE);
             if eager {
                 let bar = Progress::bytes(output, "downloading", sandbox.progress().bytes_total);
                 let mut filling = runtime.spawn(sandbox.fill(std::future::ready(())));

@@ -155,12 +155,18 @@ fn serve(
             () = keep_current(args.refresh, &catalogue, (paths, &http), (&tree, &mounted)) => true,
         }
     });
-    if !unmounted_by_other {
+    let ours = mounts::is_ours(paths, mountpoint, record.pid);
+    if ours && !unmounted_by_other {
         // Busy or not, the mount goes: a daemon that is told to stop leaves no dead mount behind.
         mounts::detach(mountpoint).map_err(MountCommandError::from)?;
     }
-    mounts::remove_record(paths, mountpoint);
-    drop(mounted);
+    if ours {
+        mounts::remove_record(paths, mountpoint);
+        drop(mounted);
+    } else {
+        // Dropped, it would unmount whatever is there now; its own mount ends with this process.
+        std::mem::forget(mounted);
+    }
     // Reads that wait for a hub must not hold up the end.
     runtime.shutdown_background();
     Ok(ExitCode::SUCCESS)
@@ -221,7 +227,7 @@ fn listings(catalogue: &Catalogue) -> Vec<Listing> {
     let usable = |entry: Result<Resolved, _>| {
         entry.map_err(|error| tracing::warn!(%error, "an entry is left out")).ok()
     };
-    catalogue.entries().filter_map(usable).filter_map(listing).collect()
+    catalogue.entries().filter_map(usable).map(packs::warn_unpinned).filter_map(listing).collect()
 }
 
 /// Moves stdout and stderr to the log, which closes the pipe to the command that waits.

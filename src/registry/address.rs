@@ -68,6 +68,8 @@ impl HubAddress {
         let Some(copy) = copies.find(&self) else { return self.fetch(http, copies).await };
         let error = match self.fetch_within(Some(PATIENCE_WITH_COPY), http, copies).await {
             Err(RegistryError::Fetch(error)) if is_away(&error) => error,
+            // It is there, and may only want a moment.
+            Err(RegistryError::Fetch(HttpError::Deadline { .. })) => return self.fetch(http, copies).await,
             fetched => return fetched,
         };
         let registry = Registry::parse(&copy.bytes, &self.to_string())?;
@@ -139,10 +141,7 @@ impl HubAddress {
 fn is_away(error: &HttpError) -> bool {
     match error {
         HttpError::Deadline { last, .. } => is_away(last),
-        HttpError::Connect { .. }
-        | HttpError::Transfer { .. }
-        | HttpError::Stalled { .. }
-        | HttpError::Busy { .. } => true,
+        HttpError::Connect { .. } | HttpError::Transfer { .. } | HttpError::Stalled { .. } => true,
         _ => false,
     }
 }

@@ -21,6 +21,8 @@ const STALE_AFTER: Duration = Duration::from_secs(3600);
 const FULL_FOR: Duration = Duration::from_secs(10);
 /// Most bytes of the disk left to others when nobody says how many.
 const MOST_RESERVED: u64 = 1 << 30;
+/// No frame or index is longer, in bytes: see `format::MAX_INDEX_LEN` and the frames of the largest chunks.
+const LARGEST_FRAME: u64 = 64 << 20;
 /// How the names of unfinished files start.
 const TEMPORARY: &str = ".tmp-";
 
@@ -94,13 +96,19 @@ impl Disk {
         let path = self.path(digest);
         let file = File::open(&path).ok()?;
         let metadata = file.metadata().ok()?;
-        // Room for one byte more than expected, so that reading to the end needs no second allocation.
-        let mut frame = Vec::with_capacity(if metadata.len() == len { len as usize + 1 } else { 0 });
-        let intact = metadata.len() == len
-            && (&file).take(len).read_to_end(&mut frame).is_ok()
-            && Digest::of(&frame) == digest;
-        if !intact {
+        if metadata.len() > LARGEST_FRAME {
             self.put_aside(&path);
+            return None;
+        }
+        // Room for one byte more, so that reading to the end needs no second allocation.
+        let mut frame = Vec::with_capacity(metadata.len() as usize + 1);
+        let read = (&file).take(LARGEST_FRAME).read_to_end(&mut frame);
+        if read.is_err() || Digest::of(&frame) != digest {
+            self.put_aside(&path);
+            return None;
+        }
+        if frame.len() as u64 != len {
+            // The frame is good; it is the index that lies.
             return None;
         }
         let now = SystemTime::now();

@@ -87,6 +87,10 @@ impl HttpSource {
         self.0.object.trouble()
     }
 
+    pub(super) fn set_demand_deadline(&self, deadline: Duration) {
+        self.0.object.set_demand_deadline(deadline);
+    }
+
     pub(super) fn stream_at(&self, offset: u64, len: u64, class: Class) -> HttpBody {
         let deadline = self.0.object.deadline(class);
         let spool = self.0.spool();
@@ -113,6 +117,15 @@ impl HttpSource {
 impl SourceShared {
     fn spool(&self) -> Option<Arc<Spool>> {
         self.spool.lock().expect("no panics while held").clone()
+    }
+
+    /// Lets go of a download that turned out to be of something else: the next reader starts afresh.
+    fn forget_spool(&self, failed: &Arc<Spool>, error: &HttpError) {
+        if error.is_of_another_object() {
+            self.object.unlearn_after(error);
+            let mut spool = self.spool.lock().expect("no panics while held");
+            spool.take_if(|spool| Arc::ptr_eq(spool, failed));
+        }
     }
 
     /// The download all readers share; the first to learn that there are no ranges starts it with the answer it got.
@@ -162,7 +175,8 @@ impl HttpBody {
                 return Ok(None);
             }
             if let Some(spool) = self.spool.clone() {
-                let piece = spool.read(self.next, self.end, self.progress.0, self.deadline).await?;
+                let piece = spool.read(self.next, self.end, self.progress.0, self.deadline).await;
+                let piece = piece.inspect_err(|error| self.source.forget_spool(&spool, error))?;
                 self.next += piece.len() as u64;
                 self.progress = (Instant::now(), self.next);
                 return Ok(Some(piece));

@@ -117,6 +117,15 @@ impl Source {
         }
     }
 
+    /// Changes how long a demand read that begins from now on may be retried.
+    pub fn set_demand_deadline(&self, deadline: Duration) {
+        match self {
+            Self::Http(source) => source.set_demand_deadline(deadline),
+            // Files answer or do not.
+            Self::File(_) => {}
+        }
+    }
+
     /// The URL or path, for messages.
     pub fn describe(&self) -> &str {
         match self {

@@ -16,7 +16,7 @@ use super::Kind;
 use super::pack::FIRST_MEMBER;
 use crate::digest::Digest;
 use crate::legacy::whole::{WholeError, WholePack};
-use crate::store::{PackLocation, PackSource, StoreOptions};
+use crate::store::{PackLocation, StoreOptions};
 
 /// The first directory of a tag; the others follow in the order of their first members.
 const FIRST_TAG: u32 = 1 << 30;
@@ -25,6 +25,8 @@ const FIRST_TAG: u32 = 1 << 30;
 #[derive(Debug, Default)]
 pub(super) struct LegacyNode {
     whole: Arc<OnceCell<WholePack>>,
+    /// Held by the task that fetches it.
+    fetching: Arc<tokio::sync::Mutex<()>>,
     /// Whether the pack turned out to be one of the predecessor's.
     known: AtomicBool,
 }
@@ -56,24 +58,24 @@ impl LegacyNode {
         if let Some(whole) = self.whole.get() {
             return Ok(whole);
         }
+        let not_yet = || WholeError::NotYet { location: location.describe() };
+        // One task at a time, however many readers come and give up.
+        let Ok(alone) = self.fetching.clone().try_lock_owned() else {
+            let _ = tokio::time::timeout(options.demand_deadline, self.fetching.lock()).await;
+            return self.whole.get().ok_or_else(not_yet);
+        };
         let (cell, place, own_options) = (self.whole.clone(), location.clone(), options.clone());
         // A task of its own: it goes on when this request has given up.
         let fetching = tokio::spawn(async move {
+            let _alone = alone;
             let directory = own_options.http.spool_dir();
             cell.get_or_try_init(|| WholePack::fetch(&place, sha256, &own_options, directory)).await.map(drop)
         });
         match tokio::time::timeout(options.demand_deadline, fetching).await {
             Ok(done) => done.unwrap_or(Err(WholeError::Stopped))?,
-            Err(_) => return Err(WholeError::NotYet { location: describe(location) }),
+            Err(_) => return Err(not_yet()),
         }
         self.whole.get().ok_or(WholeError::Stopped)
-    }
-}
-
-fn describe(location: &PackLocation) -> String {
-    match &location.source {
-        PackSource::Url(url) => url.clone(),
-        PackSource::Path(path) => path.display().to_string(),
     }
 }
 

@@ -11,6 +11,9 @@ use super::{Entry, Inode, Kind, Listing, PACK_SHIFT, ROOT};
 use crate::format::is_plain_name;
 use crate::store::StoreOptions;
 
+/// The version every package has, which moves.
+const LATEST: &str = "latest";
+
 /// A name that leads elsewhere than before, or nowhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Changed {
@@ -240,22 +243,22 @@ fn names(listings: &[Listing]) -> Names<'_> {
     let mut names = Names::new();
     for listing in listings.iter().filter(plain) {
         let versions = names.entry(&listing.owner).or_default().entry(&listing.name).or_default();
-        let target = same_pack(listings, listing).map_or(Wanted::Pack(listing), Wanted::Link);
-        versions.entry(&listing.version).or_insert(target);
+        versions.entry(&listing.version).or_insert(Wanted::Pack(listing));
+    }
+    for versions in names.values_mut().flat_map(BTreeMap::values_mut) {
+        if let Some(twin) = twin_of_latest(versions) {
+            versions.insert(LATEST, Wanted::Link(twin));
+        }
     }
     names
 }
 
-/// For a `latest` that is the same pack as a named version: that version.
-fn same_pack<'a>(listings: &'a [Listing], latest: &Listing) -> Option<&'a str> {
-    if latest.version != "latest" {
-        return None;
-    }
-    let twin = |other: &&Listing| {
-        (&other.owner, &other.name) == (&latest.owner, &latest.name)
-            && other.version != latest.version
-            && is_plain_name(&other.version)
-            && other.location == latest.location
+/// The named version that is the same pack as `latest`.
+fn twin_of_latest<'a>(versions: &BTreeMap<&'a str, Wanted<'a>>) -> Option<&'a str> {
+    let Some(Wanted::Pack(latest)) = versions.get(LATEST) else { return None };
+    let twin = |(&version, target): (&&'a str, &Wanted<'a>)| match target {
+        Wanted::Pack(other) if version != LATEST && other.location == latest.location => Some(version),
+        _ => None,
     };
-    listings.iter().filter(twin).map(|other| other.version.as_str()).next_back()
+    versions.iter().filter_map(twin).next_back()
 }

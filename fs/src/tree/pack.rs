@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::Mutex;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use rustix::io::Errno;
@@ -49,6 +49,8 @@ pub(super) struct PackNode {
     store: OnceCell<Arc<Store>>,
     root_disk: OnceCell<RootDisk>,
     legacy: LegacyNode,
+    /// When opening it last failed, and how.
+    open_failed: Mutex<Option<(Instant, Errno)>>,
     trouble: Mutex<Trouble>,
 }
 
@@ -106,31 +108,43 @@ impl PackNode {
             store: OnceCell::new(),
             root_disk: OnceCell::new(),
             legacy: LegacyNode::default(),
+            open_failed: Mutex::default(),
             trouble: Mutex::default(),
         }
     }
 
     /// What the pack holds. Whoever comes first opens it, the others wait; a failure is tried again by the next one.
     async fn contents(&self) -> Result<Contents<'_>, Errno> {
-        // `None`: it is one of the predecessor's. Those who waited for the first need not ask again.
+        let began = Instant::now();
+        // `None`: it is one of the predecessor's.
         let open = || async {
             if self.legacy.is_known() {
                 return Err(None);
             }
-            let opened = Store::open(self.location.clone(), self.options.clone()).await;
-            if let Err(OpenError::Legacy { .. }) = opened {
-                self.legacy.make_known();
-                return Err(None);
+            // Readers queue here: whoever waited while another failed shares that failure, or the last of many would
+            // wait for as many deadlines.
+            let failed = *self.open_failed.lock().expect("no panics while held");
+            if let Some((_, errno)) = failed.filter(|&(at, _)| at > began) {
+                return Err(Some(errno));
             }
-            opened.map_err(Some)
+            match Store::open(self.location.clone(), self.options.clone()).await {
+                Ok(store) => Ok(store),
+                Err(OpenError::Legacy { .. }) => {
+                    self.legacy.make_known();
+                    Err(None)
+                }
+                Err(error) => {
+                    self.failed(&error);
+                    let errno = of_open_error(&error);
+                    *self.open_failed.lock().expect("no panics while held") = Some((Instant::now(), errno));
+                    Err(Some(errno))
+                }
+            }
         };
         match self.store.get_or_try_init(open).await {
             Ok(store) => return Ok(Contents::Indexed(store)),
             Err(None) => {}
-            Err(Some(error)) => {
-                self.failed(&error);
-                return Err(of_open_error(&error));
-            }
+            Err(Some(errno)) => return Err(errno),
         }
         let fetched = self.legacy.fetch(&self.location, self.sha256, &self.options).await;
         fetched.map(Contents::Whole).map_err(|error| {

@@ -214,6 +214,18 @@ pub enum HttpError {
 }
 
 impl HttpError {
+    /// Whether an answer was about something else than what was opened.
+    pub(super) fn is_of_another_object(&self) -> bool {
+        match self {
+            Self::Replaced { .. }
+            | Self::WrongRange { .. }
+            | Self::OutOfRange { .. }
+            | Self::Encoded { .. } => true,
+            Self::Download { last, .. } => last.is_of_another_object(),
+            _ => false,
+        }
+    }
+
     /// What a request that got no answer met.
     pub(super) fn of_failed_exchange(url: &str, error: reqwest::Error) -> Self {
         let (url, source) = (url.to_owned(), error.without_url());

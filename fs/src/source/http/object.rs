@@ -2,7 +2,7 @@
 //! Nothing an answer says is believed beyond what was asked for.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -20,12 +20,20 @@ use crate::source::{Class, Counters, Deadlines, Trouble};
 pub(super) struct Object {
     pub(super) client: HttpClient,
     pub(super) route: Route,
-    pub(super) deadlines: Deadlines,
-    /// The strong ETag of the first answer (`None`: it had none); later ones must agree.
-    etag: OnceLock<Option<String>>,
-    size: OnceLock<u64>,
+    deadlines: Mutex<Deadlines>,
+    /// What a registry says of its size.
+    declared_size: Option<u64>,
+    learnt: Mutex<Learnt>,
     bytes: AtomicU64,
     failing: Mutex<Failing>,
+}
+
+/// What the first good answer said of the object; later ones must agree.
+#[derive(Debug, Default)]
+struct Learnt {
+    /// Its strong ETag (`Some(None)`: it had none).
+    etag: Option<Option<String>>,
+    size: Option<u64>,
 }
 
 /// Reads that are being retried.
@@ -49,19 +57,25 @@ impl Object {
         Self {
             client,
             route,
-            deadlines,
-            etag: OnceLock::new(),
-            size: size.map_or_else(OnceLock::new, OnceLock::from),
+            deadlines: Mutex::new(deadlines),
+            declared_size: size,
+            learnt: Mutex::default(),
             bytes: AtomicU64::new(0),
             failing: Mutex::default(),
         }
     }
 
     pub(super) fn deadline(&self, class: Class) -> Duration {
+        let deadlines = self.deadlines.lock().expect("no panics while held");
         match class {
-            Class::Demand => self.deadlines.demand,
-            Class::Prefetch => self.deadlines.prefetch,
+            Class::Demand => deadlines.demand,
+            Class::Prefetch => deadlines.prefetch,
         }
+    }
+
+    /// For reads that begin from now on.
+    pub(super) fn set_demand_deadline(&self, deadline: Duration) {
+        self.deadlines.lock().expect("no panics while held").demand = deadline;
     }
 
     /// How long a first attempt waits for the next bytes: short enough to leave time for another.
@@ -75,7 +89,7 @@ impl Object {
     }
 
     pub(super) fn size(&self) -> Option<u64> {
-        self.size.get().copied()
+        self.declared_size.or_else(|| self.learnt().size)
     }
 
     pub(super) fn counters(&self) -> Counters {
@@ -86,30 +100,30 @@ impl Object {
     pub(super) async fn ask(&self, first: u64, last: u64, idle: Duration) -> Result<Answer, HttpError> {
         let range = format!("bytes={first}-{last}").try_into().expect("digits fit a header");
         let response = self.send(idle, HeaderMap::from_iter([(header::RANGE, range)])).await?;
-        match response.status() {
+        let answer = match response.status() {
             StatusCode::PARTIAL_CONTENT => {
-                self.check_range(&response, first, last)?;
-                Ok(Answer::Range(response))
+                self.check_range(&response, first, last).map(|()| Answer::Range(response))
             }
-            StatusCode::OK => {
-                self.check_whole(&response)?;
+            StatusCode::OK => self.check_whole(&response).map(|()| {
                 let all = response.content_length().is_some_and(|len| first == 0 && len == last + 1);
-                Ok(if all { Answer::Range(response) } else { Answer::Whole(response) })
-            }
+                if all { Answer::Range(response) } else { Answer::Whole(response) }
+            }),
             StatusCode::RANGE_NOT_SATISFIABLE => {
                 Err(HttpError::OutOfRange { url: self.route.label(), wanted: format!("{first}-{last}") })
             }
             _ => Err(self.refusal(&response)),
-        }
+        };
+        answer.inspect_err(|error| self.unlearn_after(error))
     }
 
     /// Asks for the whole object.
     pub(super) async fn ask_whole(&self, idle: Duration) -> Result<Response, HttpError> {
         let response = self.send(idle, HeaderMap::new()).await?;
-        match response.status() {
+        let answer = match response.status() {
             StatusCode::OK => self.check_whole(&response).map(|()| response),
             _ => Err(self.refusal(&response)),
-        }
+        };
+        answer.inspect_err(|error| self.unlearn_after(error))
     }
 
     /// The next piece of a body, `None` at its end.
@@ -123,9 +137,22 @@ impl Object {
         Ok(piece)
     }
 
+    fn learnt(&self) -> MutexGuard<'_, Learnt> {
+        self.learnt.lock().expect("no panics while held")
+    }
+
+    /// Forgets what was learnt and where redirects led when an answer was about something else. One captive portal's page
+    /// must not be held against all answers that come later; what they send is checked by its digest anyway.
+    pub(super) fn unlearn_after(&self, error: &HttpError) {
+        if error.is_of_another_object() {
+            *self.learnt() = Learnt::default();
+            self.route.forget_all();
+        }
+    }
+
     /// The object has `total` bytes: true from the first who says so, an error from those who say otherwise later.
     pub(super) fn check_size(&self, total: u64) -> Result<(), HttpError> {
-        let size = *self.size.get_or_init(|| total);
+        let size = self.declared_size.unwrap_or_else(|| *self.learnt().size.get_or_insert(total));
         if total != size {
             let detail = format!("{size} bytes were expected, it has {total}");
             return Err(HttpError::Replaced { url: self.route.label(), detail });
@@ -134,7 +161,7 @@ impl Object {
     }
 
     async fn send(&self, idle: Duration, mut headers: HeaderMap) -> Result<Response, HttpError> {
-        let etag = self.etag.get().and_then(|etag| HeaderValue::from_str(etag.as_ref()?).ok());
+        let etag = self.learnt().etag.clone().flatten().and_then(|etag| HeaderValue::from_str(&etag).ok());
         headers.extend(etag.map(|etag| (header::IF_MATCH, etag)));
         self.route.send(&self.client, idle, &headers).await
     }
@@ -151,7 +178,6 @@ impl Object {
 
     fn check_range(&self, response: &Response, first: u64, last: u64) -> Result<(), HttpError> {
         check_encoding(self.route.start(), response.headers())?;
-        self.check_etag(response)?;
         let got = header_text(response, header::CONTENT_RANGE).unwrap_or_default();
         let wrong = || {
             let (url, wanted) = (self.route.label(), format!("{first}-{last}"));
@@ -159,6 +185,8 @@ impl Object {
         };
         let (got_first, got_last, total) = parse_content_range(got).ok_or_else(wrong)?;
         self.check_size(total)?;
+        // After the size: another object's ETag must not be the one that is waited for.
+        self.check_etag(response)?;
         if (got_first, got_last) != (first, last) {
             return Err(wrong());
         }
@@ -173,13 +201,14 @@ impl Object {
 
     fn check_whole(&self, response: &Response) -> Result<(), HttpError> {
         check_encoding(self.route.start(), response.headers())?;
-        self.check_etag(response)?;
-        response.content_length().map_or(Ok(()), |len| self.check_size(len))
+        response.content_length().map_or(Ok(()), |len| self.check_size(len))?;
+        self.check_etag(response)
     }
 
     fn check_etag(&self, response: &Response) -> Result<(), HttpError> {
         let etag = header_text(response, header::ETAG).filter(|etag| etag.starts_with('"'));
-        let pinned = self.etag.get_or_init(|| etag.map(str::to_owned));
+        let mut learnt = self.learnt();
+        let pinned = learnt.etag.get_or_insert_with(|| etag.map(str::to_owned));
         match (pinned, etag) {
             (Some(pinned), Some(etag)) if pinned != etag => {
                 let detail = format!("its ETag was {pinned}, now {etag}");

@@ -165,6 +165,12 @@ impl Route {
         (known.generation, known.target.clone())
     }
 
+    /// The next request asks the way again.
+    pub(super) fn forget_all(&self) {
+        let mut known = self.known.lock().expect("no panics while held");
+        *known = Known { generation: known.generation + 1, ..Known::default() };
+    }
+
     fn forget(&self, generation: u64) {
         let mut known = self.known.lock().expect("no panics while held");
         if known.generation == generation {
@@ -223,7 +229,8 @@ fn is_redirect(status: StatusCode) -> bool {
 
 /// What hosts say of signed URLs that have expired.
 fn is_refusal(status: StatusCode) -> bool {
-    matches!(status.as_u16(), 401 | 403 | 404 | 410)
+    // 400 is what some object stores answer to a signature that has expired.
+    matches!(status.as_u16(), 400 | 401 | 403 | 404 | 410)
 }
 
 /// An answer that says nothing about the way.

@@ -22,6 +22,8 @@ use crate::source::Class;
 
 /// Most bytes handed to a reader at a time.
 const PIECE: u64 = 512 << 10;
+/// Bytes of the disk left to others; a twentieth of a smaller disk.
+const LARGEST_RESERVE: u64 = 256 << 20;
 /// How often in a row a download may break off without having got any further.
 const FRUITLESS: u32 = 8;
 
@@ -191,7 +193,7 @@ impl Shared {
             Some(first) => first,
             None => object.ask_whole(idle).await?,
         };
-        self.check_room()?;
+        self.check_size()?;
         let mut at = 0;
         while let Some(piece) = object.piece(idle, &mut response).await? {
             object.note_recovery(failing);
@@ -238,7 +240,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Refuses to receive more than the object has, or than is taken on trust.
+    /// Refuses to receive more than the object has, than anybody downloads whole unasked, and than the disk can spare.
     fn check_length(&self, len: u64) -> Result<(), HttpError> {
         let limit = self.object.client.options().spool_limit;
         let url = || self.object.route.label();
@@ -247,17 +249,26 @@ impl Shared {
                 let detail = format!("{size} bytes were expected, it has more");
                 Err(HttpError::Replaced { url: url(), detail })
             }
-            None if len > limit => Err(HttpError::NoRanges { url: url(), limit }),
-            _ => Ok(()),
+            _ if len > limit => Err(HttpError::NoRanges { url: url(), limit }),
+            _ => self.check_room(0),
         }
     }
 
-    /// Says before the download rather than at its end that the disk is too full for it.
-    fn check_room(&self) -> Result<(), HttpError> {
-        let Some(size) = self.object.size() else { return Ok(()) };
+    /// Says before a download rather than at its end that the disk is too full for it.
+    fn check_size(&self) -> Result<(), HttpError> {
+        let limit = self.object.client.options().spool_limit;
+        match self.object.size() {
+            Some(size) if size > limit => Err(HttpError::NoRanges { url: self.object.route.label(), limit }),
+            Some(size) => self.check_room(size.saturating_sub(self.fill.borrow().have)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_room(&self, missing: u64) -> Result<(), HttpError> {
         let room = rustix::fs::fstatvfs(&self.file).map_err(|error| self.failed_file(error.into()))?;
-        let missing = size.saturating_sub(self.fill.borrow().have);
-        if missing > room.f_bavail.saturating_mul(room.f_frsize) {
+        let (free, all) = (room.f_bavail, room.f_blocks);
+        let reserve = LARGEST_RESERVE.min(all.saturating_mul(room.f_frsize) / 20);
+        if missing.saturating_add(reserve) > free.saturating_mul(room.f_frsize) {
             return Err(self.failed_file(io::Error::from(rustix::io::Errno::NOSPC)));
         }
         Ok(())
