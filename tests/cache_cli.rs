@@ -177,6 +177,7 @@ fn a_killed_download_goes_on_where_it_stopped() {
     pull.wait().unwrap();
     assert!(!is_running(pull.id()) && partial() < total);
     let here = partial();
+    wait_until("the hub has logged what it sent", || hub.pack_bytes() >= here);
     let before = hub.pack_bytes();
     lab.run(&args).ok();
     let memory = |tag: &str| fs::read(lab.snapshot_dir(tag).join("memory.bin")).unwrap();

@@ -157,6 +157,8 @@ pub fn erofs(bytes: &[u8]) {
         let Ok(image) = Image::open(InMemory(bytes)).await else { return };
         let Ok(root) = image.node(image.root()).await else { return };
         let (mut directories, mut seen) = (vec![root], 0);
+        // Many names of one directory below one parent are allowed; looking into it once is enough.
+        let mut visited = std::collections::BTreeSet::new();
         while let Some(directory) = directories.pop() {
             let mut position = 0;
             while let Ok(entries) = image.entries_from(&directory, position).await {
@@ -175,7 +177,7 @@ pub fn erofs(bytes: &[u8]) {
                     if node.is_symlink() {
                         let _ = image.link_target(&node).await;
                     }
-                    if node.is_directory() {
+                    if node.is_directory() && visited.insert(entry.nid) {
                         directories.push(node);
                     }
                 }

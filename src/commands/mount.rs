@@ -72,7 +72,8 @@ fn start_daemon(args: &MountArgs, output: &Output, mountpoint: &Path) -> Result<
     let mut command = Command::new(program);
     command.args(["mount", "--daemon", "--json"]);
     if let Some(hub) = &args.hub.hub {
-        command.arg("--hub").arg(hub);
+        // Not as an argument, which everyone can read: it may hold a password.
+        command.env("FORKD_HUB_URL", hub);
     }
     command.arg("--cache-size").arg(args.cache.cache_size.to_string());
     if let Some(reserve) = args.cache.cache_reserve {
