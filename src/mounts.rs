@@ -107,7 +107,8 @@ impl HubMount {
     /// Whether its daemon is gone.
     pub fn is_dead(&self) -> bool {
         // Not stat: the kernel answers that from its cache for a while.
-        rustix::fs::statfs(&self.mountpoint).is_err_and(|error| error == Errno::NOTCONN)
+        let answer = rustix::fs::statfs(&self.mountpoint);
+        answer.is_err_and(|error| matches!(error, Errno::NOTCONN | Errno::CONNABORTED))
     }
 }
 
@@ -177,7 +178,11 @@ pub fn check_mountpoint(paths: &Paths, path: &Path) -> Result<PathBuf, MountsErr
     let mountpoint = resolve(path)?;
     while let Ok(mount) = find(&mountpoint) {
         if !mount.is_dead() {
-            return Err(MountsError::InUse { path: path.to_owned(), source_name: mount.source });
+            // Unless the watcher of a killed daemon detached it between the two looks.
+            if find(&mountpoint).is_ok_and(|again| again == mount) {
+                return Err(MountsError::InUse { path: path.to_owned(), source_name: mount.source });
+            }
+            continue;
         }
         detach(&mountpoint)?;
         remove_record(paths, &mountpoint);
