@@ -191,10 +191,10 @@ pub struct SnapshotArgs {
     pub rootfs: PathBuf,
     /// Guest memory in MiB
     #[arg(long, value_name = "MIB", default_value_t = 512, visible_alias = "mem-size-mib",
-          value_parser = clap::value_parser!(u32).range(32..=1_048_576))]
+          value_parser = clap::value_parser!(u32).range(64..=16_384))]
     pub memory: u32,
     /// Guest CPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     pub vcpus: u32,
     /// The command to start before the snapshot; it prints {"ready":true} when warm
     #[arg(long, value_name = "CMD")]

@@ -56,6 +56,8 @@ pub struct Request<'a> {
     pub root_disk: &'a Path,
     /// Guest RAM, MiB.
     pub memory_mib: u64,
+    /// Number of vCPUs.
+    pub vcpus: u8,
     /// Warm command instead of the root disk's own.
     pub warm: Option<&'a WarmCommand>,
     /// How long the warm worker may take to be ready.
@@ -280,8 +282,8 @@ pub fn build(
     step(Step::Boot);
     let kernel = open(request.kernel)?;
     let record = Generation::original().encode()?.to_vec();
-    let spec =
-        MachineSpec { layout, kind, record, start: Start::Boot { command_line: command_line(request)? } };
+    let start = Start::Boot { command_line: command_line(request)?, vcpus: request.vcpus };
+    let spec = MachineSpec { layout, kind, record, start };
     let machine = Rig::spawn(zygote, &spec, &images(&layout, &ram, &root_disk), &kernel, request.interrupt)?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
 
@@ -300,7 +302,7 @@ pub fn build(
         _ => None,
     })?;
     drop(machine);
-    let configuration = Configuration::new(layout, kind);
+    let configuration = Configuration::new(layout, request.vcpus, kind);
     save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
     step(Step::Trace);

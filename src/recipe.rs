@@ -18,6 +18,7 @@ use forkd_guest::generation::HOSTNAME_MAX;
 use forkd_guest::protocol::{MachineFile, WarmCommand};
 use serde::Deserialize;
 
+use crate::snapshot::check_vcpus;
 use crate::tools::ToolError;
 
 mod apt_sources;
@@ -35,7 +36,7 @@ const PROBE_MAX: usize = 256 << 10;
 /// Most packages and most files a recipe may name.
 const ENTRIES_MAX: usize = 1000;
 /// Guest memory a recipe may ask for, in MiB.
-const MEMORY_MIB: std::ops::RangeInclusive<u32> = 64..=65536;
+const MEMORY_MIB: std::ops::RangeInclusive<u32> = 64..=16_384;
 /// How long a warm command may be given, in seconds.
 const TIMEOUT_S: std::ops::RangeInclusive<u32> = 1..=3600;
 /// Where a recipe's files may not go: the agent's own folder, and what is mounted over at boot.
@@ -284,8 +285,8 @@ impl Recipe {
             let (least, most) = MEMORY_MIB.into_inner();
             return Err(("memory_mib", format!("{} is not between {least} and {most}", self.memory_mib)));
         }
-        if self.vcpus != 1 {
-            return Err(("vcpus", format!("{}: machines have one processor so far", self.vcpus)));
+        if let Err(error) = check_vcpus(self.vcpus) {
+            return Err(("vcpus", error.to_string()));
         }
         if !TIMEOUT_S.contains(&self.readiness.timeout_s) {
             let (least, most) = TIMEOUT_S.into_inner();

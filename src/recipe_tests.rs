@@ -89,7 +89,7 @@ fn what_is_wrong_is_named() {
         ("code = \"1+1\"", "code = \" \"", "probe.code"),
         ("[base]", "memory_mib = 63\n[base]", "memory_mib"),
         ("[base]", "memory_mib = 4000000000\n[base]", "memory_mib"),
-        ("[base]", "vcpus = 2\n[base]", "vcpus"),
+        ("[base]", "vcpus = 9\n[base]", "vcpus"),
     ];
     for (from, to, field) in cases {
         assert!(GOOD.contains(from), "{from}");

@@ -14,6 +14,7 @@
 //! whole or absent. Callers: `machine_build.rs`, `sandbox.rs`, commands.
 
 use crate::paths::{Paths, PathsError};
+use forkd_vmm::arch::VCPUS_MAX;
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{MemoryError, MemoryLayout};
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
@@ -95,10 +96,10 @@ pub enum SnapshotError {
     /// Impossible sizes.
     #[error("snapshot.json describes an impossible machine")]
     Layout(#[from] MemoryError),
-    /// More vCPUs than this forkd runs.
-    #[error("the snapshot has {vcpus} vCPUs; this forkd runs machines with one")]
+    /// A number of vCPUs that no machine has.
+    #[error("{vcpus} vCPUs are not possible: a machine has 1 to {VCPUS_MAX}")]
     Vcpus {
-        /// Its vCPUs.
+        /// What was asked for, or what the snapshot says.
         vcpus: u32,
     },
     /// The host is of the other kind.
@@ -113,8 +114,8 @@ pub enum SnapshotError {
 
 impl Configuration {
     /// A configuration for this version of forkd.
-    pub fn new(layout: MemoryLayout, kvm_kind: KvmKind) -> Configuration {
-        Configuration { format: FORMAT, layout, vcpus: 1, kvm_kind }
+    pub fn new(layout: MemoryLayout, vcpus: u8, kvm_kind: KvmKind) -> Configuration {
+        Configuration { format: FORMAT, layout, vcpus: vcpus.into(), kvm_kind }
     }
 
     /// Reads `snapshot.json`, which may be hostile.
@@ -130,9 +131,7 @@ impl Configuration {
         }
         let parsed: Configuration = serde_json::from_slice(bytes).map_err(SnapshotError::Configuration)?;
         parsed.layout.check()?;
-        if parsed.vcpus != 1 {
-            return Err(SnapshotError::Vcpus { vcpus: parsed.vcpus });
-        }
+        check_vcpus(parsed.vcpus)?;
         Ok(parsed)
     }
 
@@ -144,6 +143,14 @@ impl Configuration {
             Err(SnapshotError::Host { needs: self.kvm_kind, has: host })
         }
     }
+}
+
+/// The number of vCPUs, if a machine can have as many.
+pub fn check_vcpus(vcpus: u32) -> Result<u8, SnapshotError> {
+    u8::try_from(vcpus)
+        .ok()
+        .filter(|count| (1..=VCPUS_MAX).contains(count))
+        .ok_or(SnapshotError::Vcpus { vcpus })
 }
 
 /// Turns an I/O error into one that names the file.
@@ -356,12 +363,14 @@ mod tests {
     #[test]
     fn configurations_are_checked() {
         let layout = MemoryLayout::new(512, 1).unwrap();
-        let good = Configuration::new(layout, KvmKind::Pvm);
+        let good = Configuration::new(layout, 8, KvmKind::Pvm);
         let text = serde_json::to_string(&good).unwrap();
         assert_eq!(Configuration::parse(text.as_bytes()).unwrap(), good);
         assert!(good.check_host(KvmKind::Hardware).is_err());
         let huge = text.replace("512", "99999999999");
         assert!(matches!(Configuration::parse(huge.as_bytes()), Err(SnapshotError::Layout(_))));
+        let crowded = text.replace("\"vcpus\":8", "\"vcpus\":9");
+        assert!(matches!(Configuration::parse(crowded.as_bytes()), Err(SnapshotError::Vcpus { vcpus: 9 })));
         let newer = text.replace("\"format\":1", "\"format\":2");
         assert!(matches!(Configuration::parse(newer.as_bytes()), Err(SnapshotError::Format { found: 2 })));
         assert!(Configuration::parse(b"{}").is_err());

@@ -8,7 +8,7 @@ use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::recipe::{self, Recipe, RecipeError};
-use crate::snapshot::{self, Configuration, Draft, SnapshotError, file_error};
+use crate::snapshot::{self, Configuration, Draft, SnapshotError, check_vcpus, file_error};
 use crate::tools::Interrupt;
 use crate::units::show_size;
 use forkd_fs::format::PACK_VERSION;
@@ -76,7 +76,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
     let paths = Paths::from_env()?;
     let recipe = Recipe::load(&args.recipe).map_err(BuildCommandError::from)?;
     let tag = args.tag.as_deref().unwrap_or(&recipe.name);
-    check_vcpus(recipe.vcpus)?;
+    let vcpus = check_vcpus(recipe.vcpus).map_err(BuildCommandError::from)?;
     let zygote = start_zygote()?;
     let interrupt = Interrupt::watch();
     let draft = Draft::create(&paths, tag, args.force).map_err(BuildCommandError::from)?;
@@ -92,6 +92,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
         kernel: &kernel,
         root_disk: &root_disk,
         memory_mib: recipe.memory_mib.into(),
+        vcpus,
         warm: None,
         ready_timeout: recipe.ready_timeout(),
         probe: recipe.probe.as_ref(),
@@ -106,7 +107,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
 pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let started = Instant::now();
     let paths = Paths::from_env()?;
-    check_vcpus(args.vcpus)?;
+    let vcpus = check_vcpus(args.vcpus).map_err(BuildCommandError::from)?;
     let zygote = start_zygote()?;
     let interrupt = Interrupt::watch();
     let draft = Draft::create(&paths, &args.tag, args.force).map_err(BuildCommandError::from)?;
@@ -119,6 +120,7 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
         kernel: &args.kernel,
         root_disk: &args.rootfs,
         memory_mib: args.memory.into(),
+        vcpus,
         warm: warm.as_ref(),
         ready_timeout: READY_TIMEOUT,
         probe: None,
@@ -126,10 +128,6 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
     };
     let about = About { tag: &args.tag, description: "", base_image: "", kernel: &args.kernel };
     finish(&zygote, &request, draft, &about, args.force, started, output)
-}
-
-fn check_vcpus(vcpus: u32) -> Result<(), BuildCommandError> {
-    if vcpus == 1 { Ok(()) } else { Err(SnapshotError::Vcpus { vcpus }.into()) }
 }
 
 fn start_zygote() -> Result<Zygote, BuildCommandError> {

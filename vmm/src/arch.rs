@@ -25,6 +25,13 @@ pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// First address after the legacy hole.
 pub const HIGH_MEMORY_START: u64 = 0x10_0000;
 
+/// Guest-physical page with the machine's generation ID (see `acpi.rs`): RAM that no kernel takes for its own.
+pub const GENERATION_PAGE: u64 = 0xe_0000;
+/// ACPI tables, behind it and below [`HIGH_MEMORY_START`].
+pub const ACPI_TABLES: u64 = 0xe_1000;
+/// Most vCPUs of a machine.
+pub const VCPUS_MAX: u8 = 8;
+
 /// First virtio-mmio window.
 pub const MMIO_START: u64 = 0xd000_0000;
 /// Length of one window, bytes.
@@ -34,8 +41,14 @@ pub const MMIO_WINDOW: u64 = 0x1000;
 pub const SERIAL_PORT: u16 = 0x3f8;
 /// Its interrupt line.
 pub const SERIAL_IRQ: u32 = 4;
+/// Interrupt line that announces a new generation.
+pub const GENERATION_IRQ: u32 = 9;
 /// Interrupt lines of virtio devices, in slot order: the lines of the legacy controller that nothing else uses.
-pub const VIRTIO_IRQS: [u32; 6] = [5, 10, 11, 9, 12, 7];
+pub const VIRTIO_IRQS: [u32; 8] = [5, 10, 11, 12, 7, 6, 3, 14];
+/// Guest-physical address of a vCPU's interrupt controller (Intel SDM volume 3, "APIC Register Address Map").
+pub const LOCAL_APIC: u32 = 0xfee0_0000;
+/// Guest-physical address of the I/O interrupt controller that KVM emulates.
+pub const IO_APIC: u32 = 0xfec0_0000;
 
 /// Puts the vCPU where a 64-bit Linux kernel expects to be entered, at `entry`.
 pub fn enter_linux(vcpu: &VcpuFd, ram: &GuestMemoryMmap, entry: u64) -> Result<(), EnterError> {

@@ -42,16 +42,12 @@ pub enum BootError {
     Entropy(#[source] io::Error),
 }
 
-/// The kernel command line of a machine whose virtio devices have `mmio_slots` windows.
-pub fn command_line(kind: KvmKind, mmio_slots: usize, more: &str) -> String {
+/// The kernel command line. Devices are found through ACPI.
+pub fn command_line(kind: KvmKind, more: &str) -> String {
     let mut line = String::from(
         "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro rootwait \
          init=/forkd/agent random.trust_bootloader=on i8042.noaux i8042.nokbd",
     );
-    for slot in 0..mmio_slots {
-        let base = arch::MMIO_START + slot as u64 * arch::MMIO_WINDOW;
-        line.push_str(&format!(" virtio_mmio.device=4K@{base:#x}:{}", arch::VIRTIO_IRQS[slot]));
-    }
     if kind == KvmKind::Pvm {
         line.push(' ');
         line.push_str(pvm::COMMAND_LINE);
@@ -69,6 +65,7 @@ pub fn load(
     layout: &MemoryLayout,
     kernel: &mut File,
     command_line: &str,
+    rsdp: GuestAddress,
 ) -> Result<u64, BootError> {
     let start = Some(GuestAddress(arch::HIGH_MEMORY_START));
     let loaded = Elf::load(ram, None, kernel, start).map_err(BootError::Kernel)?;
@@ -86,6 +83,7 @@ pub fn load(
     params.hdr.cmd_line_ptr = arch::COMMAND_LINE as u32;
     params.hdr.cmdline_size = command_line.len() as u32 + 1;
     params.hdr.setup_data = arch::SETUP_DATA;
+    params.acpi_rsdp_addr = rsdp.0;
     let above_legacy_hole =
         layout.ram_ranges().into_iter().map(|range| range.start.max(arch::HIGH_MEMORY_START)..range.end);
     let usable: Vec<_> = std::iter::once(0..arch::LOW_MEMORY_END).chain(above_legacy_hole).collect();

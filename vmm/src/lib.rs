@@ -5,9 +5,11 @@
 //! Callers are the root crate's `sandbox.rs`, `machine_build.rs` and `supervisor.rs`.
 #![deny(unsafe_code)]
 
+pub mod acpi;
 pub mod arch;
 pub mod boot;
 pub mod channel;
+pub mod cpuid;
 pub mod devices;
 #[allow(unsafe_code)]
 pub mod kvm;
@@ -23,3 +25,4 @@ pub mod sys;
 #[allow(unsafe_code)]
 pub mod uffd;
 pub mod vcpu;
+mod vcpu_loop;

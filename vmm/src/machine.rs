@@ -1,34 +1,26 @@
-//! One machine: its VM, vCPU, memory and devices; booting, restoring, running, saving. Callers: `process.rs`, tests.
+//! One machine: its VM, vCPUs, memory and devices; booting, restoring, running, saving. Callers: `process.rs`, tests.
 
+use crate::acpi::{self, AcpiError};
 use crate::arch::{self, EnterError};
 use crate::boot::{self, BootError};
-use crate::devices::cmos::{self, Cmos};
-use crate::devices::doorbell::{self, Doorbell, Ring};
-use crate::devices::serial::{Console, IrqLine, SerialPort, SerialSnapshot};
-use crate::devices::virtio::mmio::{RestoreError, Transport, Window};
-use crate::devices::virtio::pmem::Pmem;
-use crate::devices::virtio::rng::Rng;
+use crate::cpuid;
+use crate::devices::bus::{Bus, BusError, Peripherals, default_devices};
+use crate::devices::doorbell::Ring;
 use crate::devices::virtio::vsock::backend::Backend;
-use crate::devices::virtio::vsock::{Vsock, VsockSnapshot};
 use crate::kvm::{Hypervisor, KvmError, KvmKind, ioctl};
 use crate::memory::{GuestMemory, MemoryError, MemoryLayout};
 use crate::pvm::{self, PvmError};
 use crate::snapshot::MachineState;
 use crate::vcpu::{VcpuError, VcpuState};
+use crate::vcpu_loop;
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };
-use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuFd, VmFd};
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, Mutex, PoisonError};
-use vm_superio::serial::Serial;
-use vmm_sys_util::eventfd::EventFd;
-
-/// The keyboard controller's command port; 0xfe there is how a PC resets itself.
-const KEYBOARD_COMMAND: u16 = 0x64;
-const RESET_COMMAND: u8 = 0xfe;
+use std::sync::Arc;
 
 /// A machine could not be made, or cannot go on.
 #[derive(Debug, thiserror::Error)]
@@ -48,20 +40,26 @@ pub enum MachineError {
     /// Entry state.
     #[error(transparent)]
     Enter(#[from] EnterError),
-    /// Device state.
+    /// Devices.
     #[error(transparent)]
-    Device(#[from] RestoreError),
+    Bus(#[from] BusError),
+    /// The machine's description.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
     /// kvm_pvm.
     #[error(transparent)]
     Pvm(#[from] PvmError),
-    /// A file descriptor for a device.
-    #[error("{what} failed")]
-    Io {
-        /// What was tried.
-        what: &'static str,
-        /// Why.
-        #[source]
-        source: io::Error,
+    /// The thread for vsock's host side.
+    #[error("vsock cannot be served")]
+    Vsock(#[source] io::Error),
+    /// The signal that stops vCPUs.
+    #[error("the signal that stops vCPUs cannot be set up")]
+    Kicks(#[source] io::Error),
+    /// A number of vCPUs that no machine has.
+    #[error("{vcpus} vCPUs are not possible: a machine has 1 to {}", arch::VCPUS_MAX)]
+    Vcpus {
+        /// What was asked for.
+        vcpus: usize,
     },
     /// The snapshot does not fit this program.
     #[error("the snapshot has {found} {what}, this forkd makes machines with {expected}")]
@@ -96,17 +94,6 @@ pub enum MachineError {
     Run(#[source] vmm_sys_util::errno::Error),
 }
 
-/// What a machine is connected to.
-#[derive(Debug, Default)]
-pub struct Peripherals {
-    /// Where console output goes.
-    pub console: Option<File>,
-    /// Where clients of the guest's vsock ports connect.
-    pub vsock: Option<UnixListener>,
-    /// What the guest reads at its doorbell.
-    pub record: Vec<u8>,
-}
-
 /// Why [`Machine::run`] returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
@@ -129,53 +116,63 @@ pub enum Flow {
 pub struct Machine {
     hypervisor: Hypervisor,
     vm: VmFd,
-    vcpu: VcpuFd,
+    vcpus: Vec<VcpuFd>,
     memory: GuestMemory,
     layout: MemoryLayout,
-    devices: Devices,
+    bus: Bus,
 }
 
-struct Devices {
-    serial: SerialPort,
-    cmos: Cmos,
-    doorbell: Doorbell,
-    windows: Vec<Arc<Mutex<dyn Window>>>,
-    vsock: Arc<Mutex<Transport<Vsock>>>,
-    dropped_writes: u64,
+/// What a machine starts with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shape {
+    /// Sizes of its memory.
+    pub layout: MemoryLayout,
+    /// Number of vCPUs, 1 to [`arch::VCPUS_MAX`].
+    pub vcpus: u8,
 }
 
 impl Machine {
-    /// A new machine whose vCPU is in its reset state. Callers set its registers.
+    /// A new machine whose vCPUs are in their reset state. Callers set the first one's registers.
     pub fn new(
         hypervisor: Hypervisor,
-        layout: MemoryLayout,
+        shape: Shape,
         memory: GuestMemory,
         peripherals: Peripherals,
     ) -> Result<Machine, MachineError> {
+        let Shape { layout, vcpus: count } = shape;
+        check_vcpus(count.into())?;
         let vm = hypervisor.create_vm(&layout, &memory)?;
-        let devices = Devices::new(&vm, &layout, &memory, peripherals, None)?;
+        let bus = Bus::new(&vm, &layout, &memory, peripherals, &default_devices(&layout), None)?;
         if hypervisor.kind() == KvmKind::Pvm {
             pvm::watch_syscall_entry(&vm)?;
         }
-        let vcpu = vm.create_vcpu(0).map_err(ioctl("KVM_CREATE_VCPU"))?;
-        vcpu.set_cpuid2(&hypervisor.supported_cpuid()?).map_err(ioctl("KVM_SET_CPUID2"))?;
-        Ok(Machine { hypervisor, vm, vcpu, memory, layout, devices })
+        let supported = hypervisor.supported_cpuid()?;
+        let mut vcpus = Vec::with_capacity(count.into());
+        for id in 0..count {
+            let vcpu = vm.create_vcpu(id.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
+            let leaves = cpuid::for_vcpu(&supported, id, count);
+            vcpu.set_cpuid2(&leaves).map_err(ioctl("KVM_SET_CPUID2"))?;
+            vcpus.push(vcpu);
+        }
+        Ok(Machine { hypervisor, vm, vcpus, memory, layout, bus })
     }
 
     /// A new machine about to execute a Linux kernel's first instruction.
     pub fn boot(
         hypervisor: Hypervisor,
-        layout: MemoryLayout,
+        shape: Shape,
         memory: GuestMemory,
         kernel: &mut File,
         more_command_line: &str,
         peripherals: Peripherals,
     ) -> Result<Machine, MachineError> {
-        let machine = Machine::new(hypervisor, layout, memory, peripherals)?;
-        let (kind, windows) = (machine.hypervisor.kind(), machine.devices.windows.len());
-        let line = boot::command_line(kind, windows, more_command_line);
-        let entry = boot::load(machine.memory.ram(), &layout, kernel, &line)?;
-        arch::enter_linux(&machine.vcpu, machine.memory.ram(), entry)?;
+        let machine = Machine::new(hypervisor, shape, memory, peripherals)?;
+        let (ram, devices) = (machine.memory.ram(), machine.bus.kinds());
+        let line = boot::command_line(machine.hypervisor.kind(), more_command_line);
+        acpi::write_generation(ram)?;
+        let rsdp = acpi::write_tables(ram, shape.vcpus, &devices)?;
+        let entry = boot::load(ram, &shape.layout, kernel, &line, rsdp)?;
+        arch::enter_linux(machine.vcpu(), ram, entry)?;
         Ok(machine)
     }
 
@@ -189,17 +186,22 @@ impl Machine {
         if state.kind != hypervisor.kind() {
             return Err(MachineError::Kind { made_on: state.kind, here: hypervisor.kind() });
         }
-        let shape = |what, found, expected| {
-            if found == expected { Ok(()) } else { Err(MachineError::Shape { what, found, expected }) }
-        };
-        shape("vCPUs", state.vcpus.len(), 1)?;
-        shape("interrupt controllers", state.irqchips.len(), 3)?;
+        check_vcpus(state.vcpus.len())?;
+        if state.irqchips.len() != 3 {
+            let (what, found, expected) = ("interrupt controllers", state.irqchips.len(), 3);
+            return Err(MachineError::Shape { what, found, expected });
+        }
         let layout = state.layout;
         let vm = hypervisor.create_vm(&layout, &memory)?;
-        let mut devices = Devices::new(&vm, &layout, &memory, peripherals, Some(state))?;
-        shape("virtio devices", state.windows.len(), devices.windows.len())?;
-        let vcpu = vm.create_vcpu(0).map_err(ioctl("KVM_CREATE_VCPU"))?;
-        state.vcpus[0].restore(&hypervisor, &vm, &vcpu)?;
+        let kinds: Vec<_> = state.windows.iter().map(|(kind, _)| *kind).collect();
+        let bus = Bus::new(&vm, &layout, &memory, peripherals, &kinds, Some(&state.serial))?;
+        let mut vcpus = Vec::with_capacity(state.vcpus.len());
+        for id in 0..state.vcpus.len() as u64 {
+            vcpus.push(vm.create_vcpu(id).map_err(ioctl("KVM_CREATE_VCPU"))?);
+        }
+        for (vcpu, saved) in vcpus.iter().zip(&state.vcpus) {
+            saved.restore(&hypervisor, &vm, vcpu)?;
+        }
         vm.set_pit2(&state.pit).map_err(ioctl("KVM_SET_PIT2"))?;
         // With this flag set, KVM would move the guest's clock ahead by the snapshot's age.
         let mut clock = state.clock;
@@ -208,60 +210,33 @@ impl Machine {
         for chip in &state.irqchips {
             vm.set_irqchip(chip).map_err(ioctl("KVM_SET_IRQCHIP"))?;
         }
-        devices.restore(state)?;
-        Ok(Machine { hypervisor, vm, vcpu, memory, layout, devices })
+        bus.restore(&state.windows)?;
+        Ok(Machine { hypervisor, vm, vcpus, memory, layout, bus })
     }
 
-    /// The thread that serves the guest's vsock, to be started by the caller.
-    pub fn vsock_backend(&self, listener: UnixListener) -> Result<Backend, MachineError> {
-        Backend::new(listener, Arc::clone(&self.devices.vsock))
-            .map_err(|source| MachineError::Io { what: "serving vsock", source })
+    /// Gives a restored Linux machine a generation of its own and has its kernel hear of it.
+    pub fn renew_generation(&self) -> Result<(), MachineError> {
+        acpi::write_generation(self.memory.ram())?;
+        self.bus.announce_generation();
+        Ok(())
     }
 
-    /// Runs the guest on this thread until `on_ring` stops it or it resets itself.
-    pub fn run(&mut self, mut on_ring: impl FnMut(Ring) -> Flow) -> Result<Stop, MachineError> {
-        loop {
-            let ram = self.memory.ram();
-            match self.vcpu.run() {
-                Ok(VcpuExit::IoOut(port, bytes)) => match self.devices.port_write(port, bytes) {
-                    PortWrite::Done => {}
-                    PortWrite::Reset => return Ok(Stop::Reset),
-                    PortWrite::Rang(ring) => {
-                        if on_ring(ring) == Flow::Stop {
-                            self.finish_instruction();
-                            return Ok(Stop::Asked);
-                        }
-                    }
-                },
-                Ok(VcpuExit::IoIn(port, bytes)) => self.devices.port_read(port, bytes),
-                Ok(VcpuExit::MmioRead(address, bytes)) => self.devices.mmio_read(address, bytes),
-                Ok(VcpuExit::MmioWrite(address, bytes)) => self.devices.mmio_write(address, bytes),
-                Ok(VcpuExit::X86Wrmsr(exit)) => {
-                    let (index, value) = (exit.index, exit.data);
-                    *exit.error = 0;
-                    pvm::write_msr(&self.vcpu, ram, index, value)?;
-                }
-                Ok(VcpuExit::InternalError) if self.hypervisor.kind() == KvmKind::Pvm => {
-                    pvm::mend_instruction(&mut self.vcpu, ram)?;
-                }
-                Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Stop::Reset),
-                Ok(exit) => return Err(MachineError::Exit { exit: format!("{exit:?}") }),
-                Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
-                Err(error) => return Err(MachineError::Run(error)),
-            }
-        }
+    /// The thread that serves the guest's vsock, to be started by the caller; none if the machine has no vsock.
+    pub fn vsock_backend(&self, listener: UnixListener) -> Result<Option<Backend>, MachineError> {
+        let backend = |device| Backend::new(listener, Arc::clone(device)).map_err(MachineError::Vsock);
+        self.bus.vsock().map(backend).transpose()
     }
 
-    /// KVM completes an I/O instruction only when it is entered again; this enters it and comes straight back.
-    fn finish_instruction(&mut self) {
-        self.vcpu.set_kvm_immediate_exit(1);
-        let _interrupted = self.vcpu.run().map(|_| ());
-        self.vcpu.set_kvm_immediate_exit(0);
+    /// Runs the guest until `on_ring` stops it or it resets itself; its first vCPU on this thread.
+    pub fn run(&mut self, on_ring: impl FnMut(Ring) -> Flow + Send) -> Result<Stop, MachineError> {
+        vcpu_loop::run(&mut self.vcpus, &self.bus, self.memory.ram(), self.hypervisor.kind(), on_ring)
     }
 
     /// Everything about the stopped machine except its memory.
     pub fn save(&self) -> Result<MachineState, MachineError> {
-        let vcpus = vec![VcpuState::save(&self.hypervisor, &self.vm, &self.vcpu)?];
+        let windows = self.bus.save();
+        let saved = self.vcpus.iter().map(|vcpu| VcpuState::save(&self.hypervisor, &self.vm, vcpu));
+        let vcpus = saved.collect::<Result<_, _>>()?;
         let pit = self.vm.get_pit2().map_err(ioctl("KVM_GET_PIT2"))?;
         let clock = self.vm.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?;
         let mut irqchips = Vec::new();
@@ -270,11 +245,6 @@ impl Machine {
             self.vm.get_irqchip(&mut chip).map_err(ioctl("KVM_GET_IRQCHIP"))?;
             irqchips.push(chip);
         }
-        let lock =
-            |window: &Arc<Mutex<dyn Window>>| window.lock().unwrap_or_else(PoisonError::into_inner).save();
-        let mut vsock = self.devices.vsock.lock().unwrap_or_else(PoisonError::into_inner);
-        let vsock_state = vsock.with_device(|device, _, _| (device.save(), Ok(false)));
-        drop(vsock);
         Ok(MachineState {
             layout: self.layout,
             kind: self.hypervisor.kind(),
@@ -282,15 +252,14 @@ impl Machine {
             clock,
             pit,
             irqchips,
-            serial: SerialSnapshot::save(&self.devices.serial),
-            windows: self.devices.windows.iter().map(lock).collect(),
-            vsock: vsock_state,
+            serial: self.bus.save_serial(),
+            windows,
         })
     }
 
-    /// The vCPU, to be looked at or set up while it does not run.
+    /// The first vCPU, to be looked at or set up while it does not run.
     pub fn vcpu(&self) -> &VcpuFd {
-        &self.vcpu
+        &self.vcpus[0]
     }
 
     /// The machine's memory.
@@ -299,125 +268,6 @@ impl Machine {
     }
 }
 
-enum PortWrite {
-    Done,
-    Reset,
-    Rang(Ring),
-}
-
-impl Devices {
-    fn new(
-        vm: &VmFd,
-        layout: &MemoryLayout,
-        memory: &GuestMemory,
-        peripherals: Peripherals,
-        state: Option<&MachineState>,
-    ) -> Result<Devices, MachineError> {
-        let console = Console::new(peripherals.console);
-        let serial_irq = IrqLine(interrupt(vm, arch::SERIAL_IRQ)?);
-        let serial = match state {
-            Some(state) => state
-                .serial
-                .restore(serial_irq, console)
-                .map_err(|source| MachineError::Io { what: "restoring the serial port", source })?,
-            None => Serial::new(serial_irq, console),
-        };
-        let irq = |slot: usize| interrupt(vm, arch::VIRTIO_IRQS[slot]);
-        let ram = || memory.ram().clone();
-        let saved: Option<&VsockSnapshot> = state.map(|state| &state.vsock);
-        let vsock = Arc::new(Mutex::new(Transport::new(Vsock::new(saved), ram(), irq(0)?)));
-        let rng = Arc::new(Mutex::new(Transport::new(Rng, ram(), irq(1)?)));
-        let mut windows: Vec<Arc<Mutex<dyn Window>>> = vec![vsock.clone(), rng];
-        let disk = layout.root_disk_range();
-        if !disk.is_empty() {
-            windows.push(Arc::new(Mutex::new(Transport::new(Pmem::new(disk), ram(), irq(2)?))));
-        }
-        let doorbell = Doorbell::new(peripherals.record);
-        Ok(Devices { serial, cmos: Cmos::default(), doorbell, windows, vsock, dropped_writes: 0 })
-    }
-
-    fn restore(&mut self, state: &MachineState) -> Result<(), MachineError> {
-        for (window, saved) in self.windows.iter().zip(&state.windows) {
-            window.lock().unwrap_or_else(PoisonError::into_inner).restore(saved)?;
-        }
-        // Tells the guest about streams that ended with the snapshot.
-        let mut vsock = self.vsock.lock().unwrap_or_else(PoisonError::into_inner);
-        vsock.with_device(|device, queues, ram| ((), device.pump(queues, ram)));
-        Ok(())
-    }
-
-    fn port_write(&mut self, port: u16, bytes: &[u8]) -> PortWrite {
-        for byte in bytes {
-            match port {
-                doorbell::COMMAND_PORT => {
-                    if let Some(ring) = self.doorbell.write(*byte) {
-                        return PortWrite::Rang(ring);
-                    }
-                }
-                KEYBOARD_COMMAND if *byte == RESET_COMMAND => return PortWrite::Reset,
-                cmos::INDEX_PORT | cmos::DATA_PORT => self.cmos.write(port, *byte),
-                _ => {
-                    if let Some(offset) = serial_register(port)
-                        && let Err(error) = self.serial.write(offset, *byte)
-                    {
-                        tracing::debug!(?error, "serial port");
-                    }
-                }
-            }
-        }
-        PortWrite::Done
-    }
-
-    fn port_read(&mut self, port: u16, into: &mut [u8]) {
-        match (port, serial_register(port)) {
-            (doorbell::DATA_PORT, _) => self.doorbell.read(into),
-            (cmos::INDEX_PORT | cmos::DATA_PORT, _) => into.fill(self.cmos.read(port)),
-            (_, Some(offset)) => into.fill_with(|| self.serial.read(offset)),
-            // The keyboard controller says that it has nothing and is not busy.
-            (KEYBOARD_COMMAND, _) => into.fill(0),
-            _ => into.fill(0xff),
-        }
-    }
-
-    fn window(&self, address: u64) -> Option<(&Arc<Mutex<dyn Window>>, u64)> {
-        let offset = address.checked_sub(arch::MMIO_START)?;
-        let slot = usize::try_from(offset / arch::MMIO_WINDOW).ok()?;
-        self.windows.get(slot).map(|window| (window, offset % arch::MMIO_WINDOW))
-    }
-
-    fn mmio_read(&mut self, address: u64, into: &mut [u8]) {
-        match self.window(address) {
-            Some((window, offset)) => {
-                window.lock().unwrap_or_else(PoisonError::into_inner).read(offset, into);
-            }
-            None => into.fill(0xff),
-        }
-    }
-
-    fn mmio_write(&mut self, address: u64, bytes: &[u8]) {
-        if let Some((window, offset)) = self.window(address) {
-            window.lock().unwrap_or_else(PoisonError::into_inner).write(offset, bytes);
-            return;
-        }
-        // Writes to the read-only root disk arrive here too.
-        self.dropped_writes += 1;
-        if self.dropped_writes.is_power_of_two() {
-            tracing::warn!(
-                address,
-                count = self.dropped_writes,
-                "dropped a guest's write to read-only or absent memory"
-            );
-        }
-    }
-}
-
-fn serial_register(port: u16) -> Option<u8> {
-    port.checked_sub(arch::SERIAL_PORT).filter(|offset| *offset < 8).map(|offset| offset as u8)
-}
-
-fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd, MachineError> {
-    let fd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-        .map_err(|source| MachineError::Io { what: "creating an eventfd", source })?;
-    vm.register_irqfd(&fd, line).map_err(ioctl("KVM_IRQFD"))?;
-    Ok(fd)
+fn check_vcpus(vcpus: usize) -> Result<(), MachineError> {
+    if (1..=usize::from(arch::VCPUS_MAX)).contains(&vcpus) { Ok(()) } else { Err(MachineError::Vcpus { vcpus }) }
 }

@@ -3,9 +3,10 @@
 //! Callers: the root crate's `supervisor.rs` and `machine_build.rs`.
 
 use crate::channel::{Channel, ChannelError};
+use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
 use crate::kvm::{Hypervisor, KvmKind};
-use crate::machine::{Flow, Machine, MachineError, Peripherals, Stop};
+use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
 use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
 use crate::sys::{self, ForkError, Forked, Lifetime};
@@ -27,6 +28,8 @@ pub enum Start {
     Boot {
         /// More kernel command line.
         command_line: String,
+        /// Number of vCPUs.
+        vcpus: u8,
     },
     /// From a snapshot. Its images are mapped privately.
     Restore {
@@ -276,10 +279,11 @@ impl MachineRun {
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
         let hypervisor = Hypervisor::open(spec.kind).map_err(MachineError::Kvm)?;
-        let peripherals = Peripherals { console: Some(console), vsock: None, record: spec.record };
+        let peripherals = Peripherals { console: Some(console), record: spec.record };
         let machine = match &spec.start {
-            Start::Boot { command_line } => {
-                Machine::boot(hypervisor, spec.layout, memory, &mut start, command_line, peripherals)?
+            Start::Boot { command_line, vcpus } => {
+                let shape = Shape { layout: spec.layout, vcpus: *vcpus };
+                Machine::boot(hypervisor, shape, memory, &mut start, command_line, peripherals)?
             }
             Start::Restore { .. } => {
                 let mut bytes = Vec::new();
@@ -288,7 +292,9 @@ impl MachineRun {
                 if state.layout != spec.layout {
                     return Err(RunError::Layout);
                 }
-                Machine::restore(hypervisor, &state, memory, peripherals)?
+                let machine = Machine::restore(hypervisor, &state, memory, peripherals)?;
+                machine.renew_generation()?;
+                machine
             }
         };
         Ok(MachineRun { machine, vsock, _uffd: uffd })
@@ -296,8 +302,9 @@ impl MachineRun {
 
     fn run(&mut self, channel: &Channel) -> Result<(), RunError> {
         let listener = self.vsock.try_clone().map_err(RunError::Listener)?;
-        let backend = self.machine.vsock_backend(listener)?;
-        std::thread::spawn(move || backend.run());
+        if let Some(backend) = self.machine.vsock_backend(listener)? {
+            std::thread::spawn(move || backend.run());
+        }
         loop {
             let mut lost = None;
             let stop = self.machine.run(|ring| {

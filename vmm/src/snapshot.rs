@@ -11,8 +11,8 @@
 //! `process.rs`, the root crate.
 
 use crate::devices::serial::SerialSnapshot;
+use crate::devices::virtio::DeviceKind;
 use crate::devices::virtio::mmio::WindowState;
-use crate::devices::virtio::vsock::VsockSnapshot;
 use crate::kvm::KvmKind;
 use crate::memory::{MemoryError, MemoryLayout};
 use crate::vcpu::VcpuState;
@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 
 const MAGIC: &[u8; 8] = b"FORKDVM1";
 /// Version of the body's layout.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Largest body, bytes: eight vCPUs with the largest register state fit many times.
 pub const BODY_MAX: usize = 4 << 20;
 const HEADER: usize = 48;
@@ -39,8 +39,7 @@ pub struct MachineState {
     pub(crate) pit: kvm_pit_state2,
     pub(crate) irqchips: Vec<kvm_irqchip>,
     pub(crate) serial: SerialSnapshot,
-    pub(crate) windows: Vec<WindowState>,
-    pub(crate) vsock: VsockSnapshot,
+    pub(crate) windows: Vec<(DeviceKind, WindowState)>,
 }
 
 /// A `vmstate` cannot be used.

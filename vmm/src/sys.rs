@@ -1,5 +1,5 @@
 //! The few process primitives that safe crates do not offer. Callers: `process.rs` and the root crate's
-//! `--detach`, always before the first thread is started.
+//! `--detach`, always before the first thread is started; `vcpu_loop.rs`.
 
 use rustix::process::{Pid, Signal};
 use std::io;
@@ -76,4 +76,34 @@ pub fn exit_now(code: i32) -> ! {
 pub fn ignore_child_signals() {
     // SAFETY: SIG_IGN installs no handler code; signal(2) with valid constants has no other preconditions.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Signal that takes a vCPU's thread out of the guest: a real-time signal, which nothing else here uses.
+fn kick_signal() -> i32 {
+    libc::SIGRTMIN()
+}
+
+/// A thread of this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ThreadId(Pid);
+
+/// The calling thread.
+pub fn this_thread() -> ThreadId {
+    ThreadId(rustix::thread::gettid())
+}
+
+/// Makes [`kick`] interrupt system calls and nothing more.
+pub fn prepare_kicks() -> io::Result<()> {
+    extern "C" fn interrupt_only(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    vmm_sys_util::signal::register_signal_handler(kick_signal(), interrupt_only)
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
+/// Interrupts what a thread waits for, KVM_RUN included. One that has ended hears nothing.
+pub fn kick(thread: ThreadId) {
+    let process = rustix::process::getpid();
+    let (process, thread) = (process.as_raw_nonzero().get(), thread.0.as_raw_nonzero().get());
+    // SAFETY: tgkill(2) reads no memory; the process is this one, so no stranger is signalled, and the handler that
+    // `prepare_kicks` installed does nothing.
+    unsafe { libc::syscall(libc::SYS_tgkill, process, thread, kick_signal()) };
 }

@@ -136,7 +136,7 @@ fn vsock() -> (Vsock, UnixStream) {
     let (client, ours) = UnixStream::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     client.set_nonblocking(true).unwrap();
-    let mut device = Vsock::new(None);
+    let mut device = Vsock::default();
     device.connect(ours, 5252).unwrap();
     (device, client)
 }

@@ -38,7 +38,7 @@ impl Driver {
     fn new() -> Driver {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let interrupt = EventFd::new(rustix::fs::OFlags::NONBLOCK.bits() as i32).unwrap();
-        let mut transport = Transport::new(Vsock::new(None), ram.clone(), interrupt);
+        let mut transport = Transport::new(Vsock::default(), ram.clone(), interrupt);
         let write = |transport: &mut Transport<Vsock>, register: u32, value: u32| {
             transport.write(register.into(), &value.to_le_bytes());
         };

@@ -4,7 +4,8 @@
 
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::{Hypervisor, KvmKind};
-use forkd_vmm::machine::{Flow, Machine, Peripherals, Stop};
+use forkd_vmm::devices::bus::Peripherals;
+use forkd_vmm::machine::{Flow, Machine, Shape, Stop};
 use forkd_vmm::memory::{GuestMemory, Mapping, MemoryLayout, Sharing, create_image};
 use kvm_bindings::{kvm_regs, kvm_segment};
 use rustix::fd::OwnedFd;
@@ -92,7 +93,7 @@ pub fn machine(image: &OwnedFd, record: Vec<u8>) -> (Machine, File) {
     let mapping = Mapping::of_file(image, layout.ram_bytes(), Sharing::Shared).unwrap();
     let memory = GuestMemory::new(&layout, vec![mapping]).unwrap();
     let (peripherals, console) = peripherals(record);
-    let machine = Machine::new(hypervisor(), layout, memory, peripherals).unwrap();
+    let machine = Machine::new(hypervisor(), Shape { layout, vcpus: 1 }, memory, peripherals).unwrap();
     enter_ring3(&machine);
     (machine, console)
 }
@@ -100,7 +101,7 @@ pub fn machine(image: &OwnedFd, record: Vec<u8>) -> (Machine, File) {
 /// A console in a temporary file, and a handle to read it.
 pub fn peripherals(record: Vec<u8>) -> (Peripherals, File) {
     let console = tempfile::tempfile().unwrap();
-    let peripherals = Peripherals { console: Some(console.try_clone().unwrap()), vsock: None, record };
+    let peripherals = Peripherals { console: Some(console.try_clone().unwrap()), record };
     (peripherals, console)
 }
 

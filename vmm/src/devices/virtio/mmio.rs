@@ -1,6 +1,6 @@
 //! The register window of a virtio-mmio device (virtio 1.2, section 4.2.2, version 2). Callers: `machine.rs`.
 
-use super::VirtioDevice;
+use super::{DeviceState, VirtioDevice};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
@@ -22,10 +22,12 @@ pub trait Window: Send {
     fn read(&mut self, offset: u64, into: &mut [u8]);
     /// The guest writes them.
     fn write(&mut self, offset: u64, bytes: &[u8]);
-    /// Registers and queues, for a snapshot.
+    /// Registers, queues and the device's own state, for a snapshot.
     fn save(&self) -> WindowState;
     /// Puts them back; a queue that does not fit is refused.
     fn restore(&mut self, state: &WindowState) -> Result<(), RestoreError>;
+    /// The restored machine is about to run.
+    fn resume(&mut self);
 }
 
 /// A window's state does not fit its device.
@@ -55,7 +57,7 @@ pub enum RestoreError {
 }
 
 /// What of a window survives a snapshot.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WindowState {
     status: u32,
     driver_features: u64,
@@ -63,7 +65,25 @@ pub struct WindowState {
     driver_features_select: u32,
     queue_select: u32,
     interrupt_status: u32,
+    config_generation: u32,
     queues: Vec<SavedQueue>,
+    device: DeviceState,
+}
+
+impl Default for WindowState {
+    fn default() -> WindowState {
+        WindowState {
+            status: 0,
+            driver_features: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            queue_select: 0,
+            interrupt_status: 0,
+            config_generation: 0,
+            queues: Vec::new(),
+            device: DeviceState::Stateless,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -105,6 +125,14 @@ impl<D: VirtioDevice> Transport<D> {
         let (result, outcome) = work(&mut self.device, queues, &self.ram);
         self.conclude(outcome);
         result
+    }
+
+    /// The device's configuration has changed: the driver is to read it again.
+    pub fn config_changed(&mut self) {
+        self.state.config_generation = self.state.config_generation.wrapping_add(1);
+        if self.state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            self.raise(reg::VIRTIO_MMIO_INT_CONFIG);
+        }
     }
 
     fn conclude(&mut self, outcome: Result<bool, super::VirtioError>) {
@@ -150,8 +178,7 @@ impl<D: VirtioDevice> Transport<D> {
             reg::VIRTIO_MMIO_QUEUE_READY => queue.map_or(0, |queue| queue.ready().into()),
             reg::VIRTIO_MMIO_INTERRUPT_STATUS => self.state.interrupt_status,
             reg::VIRTIO_MMIO_STATUS => self.state.status,
-            // The configuration never changes.
-            reg::VIRTIO_MMIO_CONFIG_GENERATION => 0,
+            reg::VIRTIO_MMIO_CONFIG_GENERATION => self.state.config_generation,
             _ => 0,
         }
     }
@@ -210,7 +237,11 @@ impl<D: VirtioDevice> Transport<D> {
             self.queues = fresh_queues(&self.device);
             self.state = WindowState::default();
         } else {
+            let was_active = self.state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
             self.state.status = value | self.state.status & VIRTIO_CONFIG_S_NEEDS_RESET;
+            if value & VIRTIO_CONFIG_S_DRIVER_OK != 0 && !was_active {
+                self.device.activate(self.state.driver_features);
+            }
         }
     }
 
@@ -237,17 +268,16 @@ impl<D: VirtioDevice> Window for Transport<D> {
     }
 
     fn write(&mut self, offset: u64, bytes: &[u8]) {
-        // No device here has a writable configuration.
-        if offset < u64::from(reg::VIRTIO_MMIO_CONFIG)
-            && let Ok(bytes) = bytes.try_into()
-        {
+        if let Some(offset) = offset.checked_sub(u64::from(reg::VIRTIO_MMIO_CONFIG)) {
+            self.device.write_config(offset, bytes);
+        } else if let Ok(bytes) = bytes.try_into() {
             self.write_register(offset as u32, u32::from_le_bytes(bytes));
         }
     }
 
     fn save(&self) -> WindowState {
         let queues = self.queues.iter().map(|queue| SavedQueue::from(queue.state())).collect();
-        WindowState { queues, ..self.state.clone() }
+        WindowState { queues, device: self.device.save(), ..self.state.clone() }
     }
 
     fn restore(&mut self, state: &WindowState) -> Result<(), RestoreError> {
@@ -267,8 +297,16 @@ impl<D: VirtioDevice> Window for Transport<D> {
             queues.push(queue);
         }
         self.queues = queues;
-        self.state = WindowState { queues: Vec::new(), ..state.clone() };
+        self.state = WindowState { queues: Vec::new(), device: DeviceState::Stateless, ..state.clone() };
+        self.device.restore(&state.device);
+        if self.state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 {
+            self.device.activate(self.state.driver_features);
+        }
         Ok(())
+    }
+
+    fn resume(&mut self) {
+        self.with_device(|device, queues, ram| ((), device.resume(queues, ram)));
     }
 }
 

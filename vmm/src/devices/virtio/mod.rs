@@ -5,8 +5,31 @@ pub mod pmem;
 pub mod rng;
 pub mod vsock;
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
+use vsock::VsockSnapshot;
+
+/// The devices that a machine can have, in the order of their windows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceKind {
+    /// Streams between host and guest.
+    Vsock,
+    /// Random bytes.
+    Rng,
+    /// The root disk.
+    Pmem,
+}
+
+/// What of a device survives a snapshot besides its registers and queues. New kinds come last: the position is the tag.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DeviceState {
+    /// Nothing.
+    Stateless,
+    /// Streams.
+    Vsock(VsockSnapshot),
+}
 
 /// A queue could not be served. The device then asks the driver to reset it; nothing else is harmed.
 #[derive(Debug, thiserror::Error)]
@@ -31,6 +54,10 @@ pub trait VirtioDevice: Send {
     fn queue_sizes(&self) -> &'static [u16];
     /// Reads the configuration space; what lies behind it reads as zero.
     fn read_config(&self, offset: u64, into: &mut [u8]);
+    /// The driver writes to the configuration space. Most have nothing to be written.
+    fn write_config(&mut self, _offset: u64, _bytes: &[u8]) {}
+    /// The driver is set up; `features` are those that both sides have. Called again after a restore.
+    fn activate(&mut self, _features: u64) {}
     /// The driver added buffers to a queue. Returns whether it is to be interrupted.
     fn notify(
         &mut self,
@@ -40,6 +67,16 @@ pub trait VirtioDevice: Send {
     ) -> Result<bool, VirtioError>;
     /// The driver reset the device.
     fn reset(&mut self) {}
+    /// What survives a snapshot besides registers and queues.
+    fn save(&self) -> DeviceState {
+        DeviceState::Stateless
+    }
+    /// Takes back what [`VirtioDevice::save`] returned; state of another device is ignored, as it may be anybody's.
+    fn restore(&mut self, _state: &DeviceState) {}
+    /// The machine is about to go on from a snapshot: what the driver must hear of that. Returns whether to interrupt it.
+    fn resume(&mut self, _queues: &mut [Queue], _ram: &GuestMemoryMmap) -> Result<bool, VirtioError> {
+        Ok(false)
+    }
 }
 
 /// Copies the part of a configuration structure that was asked for.

@@ -3,7 +3,7 @@
 
 use super::connection::{Connection, Verdict};
 use super::{CONNECTIONS_MAX, GUEST_CID, HOST_CID, STREAM_BUFFER};
-use crate::devices::virtio::{VirtioDevice, VirtioError, read_config_bytes};
+use crate::devices::virtio::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::net::UnixStream;
@@ -53,7 +53,7 @@ struct Control {
 }
 
 /// What of vsock survives a snapshot: streams do not, but the guest must hear that they ended.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VsockSnapshot {
     had_streams: bool,
     next_host_port: u32,
@@ -69,25 +69,19 @@ pub struct Vsock {
     ended: Vec<StreamKey>,
 }
 
-impl Vsock {
-    /// A device without streams, after `snapshot` if the guest has a past.
-    pub fn new(snapshot: Option<&VsockSnapshot>) -> Vsock {
+impl Default for Vsock {
+    fn default() -> Vsock {
         Vsock {
             connections: BTreeMap::new(),
             control: VecDeque::new(),
-            next_host_port: snapshot
-                .map_or(HOST_PORT_START, |saved| saved.next_host_port.max(HOST_PORT_START)),
-            reset_owed: snapshot.is_some_and(|saved| saved.had_streams),
+            next_host_port: HOST_PORT_START,
+            reset_owed: false,
             ended: Vec::new(),
         }
     }
+}
 
-    /// For a snapshot.
-    pub fn save(&self) -> VsockSnapshot {
-        let had_streams = !self.connections.is_empty() || self.reset_owed;
-        VsockSnapshot { had_streams, next_host_port: self.next_host_port }
-    }
-
+impl Vsock {
     /// A host client asks for `guest_port`. Gives the stream back when there are too many.
     pub fn connect(&mut self, stream: UnixStream, guest_port: u32) -> Result<StreamKey, UnixStream> {
         if self.connections.len() >= CONNECTIONS_MAX {
@@ -338,6 +332,23 @@ impl VirtioDevice for Vsock {
             interrupt |= self.take_from_guest(queue, ram)?;
         }
         Ok(self.pump(queues, ram)? | interrupt)
+    }
+
+    fn save(&self) -> DeviceState {
+        let had_streams = !self.connections.is_empty() || self.reset_owed;
+        DeviceState::Vsock(VsockSnapshot { had_streams, next_host_port: self.next_host_port })
+    }
+
+    fn restore(&mut self, state: &DeviceState) {
+        if let DeviceState::Vsock(saved) = state {
+            self.next_host_port = saved.next_host_port.max(HOST_PORT_START);
+            self.reset_owed = saved.had_streams;
+        }
+    }
+
+    /// Tells the guest about streams that ended with the snapshot.
+    fn resume(&mut self, queues: &mut [Queue], ram: &GuestMemoryMmap) -> Result<bool, VirtioError> {
+        self.pump(queues, ram)
     }
 
     fn reset(&mut self) {

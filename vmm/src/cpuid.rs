@@ -1,0 +1,161 @@
+//! What a guest's CPUID instruction shows: the host's supported leaves, with each vCPU's place among its siblings, and
+//! without what a lazily filled machine must not have. Also tells which features a snapshot needs and a host lacks.
+//! Leaves: Intel SDM volume 2, "CPUID"; KVM's: Documentation/virt/kvm/x86/cpuid.rst. Callers: `machine.rs`.
+
+use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+
+/// KVM_FEATURE_ASYNC_PF, KVM_FEATURE_ASYNC_PF_VMEXIT and KVM_FEATURE_ASYNC_PF_INT: with them a guest's read of a missing
+/// page becomes a write by a kernel worker, and so a private copy of what siblings could share.
+const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
+const KVM_FEATURES: u32 = 0x4000_0001;
+/// KVM emulates this timer with its in-kernel APIC but does not list it.
+const TSC_DEADLINE: u32 = 1 << 24;
+/// Several logical processors in the package.
+const HYPER_THREADING: u32 = 1 << 28;
+
+/// Leaves for vCPU `id` of `vcpus`.
+pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
+    let mut cpuid = supported.clone();
+    let (id, vcpus) = (u32::from(id), u32::from(vcpus));
+    let id_bits = vcpus.next_power_of_two().trailing_zeros();
+    for leaf in cpuid.as_mut_slice() {
+        match leaf.function {
+            1 => {
+                leaf.ebx = leaf.ebx & 0xffff | id << 24 | vcpus << 16;
+                leaf.ecx |= TSC_DEADLINE;
+                leaf.edx = leaf.edx & !HYPER_THREADING | if vcpus > 1 { HYPER_THREADING } else { 0 };
+            }
+            4 => leaf.eax = leaf.eax & 0x3ff | (vcpus.next_power_of_two() - 1) << 26,
+            0xb | 0x1f => topology(leaf, id, vcpus, id_bits),
+            KVM_FEATURES => leaf.eax &= !ASYNC_PAGE_FAULTS,
+            0x8000_0008 => leaf.ecx = leaf.ecx & !0xf0ff | id_bits << 12 | (vcpus - 1),
+            0x8000_001e => {
+                leaf.eax = id;
+                leaf.ebx = id;
+                leaf.ecx = 0;
+            }
+            _ => {}
+        }
+    }
+    cpuid
+}
+
+/// One thread a core, all cores in one package.
+fn topology(leaf: &mut kvm_cpuid_entry2, id: u32, vcpus: u32, id_bits: u32) {
+    const THREADS: u32 = 1 << 8;
+    const CORES: u32 = 2 << 8;
+    let (shift, count, kind) = match leaf.index {
+        0 => (0, 1, THREADS),
+        1 => (id_bits, vcpus, CORES),
+        _ => (0, 0, 0),
+    };
+    (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (shift, count, kind | leaf.index, id);
+}
+
+/// A feature bit by its place.
+struct Feature(u32, u32, Register, u32, &'static str);
+
+#[derive(Clone, Copy, PartialEq)]
+enum Register {
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+use Register::{Ebx, Ecx, Edx};
+
+/// What user programs choose their code by, named as /proc/cpuinfo names it.
+const FEATURES: [Feature; 30] = [
+    Feature(1, 0, Edx, 25, "sse"),
+    Feature(1, 0, Edx, 26, "sse2"),
+    Feature(1, 0, Ecx, 0, "sse3"),
+    Feature(1, 0, Ecx, 1, "pclmulqdq"),
+    Feature(1, 0, Ecx, 9, "ssse3"),
+    Feature(1, 0, Ecx, 12, "fma"),
+    Feature(1, 0, Ecx, 13, "cx16"),
+    Feature(1, 0, Ecx, 19, "sse4_1"),
+    Feature(1, 0, Ecx, 20, "sse4_2"),
+    Feature(1, 0, Ecx, 22, "movbe"),
+    Feature(1, 0, Ecx, 23, "popcnt"),
+    Feature(1, 0, Ecx, 25, "aes"),
+    Feature(1, 0, Ecx, 26, "xsave"),
+    Feature(1, 0, Ecx, 28, "avx"),
+    Feature(1, 0, Ecx, 29, "f16c"),
+    Feature(1, 0, Ecx, 30, "rdrand"),
+    Feature(7, 0, Ebx, 3, "bmi1"),
+    Feature(7, 0, Ebx, 5, "avx2"),
+    Feature(7, 0, Ebx, 8, "bmi2"),
+    Feature(7, 0, Ebx, 9, "erms"),
+    Feature(7, 0, Ebx, 16, "avx512f"),
+    Feature(7, 0, Ebx, 17, "avx512dq"),
+    Feature(7, 0, Ebx, 18, "rdseed"),
+    Feature(7, 0, Ebx, 29, "sha_ni"),
+    Feature(7, 0, Ebx, 30, "avx512bw"),
+    Feature(7, 0, Ebx, 31, "avx512vl"),
+    Feature(7, 0, Ecx, 11, "avx512_vnni"),
+    Feature(7, 0, Edx, 24, "amx_tile"),
+    Feature(0x8000_0001, 0, Ecx, 5, "abm"),
+    Feature(0x8000_0001, 0, Edx, 27, "rdtscp"),
+];
+
+/// Names of the features that these leaves show.
+pub fn features(leaves: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
+    let shown = |Feature(function, index, register, bit, _): &&Feature| {
+        leaves.iter().any(|leaf| {
+            let value = match register {
+                Ebx => leaf.ebx,
+                Ecx => leaf.ecx,
+                Edx => leaf.edx,
+            };
+            leaf.function == *function && leaf.index == *index && value >> bit & 1 == 1
+        })
+    };
+    FEATURES.iter().filter(shown).map(|feature| feature.4).collect()
+}
+
+/// The processor's maker, as leaf 0 spells it; empty when it is missing.
+pub fn vendor(leaves: &[kvm_cpuid_entry2]) -> String {
+    let spelled = |leaf: &kvm_cpuid_entry2| [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
+    let bytes = leaves.iter().find(|leaf| leaf.function == 0).map(spelled).unwrap_or_default();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32) -> kvm_cpuid_entry2 {
+        kvm_cpuid_entry2 { function, index, ..Default::default() }
+    }
+
+    #[test]
+    fn every_vcpu_knows_its_place() {
+        let leaves = [leaf(1, 0), leaf(0xb, 0), leaf(0xb, 1), leaf(0xb, 2)];
+        let supported = CpuId::from_entries(&leaves).unwrap();
+        let cpuid = for_vcpu(&supported, 2, 3);
+        let shown = cpuid.as_slice();
+        assert_eq!((shown[0].ebx >> 24, shown[0].ebx >> 16 & 0xff), (2, 3));
+        assert!(shown[0].edx & HYPER_THREADING != 0 && shown[0].ecx & TSC_DEADLINE != 0);
+        assert_eq!((shown[1].eax, shown[1].ebx, shown[1].ecx, shown[1].edx), (0, 1, 0x100, 2));
+        assert_eq!((shown[2].eax, shown[2].ebx, shown[2].ecx, shown[2].edx), (2, 3, 0x201, 2));
+        assert_eq!((shown[3].ebx, shown[3].ecx), (0, 2));
+        let alone = for_vcpu(&supported, 0, 1);
+        assert_eq!(alone.as_slice()[0].edx & HYPER_THREADING, 0);
+    }
+
+    #[test]
+    fn asynchronous_page_faults_are_hidden() {
+        let supported =
+            CpuId::from_entries(&[kvm_cpuid_entry2 { eax: u32::MAX, ..leaf(KVM_FEATURES, 0) }]).unwrap();
+        assert_eq!(for_vcpu(&supported, 0, 1).as_slice()[0].eax, !ASYNC_PAGE_FAULTS);
+    }
+
+    #[test]
+    fn features_have_names() {
+        let mut leaves = [leaf(1, 0), leaf(7, 0)];
+        leaves[0].ecx = 1 << 28;
+        leaves[1].ebx = 1 << 5;
+        assert_eq!(features(&leaves), ["avx", "avx2"]);
+        assert!(features(&[]).is_empty());
+    }
+}

@@ -1,0 +1,264 @@
+//! What a vCPU reaches through I/O ports and device windows. One bus serves all vCPUs of a machine, each on its own
+//! thread: every device has a lock of its own. Callers: `machine.rs`, `vcpu_loop.rs`.
+
+use crate::arch;
+use crate::devices::cmos::{self, Cmos};
+use crate::devices::doorbell::{self, Doorbell, Ring};
+use crate::devices::serial::{Console, IrqLine, SerialPort, SerialSnapshot};
+use crate::devices::virtio::DeviceKind;
+use crate::devices::virtio::mmio::{RestoreError, Transport, Window, WindowState};
+use crate::devices::virtio::pmem::Pmem;
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::Vsock;
+use crate::kvm::{KvmError, ioctl};
+use crate::memory::{GuestMemory, MemoryLayout};
+use kvm_ioctls::VmFd;
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vm_superio::serial::Serial;
+use vmm_sys_util::eventfd::EventFd;
+
+/// The keyboard controller's command port; 0xfe there is how a PC resets itself.
+const KEYBOARD_COMMAND: u16 = 0x64;
+const RESET_COMMAND: u8 = 0xfe;
+
+/// Devices could not be made or put back.
+#[derive(Debug, thiserror::Error)]
+pub enum BusError {
+    /// KVM refused an interrupt line.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// A device's saved state does not fit.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// A file descriptor for a device.
+    #[error("{what} failed")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A snapshot names a device twice, or more devices than there are windows.
+    #[error("the snapshot's list of {count} devices is impossible")]
+    Devices {
+        /// Devices in it.
+        count: usize,
+    },
+}
+
+/// What a machine is connected to.
+#[derive(Debug, Default)]
+pub struct Peripherals {
+    /// Where console output goes.
+    pub console: Option<File>,
+    /// What the guest reads at its doorbell.
+    pub record: Vec<u8>,
+}
+
+/// The devices that a machine of this layout boots with.
+pub fn default_devices(layout: &MemoryLayout) -> Vec<DeviceKind> {
+    let disk = (layout.root_disk_bytes > 0).then_some(DeviceKind::Pmem);
+    [DeviceKind::Vsock, DeviceKind::Rng].into_iter().chain(disk).collect()
+}
+
+/// A device and where it is reached.
+struct Slot {
+    kind: DeviceKind,
+    window: Arc<Mutex<dyn Window>>,
+}
+
+/// What came of a write to a port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PortWrite {
+    /// Nothing special.
+    Done,
+    /// The guest resets itself.
+    Reset,
+    /// The guest rang the doorbell.
+    Rang(Ring),
+}
+
+/// See the module's description.
+pub struct Bus {
+    serial: Mutex<SerialPort>,
+    cmos: Mutex<Cmos>,
+    doorbell: Mutex<Doorbell>,
+    slots: Vec<Slot>,
+    vsock: Option<Arc<Mutex<Transport<Vsock>>>>,
+    generation: EventFd,
+    dropped_writes: AtomicU64,
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A device that panicked is as consistent as a guest can make it: each is checked on every access.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Bus {
+    /// The devices of a machine, as after power-on; the serial port as it was saved, if it was.
+    pub fn new(
+        vm: &VmFd,
+        layout: &MemoryLayout,
+        memory: &GuestMemory,
+        peripherals: Peripherals,
+        kinds: &[DeviceKind],
+        serial: Option<&SerialSnapshot>,
+    ) -> Result<Bus, BusError> {
+        let console = Console::new(peripherals.console);
+        let line = IrqLine(interrupt(vm, arch::SERIAL_IRQ)?);
+        let serial = match serial {
+            Some(saved) => saved
+                .restore(line, console)
+                .map_err(|source| BusError::Io { what: "restoring the serial port", source })?,
+            None => Serial::new(line, console),
+        };
+        let mut bus = Bus {
+            serial: Mutex::new(serial),
+            cmos: Mutex::default(),
+            doorbell: Mutex::new(Doorbell::new(peripherals.record)),
+            slots: Vec::new(),
+            vsock: None,
+            generation: interrupt(vm, arch::GENERATION_IRQ)?,
+            dropped_writes: AtomicU64::new(0),
+        };
+        let twice = kinds.iter().enumerate().any(|(at, kind)| kinds[..at].contains(kind));
+        if twice || kinds.len() > arch::VIRTIO_IRQS.len() {
+            return Err(BusError::Devices { count: kinds.len() });
+        }
+        for (kind, line) in kinds.iter().zip(arch::VIRTIO_IRQS) {
+            bus.plug(*kind, layout, memory, interrupt(vm, line)?);
+        }
+        Ok(bus)
+    }
+
+    fn plug(&mut self, kind: DeviceKind, layout: &MemoryLayout, memory: &GuestMemory, irq: EventFd) {
+        let ram = memory.ram().clone();
+        let window: Arc<Mutex<dyn Window>> = match kind {
+            DeviceKind::Vsock => {
+                let vsock = Arc::new(Mutex::new(Transport::new(Vsock::default(), ram, irq)));
+                self.vsock = Some(Arc::clone(&vsock));
+                vsock
+            }
+            DeviceKind::Rng => Arc::new(Mutex::new(Transport::new(Rng, ram, irq))),
+            DeviceKind::Pmem => {
+                let disk = Pmem::new(layout.root_disk_range());
+                Arc::new(Mutex::new(Transport::new(disk, ram, irq)))
+            }
+        };
+        self.slots.push(Slot { kind, window });
+    }
+
+    /// The kinds of the devices, in window order.
+    pub fn kinds(&self) -> Vec<DeviceKind> {
+        self.slots.iter().map(|slot| slot.kind).collect()
+    }
+
+    /// The vsock device, if there is one.
+    pub fn vsock(&self) -> Option<&Arc<Mutex<Transport<Vsock>>>> {
+        self.vsock.as_ref()
+    }
+
+    /// State of every device with a window.
+    pub fn save(&self) -> Vec<(DeviceKind, WindowState)> {
+        self.slots.iter().map(|slot| (slot.kind, lock(&slot.window).save())).collect()
+    }
+
+    /// State of the serial port.
+    pub fn save_serial(&self) -> SerialSnapshot {
+        SerialSnapshot::save(&lock(&self.serial))
+    }
+
+    /// Puts saved state into the devices of a new machine made with the same kinds.
+    pub fn restore(&self, windows: &[(DeviceKind, WindowState)]) -> Result<(), BusError> {
+        for (slot, (_, saved)) in self.slots.iter().zip(windows) {
+            lock(&slot.window).restore(saved)?;
+        }
+        for slot in &self.slots {
+            lock(&slot.window).resume();
+        }
+        Ok(())
+    }
+
+    /// Tells the guest's kernel that it is a copy (see `acpi.rs`).
+    pub fn announce_generation(&self) {
+        if let Err(error) = self.generation.write(1) {
+            tracing::error!(%error, "the generation interrupt could not be raised");
+        }
+    }
+
+    /// The guest writes to an I/O port.
+    pub fn port_write(&self, port: u16, bytes: &[u8]) -> PortWrite {
+        for byte in bytes {
+            match port {
+                doorbell::COMMAND_PORT => {
+                    if let Some(ring) = lock(&self.doorbell).write(*byte) {
+                        return PortWrite::Rang(ring);
+                    }
+                }
+                KEYBOARD_COMMAND if *byte == RESET_COMMAND => return PortWrite::Reset,
+                cmos::INDEX_PORT | cmos::DATA_PORT => lock(&self.cmos).write(port, *byte),
+                _ => {
+                    if let Some(offset) = serial_register(port)
+                        && let Err(error) = lock(&self.serial).write(offset, *byte)
+                    {
+                        tracing::debug!(?error, "serial port");
+                    }
+                }
+            }
+        }
+        PortWrite::Done
+    }
+
+    /// The guest reads from an I/O port.
+    pub fn port_read(&self, port: u16, into: &mut [u8]) {
+        match (port, serial_register(port)) {
+            (doorbell::DATA_PORT, _) => lock(&self.doorbell).read(into),
+            (cmos::INDEX_PORT | cmos::DATA_PORT, _) => into.fill(lock(&self.cmos).read(port)),
+            (_, Some(offset)) => into.fill_with(|| lock(&self.serial).read(offset)),
+            // The keyboard controller says that it has nothing and is not busy.
+            (KEYBOARD_COMMAND, _) => into.fill(0),
+            _ => into.fill(0xff),
+        }
+    }
+
+    fn window(&self, address: u64) -> Option<(&Mutex<dyn Window>, u64)> {
+        let offset = address.checked_sub(arch::MMIO_START)?;
+        let slot = usize::try_from(offset / arch::MMIO_WINDOW).ok()?;
+        self.slots.get(slot).map(|slot| (&*slot.window, offset % arch::MMIO_WINDOW))
+    }
+
+    /// The guest reads where no memory is.
+    pub fn mmio_read(&self, address: u64, into: &mut [u8]) {
+        match self.window(address) {
+            Some((window, offset)) => lock(window).read(offset, into),
+            None => into.fill(0xff),
+        }
+    }
+
+    /// The guest writes where no memory is, or to the read-only root disk.
+    pub fn mmio_write(&self, address: u64, bytes: &[u8]) {
+        if let Some((window, offset)) = self.window(address) {
+            lock(window).write(offset, bytes);
+            return;
+        }
+        let count = self.dropped_writes.fetch_add(1, Ordering::Relaxed) + 1;
+        if count.is_power_of_two() {
+            tracing::warn!(address, count, "dropped a guest's write to read-only or absent memory");
+        }
+    }
+}
+
+fn serial_register(port: u16) -> Option<u8> {
+    port.checked_sub(arch::SERIAL_PORT).filter(|offset| *offset < 8).map(|offset| offset as u8)
+}
+
+fn interrupt(vm: &VmFd, line: u32) -> Result<EventFd, BusError> {
+    let fd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(|source| BusError::Io { what: "creating an eventfd", source })?;
+    vm.register_irqfd(&fd, line).map_err(ioctl("KVM_IRQFD"))?;
+    Ok(fd)
+}

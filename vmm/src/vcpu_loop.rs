@@ -1,0 +1,162 @@
+//! Running a machine's vCPUs, each on a thread of its own, until one of them ends the run. Callers: `machine.rs`.
+
+use crate::devices::bus::{Bus, PortWrite};
+use crate::devices::doorbell::Ring;
+use crate::kvm::KvmKind;
+use crate::machine::{Flow, MachineError, Stop};
+use crate::pvm;
+use crate::sys::{self, ThreadId};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+use vm_memory::GuestMemoryMmap;
+
+/// Pause between two signals to a vCPU that is to leave the guest: one that was about to enter it may miss the first.
+const KICK_PAUSE: Duration = Duration::from_micros(200);
+/// Most entries that completing one instruction takes (a page-crossing access has two parts).
+const COMPLETIONS_MAX: usize = 16;
+
+/// What the vCPUs of one run share.
+struct Run<'a, F> {
+    bus: &'a Bus,
+    ram: &'a GuestMemoryMmap,
+    kind: KvmKind,
+    on_ring: Mutex<F>,
+    stopping: AtomicBool,
+    outcome: Mutex<Option<Result<Stop, MachineError>>>,
+    threads: Vec<Mutex<Option<ThreadId>>>,
+}
+
+/// What came of one exit.
+enum Step {
+    Continue,
+    Stop(Stop),
+}
+
+/// Runs all `vcpus` until `on_ring` stops them or the guest resets itself. The first one runs on this thread. Afterwards no
+/// vCPU has an instruction half done.
+pub fn run<F: FnMut(Ring) -> Flow + Send>(
+    vcpus: &mut [VcpuFd],
+    bus: &Bus,
+    ram: &GuestMemoryMmap,
+    kind: KvmKind,
+    on_ring: F,
+) -> Result<Stop, MachineError> {
+    let run = Run {
+        bus,
+        ram,
+        kind,
+        on_ring: Mutex::new(on_ring),
+        stopping: AtomicBool::new(false),
+        outcome: Mutex::new(None),
+        threads: vcpus.iter().map(|_| Mutex::new(None)).collect(),
+    };
+    if vcpus.len() > 1 {
+        sys::prepare_kicks().map_err(MachineError::Kicks)?;
+    }
+    std::thread::scope(|scope| {
+        let mut numbered = vcpus.iter_mut().enumerate();
+        let first = numbered.next();
+        for (number, vcpu) in numbered {
+            let run = &run;
+            scope.spawn(move || run.vcpu(number, vcpu));
+        }
+        if let Some((number, vcpu)) = first {
+            run.vcpu(number, vcpu);
+        }
+    });
+    let outcome = run.outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
+    outcome.unwrap_or(Ok(Stop::Reset))
+}
+
+impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
+    fn vcpu(&self, number: usize, vcpu: &mut VcpuFd) {
+        *lock(&self.threads[number]) = Some(sys::this_thread());
+        while !self.stopping.load(Ordering::Acquire) {
+            match self.step(vcpu) {
+                Ok(Step::Continue) => {}
+                Ok(Step::Stop(stop)) => self.conclude(Ok(stop)),
+                Err(error) => self.conclude(Err(error)),
+            }
+        }
+        if let Err(error) = self.finish_instruction(vcpu) {
+            self.conclude(Err(error));
+        }
+        *lock(&self.threads[number]) = None;
+        self.kick_others();
+    }
+
+    /// The first outcome counts: what other vCPUs run into while they stop is a consequence.
+    fn conclude(&self, outcome: Result<Stop, MachineError>) {
+        lock(&self.outcome).get_or_insert(outcome);
+        self.stopping.store(true, Ordering::Release);
+    }
+
+    /// Signals every vCPU that may still be in the guest, until none is.
+    fn kick_others(&self) {
+        loop {
+            let inside: Vec<_> = self.threads.iter().filter_map(|thread| *lock(thread)).collect();
+            if inside.is_empty() {
+                return;
+            }
+            inside.into_iter().for_each(sys::kick);
+            std::thread::sleep(KICK_PAUSE);
+        }
+    }
+
+    fn step(&self, vcpu: &mut VcpuFd) -> Result<Step, MachineError> {
+        match vcpu.run() {
+            Ok(VcpuExit::IoOut(port, bytes)) => match self.bus.port_write(port, bytes) {
+                PortWrite::Done => {}
+                PortWrite::Reset => return Ok(Step::Stop(Stop::Reset)),
+                PortWrite::Rang(ring) => {
+                    if lock(&self.on_ring)(ring) == Flow::Stop {
+                        return Ok(Step::Stop(Stop::Asked));
+                    }
+                }
+            },
+            Ok(VcpuExit::IoIn(port, bytes)) => self.bus.port_read(port, bytes),
+            Ok(VcpuExit::MmioRead(address, bytes)) => self.bus.mmio_read(address, bytes),
+            Ok(VcpuExit::MmioWrite(address, bytes)) => self.bus.mmio_write(address, bytes),
+            Ok(VcpuExit::X86Wrmsr(exit)) => {
+                let (index, value) = (exit.index, exit.data);
+                *exit.error = 0;
+                pvm::write_msr(vcpu, self.ram, index, value)?;
+            }
+            Ok(VcpuExit::InternalError) if self.kind == KvmKind::Pvm => {
+                pvm::mend_instruction(vcpu, self.ram)?;
+            }
+            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Step::Stop(Stop::Reset)),
+            Ok(exit) => return Err(MachineError::Exit { exit: format!("{exit:?}") }),
+            Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
+            Err(error) => return Err(MachineError::Run(error)),
+        }
+        Ok(Step::Continue)
+    }
+
+    /// KVM completes an I/O instruction only when it is entered again; this enters it until nothing is left to complete.
+    fn finish_instruction(&self, vcpu: &mut VcpuFd) -> Result<(), MachineError> {
+        vcpu.set_kvm_immediate_exit(1);
+        let mut finished = Ok(());
+        for _ in 0..COMPLETIONS_MAX {
+            match vcpu.run() {
+                Err(_) => break,
+                Ok(VcpuExit::IoIn(port, bytes)) => self.bus.port_read(port, bytes),
+                Ok(VcpuExit::MmioRead(address, bytes)) => self.bus.mmio_read(address, bytes),
+                Ok(VcpuExit::MmioWrite(address, bytes)) => self.bus.mmio_write(address, bytes),
+                Ok(VcpuExit::IoOut(port, bytes)) => drop(self.bus.port_write(port, bytes)),
+                Ok(exit) => {
+                    finished = Err(MachineError::Exit { exit: format!("{exit:?}") });
+                    break;
+                }
+            }
+        }
+        vcpu.set_kvm_immediate_exit(0);
+        finished
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
