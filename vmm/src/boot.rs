@@ -46,7 +46,7 @@ pub enum BootError {
 pub fn command_line(kind: KvmKind, more: &str) -> String {
     let mut line = String::from(
         "console=ttyS0 8250.nr_uarts=1 reboot=k panic=-1 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro rootwait \
-         init=/forkd/agent random.trust_bootloader=on i8042.noaux i8042.nokbd",
+         init=/forkd/agent random.trust_bootloader=on i8042.noaux i8042.nokbd pci=off",
     );
     if kind == KvmKind::Pvm {
         line.push(' ');
