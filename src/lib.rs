@@ -10,6 +10,7 @@ pub mod commands;
 pub mod detach;
 pub mod download;
 pub mod error;
+pub mod host;
 pub mod hub;
 pub mod identity;
 pub mod kernel;

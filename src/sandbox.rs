@@ -3,6 +3,7 @@
 //! A *lazy* sandbox reads machine state from an opened pack and lets a pager fill the images while machines run; a
 //! *local* one maps the files of a snapshot on disk. Callers: `supervisor.rs`, `commands/fork.rs`.
 
+use crate::host::{self, HostError};
 use crate::snapshot::{self, CONFIGURATION_MAX, Configuration, FOREIGN_MACHINE, SnapshotError, file_error};
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
 use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
@@ -45,6 +46,9 @@ pub enum SandboxError {
     /// The machine is another monitor's.
     #[error("{FOREIGN_MACHINE}")]
     Foreign,
+    /// The host's processor.
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// Reading the pack.
     #[error("reading the machine's state from the pack failed")]
     Read(#[from] ReadError),
@@ -245,8 +249,14 @@ impl Sandbox {
             let path = dir.join(name);
             File::open(&path).map_err(file_error("opening", &path))
         };
-        if is_foreign_directory(dir) {
-            return Err(SandboxError::Foreign);
+        match manifest_of(dir) {
+            Ok(manifest) if manifest.requires.is_foreign() => return Err(SandboxError::Foreign),
+            Ok(manifest) => host::check_cpu(&manifest.requires)?,
+            Err(Some(ManifestError::Version { found })) if found < forkd_fs::format::PACK_VERSION => {
+                return Err(SandboxError::Foreign);
+            }
+            // Nothing else about it is of any matter here.
+            Err(_) => {}
         }
         let path = dir.join(snapshot::CONFIGURATION);
         let configuration = std::fs::read(&path).map_err(file_error("reading", &path))?;
@@ -278,9 +288,12 @@ impl Sandbox {
         let names = [snapshot::CONFIGURATION, snapshot::VMSTATE, snapshot::TRACE];
         // At once: both lie at the start of the pack, and a pack of a foreign machine need not have the others.
         let (manifest, small) = tokio::join!(store.manifest(), store.read_files(&names, SMALL_FILE_MAX));
-        if manifest?.requires.is_foreign() {
+        let manifest = manifest?;
+        let requires = &manifest.requires;
+        if requires.is_foreign() {
             return Err(SandboxError::Foreign);
         }
+        host::check_cpu(requires)?;
         let small = small?;
         let [configuration, vmstate, trace] = &small[..] else {
             return Err(ReadError::NoSuchFile { name: snapshot::VMSTATE.to_owned() }.into());
@@ -428,17 +441,12 @@ impl Sandbox {
     }
 }
 
-/// Whether a snapshot's manifest says that its machine is another monitor's: unpacked from a pack of the predecessor, or
-/// from one that `forkd repack` made of it. Anything else about the manifest is of no matter here.
-fn is_foreign_directory(dir: &Path) -> bool {
+/// A snapshot's manifest. One unpacked from a pack of the predecessor is of an older version. `None`: it cannot be read.
+fn manifest_of(dir: &Path) -> Result<Manifest, Option<ManifestError>> {
     let mut bytes = Vec::new();
-    let opened = File::open(dir.join(snapshot::MANIFEST));
-    let read = opened.and_then(|file| file.take(MAX_MANIFEST_LEN + 1).read_to_end(&mut bytes));
-    match read.map(|_| Manifest::parse(&bytes)) {
-        Ok(Ok(manifest)) => manifest.requires.is_foreign(),
-        Ok(Err(ManifestError::Version { found })) => found < forkd_fs::format::PACK_VERSION,
-        _ => false,
-    }
+    let file = File::open(dir.join(snapshot::MANIFEST)).map_err(|_| None)?;
+    file.take(MAX_MANIFEST_LEN + 1).read_to_end(&mut bytes).map_err(|_| None)?;
+    Manifest::parse(&bytes).map_err(Some)
 }
 
 fn images_of(configuration: &Configuration) -> impl Iterator<Item = ImageId> + use<> {

@@ -86,6 +86,7 @@ fn manifest() -> Manifest {
         kernel: "6.12".into(),
         vmstate_version: 1,
         cpu_features: Vec::new(),
+        cpu_vendor: String::new(),
     };
     let (description, base_image, forkd_version) = ("many files".into(), String::new(), "0.1.0".into());
     let created_at = "2026-01-02T03:04:05Z".into();

@@ -61,9 +61,12 @@ pub struct Requires {
     pub kernel: String,
     /// Layout of the `vmstate` member; [`FOREIGN_VMSTATE`] if it is none of ours.
     pub vmstate_version: u32,
-    /// CPU features the guest was shown and may use.
+    /// CPU features the guest was shown and may use, named as /proc/cpuinfo names them.
     #[serde(default)]
     pub cpu_features: Vec<String>,
+    /// The processor's maker as CPUID spells it, e.g. `GenuineIntel`; empty when it does not matter.
+    #[serde(default)]
+    pub cpu_vendor: String,
 }
 
 /// How a host runs guests.
@@ -209,6 +212,7 @@ mod tests {
                 kernel: "6.12".into(),
                 vmstate_version: 1,
                 cpu_features: vec!["sse4_2".into(), "avx2".into()],
+                cpu_vendor: "GenuineIntel".into(),
             },
             files: vec![ManifestFile { path: "memory.bin".into(), size: 1 << 29, sha256: Digest::of(b"m") }],
         }

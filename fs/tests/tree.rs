@@ -32,6 +32,7 @@ fn pack(dir: &Path) -> PathBuf {
         kernel: "k".into(),
         vmstate_version: 1,
         cpu_features: Vec::new(),
+        cpu_vendor: String::new(),
     };
     let manifest = Manifest {
         forkd_pack_version: 3,

@@ -2,6 +2,7 @@
 
 use crate::cli::{BuildArgs, SnapshotArgs};
 use crate::error::CommandError;
+use crate::host;
 use crate::kernel;
 use crate::machine_build::{self, BuildError, Request, Step};
 use crate::output::Output;
@@ -156,7 +157,7 @@ fn finish(
         output.note(format_args!("{:>6.1} s  {text}", started.elapsed().as_secs_f64()));
     })
     .map_err(failed)?;
-    write_manifest(draft.path(), about, &configuration).map_err(BuildCommandError::from)?;
+    write_manifest(draft.path(), about, &configuration)?;
     let path = draft.publish(force).map_err(BuildCommandError::from)?;
     // 512-byte blocks: what is stored, holes aside.
     let stored =
@@ -182,7 +183,12 @@ fn finish(
     Ok(ExitCode::SUCCESS)
 }
 
-fn write_manifest(dir: &Path, about: &About<'_>, configuration: &Configuration) -> Result<(), SnapshotError> {
+fn write_manifest(
+    dir: &Path,
+    about: &About<'_>,
+    configuration: &Configuration,
+) -> Result<(), BuildCommandError> {
+    let cpu = host::cpu()?;
     let manifest = Manifest {
         forkd_pack_version: PACK_VERSION,
         tag: about.tag.to_owned(),
@@ -199,12 +205,13 @@ fn write_manifest(dir: &Path, about: &About<'_>, configuration: &Configuration) 
             },
             kernel: kernel_name(about.kernel),
             vmstate_version: forkd_vmm::snapshot::VERSION,
-            cpu_features: Vec::new(),
+            cpu_features: cpu.features.iter().map(|name| (*name).to_owned()).collect(),
+            cpu_vendor: cpu.vendor,
         },
         files: Vec::new(),
     };
     let path = dir.join(snapshot::MANIFEST);
-    std::fs::write(&path, manifest.to_toml()).map_err(file_error("writing", &path))
+    Ok(std::fs::write(&path, manifest.to_toml()).map_err(file_error("writing", &path))?)
 }
 
 /// The kernel's digest: a host path has no business in a pack.

@@ -290,6 +290,7 @@ fn translate(pack: LegacyPack) -> Manifest {
             kernel: String::new(),
             vmstate_version: FOREIGN_VMSTATE,
             cpu_features: Vec::new(),
+            cpu_vendor: String::new(),
         },
         files: Vec::new(),
     }

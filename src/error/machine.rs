@@ -4,6 +4,7 @@ use super::{Row, packs};
 use crate::commands::build::BuildCommandError;
 use crate::commands::children::ChildrenError;
 use crate::commands::fork::ForkCommandError;
+use crate::host::HostError;
 use crate::machine_build::BuildError;
 use crate::run_dir::RunDirError;
 use crate::sandbox::SandboxError;
@@ -76,6 +77,10 @@ fn sandbox(error: &SandboxError) -> Row {
         }
         SandboxError::Trace(_) | SandboxError::Size { .. } => {
             row.hint("the pack was built wrong; ask its publisher")
+        }
+        SandboxError::Host(HostError::Kvm(error)) => kvm(error),
+        SandboxError::Host(HostError::Features { .. } | HostError::Vendor { .. }) => {
+            row.hint("fork it on a host with such a CPU, or build it again on this one")
         }
         SandboxError::Memory(_) => row.hint("check the free memory of this host"),
     }

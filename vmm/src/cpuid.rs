@@ -2,7 +2,10 @@
 //! without what a lazily filled machine must not have. Also tells which features a snapshot needs and a host lacks.
 //! Leaves: Intel SDM volume 2, "CPUID"; KVM's: Documentation/virt/kvm/x86/cpuid.rst. Callers: `machine.rs`.
 
+use crate::kvm::{Hypervisor, KvmError, KvmKind};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 
 /// KVM_FEATURE_ASYNC_PF, KVM_FEATURE_ASYNC_PF_VMEXIT and KVM_FEATURE_ASYNC_PF_INT: with them a guest's read of a missing
 /// page becomes a write by a kernel worker, and so a private copy of what siblings could share.
@@ -12,6 +15,8 @@ const KVM_FEATURES: u32 = 0x4000_0001;
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Several logical processors in the package.
 const HYPER_THREADING: u32 = 1 << 28;
+/// Most of /proc/cpuinfo that is read, bytes: one processor takes two thousand.
+const CPUINFO_MAX: u64 = 16 << 10;
 
 /// Leaves for vCPU `id` of `vcpus`.
 pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
@@ -98,8 +103,53 @@ const FEATURES: [Feature; 30] = [
     Feature(0x8000_0001, 0, Edx, 27, "rdtscp"),
 ];
 
+/// A host's processor, as its guests see it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostCpu {
+    /// Its maker, as CPUID spells it.
+    pub vendor: String,
+    /// Its features, as /proc/cpuinfo names them.
+    pub features: Vec<&'static str>,
+}
+
+impl HostCpu {
+    /// The processor that machines of this host are shown.
+    pub fn of(hypervisor: &Hypervisor) -> Result<HostCpu, KvmError> {
+        if hypervisor.kind() == KvmKind::Pvm {
+            // There a guest's user programs execute CPUID natively: they see the host's bits, whatever KVM is told.
+            return Ok(HostCpu::of_description(&first_processor()));
+        }
+        let supported = hypervisor.supported_cpuid()?;
+        let leaves = supported.as_slice();
+        Ok(HostCpu { vendor: vendor(leaves), features: features(leaves) })
+    }
+
+    fn of_description(text: &str) -> HostCpu {
+        let value = |key: &str| {
+            let line =
+                text.lines().find(|line| line.split(':').next().is_some_and(|name| name.trim() == key));
+            line.and_then(|line| line.split_once(':')).map_or("", |(_, value)| value.trim())
+        };
+        let flags: Vec<_> = value("flags").split(' ').collect();
+        let names = FEATURES.iter().map(|feature| feature.4);
+        // The kernel's old name for SSE3.
+        let shown = |name: &&str| flags.contains(name) || *name == "sse3" && flags.contains(&"pni");
+        HostCpu { vendor: value("vendor_id").to_owned(), features: names.filter(shown).collect() }
+    }
+}
+
+/// What the kernel says of the first processor; all are alike.
+fn first_processor() -> String {
+    let Ok(file) = File::open("/proc/cpuinfo") else { return String::new() };
+    let lines = BufReader::new(file.take(CPUINFO_MAX)).lines();
+    lines
+        .map_while(Result::ok)
+        .take_while(|line| !line.is_empty())
+        .fold(String::new(), |text, line| text + &line + "\n")
+}
+
 /// Names of the features that these leaves show.
-pub fn features(leaves: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
+fn features(leaves: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
     let shown = |Feature(function, index, register, bit, _): &&Feature| {
         leaves.iter().any(|leaf| {
             let value = match register {
@@ -114,7 +164,7 @@ pub fn features(leaves: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
 }
 
 /// The processor's maker, as leaf 0 spells it; empty when it is missing.
-pub fn vendor(leaves: &[kvm_cpuid_entry2]) -> String {
+fn vendor(leaves: &[kvm_cpuid_entry2]) -> String {
     let spelled = |leaf: &kvm_cpuid_entry2| [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).concat();
     let bytes = leaves.iter().find(|leaf| leaf.function == 0).map(spelled).unwrap_or_default();
     String::from_utf8_lossy(&bytes).into_owned()
@@ -148,6 +198,16 @@ mod tests {
         let supported =
             CpuId::from_entries(&[kvm_cpuid_entry2 { eax: u32::MAX, ..leaf(KVM_FEATURES, 0) }]).unwrap();
         assert_eq!(for_vcpu(&supported, 0, 1).as_slice()[0].eax, !ASYNC_PAGE_FAULTS);
+    }
+
+    #[test]
+    fn the_kernel_s_description_is_understood() {
+        let cpu = HostCpu::of_description(
+            "vendor_id\t: AuthenticAMD\nflags\t\t: fpu sse2 pni avx2\nbugs\t: none\n",
+        );
+        assert_eq!((cpu.vendor.as_str(), cpu.features), ("AuthenticAMD", vec!["sse2", "sse3", "avx2"]));
+        let here = HostCpu::of_description(&first_processor());
+        assert!(!here.vendor.is_empty() && here.features.contains(&"sse2"), "{here:?}");
     }
 
     #[test]

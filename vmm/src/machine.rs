@@ -269,5 +269,9 @@ impl Machine {
 }
 
 fn check_vcpus(vcpus: usize) -> Result<(), MachineError> {
-    if (1..=usize::from(arch::VCPUS_MAX)).contains(&vcpus) { Ok(()) } else { Err(MachineError::Vcpus { vcpus }) }
+    if (1..=usize::from(arch::VCPUS_MAX)).contains(&vcpus) {
+        Ok(())
+    } else {
+        Err(MachineError::Vcpus { vcpus })
+    }
 }

@@ -155,6 +155,13 @@ fn install_syscall_stub(vcpu: &VcpuFd, ram: &GuestMemoryMmap, lstar: u64) -> Res
     let gate = Gate(ram.read_obj(gate_at)?);
     let handler = gate.handler();
     let handler_at = translate(vcpu, handler)?.ok_or(unmapped(handler))?;
+    let start = stub_start(lstar);
+    let mut there = vec![0; start.len()];
+    ram.read_slice(&mut there, handler_at)?;
+    if there == start {
+        // Every vCPU sets LSTAR, and all share one table of gates.
+        return Ok(());
+    }
     let offset = find_padding(ram, handler_at)?.ok_or(PvmError::NoPadding { handler })?;
     let stub_address = handler + offset as u64;
     let stub = syscall_stub(stub_address, lstar, handler);
@@ -180,8 +187,7 @@ fn find_padding(ram: &GuestMemoryMmap, start: GuestAddress) -> Result<Option<usi
 /// original: jmp handler
 /// ```
 fn syscall_stub(at: u64, lstar: u64, handler: u64) -> Vec<u8> {
-    let mut code = vec![0x48, 0x81, 0x7c, 0x24, 0x08];
-    code.extend((lstar as u32).to_le_bytes());
+    let mut code = stub_start(lstar);
     code.extend([0x75, 0x0a]);
     code.extend([0x48, 0x8b, 0x64, 0x24, 0x20]);
     for target in [lstar, handler] {
@@ -189,6 +195,13 @@ fn syscall_stub(at: u64, lstar: u64, handler: u64) -> Vec<u8> {
         let next = at + code.len() as u64 + 4;
         code.extend((target.wrapping_sub(next) as u32).to_le_bytes());
     }
+    code
+}
+
+/// The stub's comparison, by which it is known again.
+fn stub_start(lstar: u64) -> Vec<u8> {
+    let mut code = vec![0x48, 0x81, 0x7c, 0x24, 0x08];
+    code.extend((lstar as u32).to_le_bytes());
     code
 }
 

@@ -44,6 +44,7 @@ pub fn manifest() -> Manifest {
             kernel: "6.12".into(),
             vmstate_version: 1,
             cpu_features: vec!["sse2".into()],
+            cpu_vendor: String::new(),
         },
         files: Vec::new(),
     }

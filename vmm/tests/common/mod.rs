@@ -2,9 +2,9 @@
 //! starts in two milliseconds and needs none of kvm_pvm's quirks.
 #![allow(dead_code)]
 
+use forkd_vmm::devices::bus::Peripherals;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::{Hypervisor, KvmKind};
-use forkd_vmm::devices::bus::Peripherals;
 use forkd_vmm::machine::{Flow, Machine, Shape, Stop};
 use forkd_vmm::memory::{GuestMemory, Mapping, MemoryLayout, Sharing, create_image};
 use kvm_bindings::{kvm_regs, kvm_segment};
