@@ -262,6 +262,11 @@ impl Machine {
         &self.vcpus[0]
     }
 
+    /// All vCPUs, as [`Machine::vcpu`] gives the first.
+    pub fn vcpus(&self) -> &[VcpuFd] {
+        &self.vcpus
+    }
+
     /// The machine's memory.
     pub fn memory(&self) -> &GuestMemory {
         &self.memory

@@ -7,7 +7,8 @@ use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::{Hypervisor, KvmKind};
 use forkd_vmm::machine::{Flow, Machine, Shape, Stop};
 use forkd_vmm::memory::{GuestMemory, Mapping, MemoryLayout, Sharing, create_image};
-use kvm_bindings::{kvm_regs, kvm_segment};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
+use kvm_ioctls::VcpuFd;
 use rustix::fd::OwnedFd;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -89,12 +90,16 @@ pub fn hypervisor() -> Hypervisor {
 
 /// A machine about to run an image's code, its memory shared with the image.
 pub fn machine(image: &OwnedFd, record: Vec<u8>) -> (Machine, File) {
-    let layout = layout();
-    let mapping = Mapping::of_file(image, layout.ram_bytes(), Sharing::Shared).unwrap();
-    let memory = GuestMemory::new(&layout, vec![mapping]).unwrap();
+    machine_of(Shape { layout: layout(), vcpus: 1 }, image, record)
+}
+
+/// The same with a shape of the test's own; only the first vCPU is about to run.
+pub fn machine_of(shape: Shape, image: &OwnedFd, record: Vec<u8>) -> (Machine, File) {
+    let mapping = Mapping::of_file(image, shape.layout.ram_bytes(), Sharing::Shared).unwrap();
+    let memory = GuestMemory::new(&shape.layout, vec![mapping]).unwrap();
     let (peripherals, console) = peripherals(record);
-    let machine = Machine::new(hypervisor(), Shape { layout, vcpus: 1 }, memory, peripherals).unwrap();
-    enter_ring3(&machine);
+    let machine = Machine::new(hypervisor(), shape, memory, peripherals).unwrap();
+    enter_ring3(machine.vcpu(), CODE, 0);
     (machine, console)
 }
 
@@ -124,8 +129,9 @@ pub fn printed(mut console: File) -> Vec<u8> {
     bytes
 }
 
-fn enter_ring3(machine: &Machine) {
-    let vcpu = machine.vcpu();
+/// Has a vCPU run the code at `entry` with `argument` in RDI.
+pub fn enter_ring3(vcpu: &VcpuFd, entry: u64, argument: u64) {
+    vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_RUNNABLE }).unwrap();
     let mut sregs = vcpu.get_sregs().unwrap();
     sregs.cr3 = 0x1000;
     sregs.cr4 = 0x620;
@@ -147,6 +153,6 @@ fn enter_ring3(machine: &Machine) {
     (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs) = (data, data, data, data, data);
     vcpu.set_sregs(&sregs).unwrap();
     // Interrupts off, I/O privilege level 3.
-    let regs = kvm_regs { rip: CODE, rsp: 0x2_0000, rflags: 0x3002, ..Default::default() };
+    let regs = kvm_regs { rip: entry, rdi: argument, rsp: 0x2_0000, rflags: 0x3002, ..Default::default() };
     vcpu.set_regs(&regs).unwrap();
 }
