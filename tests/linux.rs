@@ -4,6 +4,8 @@
 
 #[path = "linux/harness.rs"]
 mod harness;
+#[path = "linux/kills.rs"]
+mod kills;
 
 use harness::{Bed, Hub, alive, distinct, wait_until};
 use serde_json::Value;
