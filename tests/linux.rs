@@ -4,6 +4,8 @@
 
 #[path = "linux/harness.rs"]
 mod harness;
+#[path = "linux/hostile_guests.rs"]
+mod hostile_guests;
 #[path = "linux/kills.rs"]
 mod kills;
 

@@ -172,8 +172,8 @@ fn generation_device(code: &mut Bytecode) {
     let resources = Name::new("_CRS".into(), &ResourceTemplate::new(vec![&irq]));
     let (target, changed) = (Path::new("\\_SB_.VGEN"), 0x80_u8);
     let notify = Notify::new(&target, &changed);
-    // The method of an edge-triggered event is named by its line.
-    let method = Method::new(Path::new(&format!("_E{:02X}", arch::GENERATION_IRQ)), 0, true, vec![&notify]);
+    // Linux passes the line to an edge's own method too, which takes no argument, and then complains on every resume.
+    let method = Method::new("_EVT".into(), 1, true, vec![&notify]);
     let events = Device::new("GED_".into(), vec![&id, &number, &resources, &method]);
     Scope::new("\\_SB_".into(), vec![&events]).to_aml_bytes(code);
 }
