@@ -452,7 +452,7 @@ impl PageSource for Recorder {
         Ok(if zero { ChunkContent::Zero } else { ChunkContent::Data(page.into()) })
     }
 
-    fn unavailable(&self, chunk: ChunkId, failure: SourceFailure) {
+    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
         tracing::error!(
             ?chunk,
             error = crate::error::chain(&*failure),

@@ -14,7 +14,7 @@ use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryError, PAGE_BYTES, create_image, longest_runs};
 use forkd_vmm::pager::{
-    ChunkContent, ChunkId, ImageShape, PageSource, Pager, PagerError, PagerStats, SourceFailure,
+    ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, PagerError, PagerStats, SourceFailure,
 };
 use forkd_vmm::process::Start;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -78,6 +78,8 @@ pub enum SandboxError {
 pub struct Unavailable {
     /// The chunk.
     pub chunk: ChunkId,
+    /// The machines that wait for it.
+    pub waiters: Vec<ClientId>,
     /// Why, with causes.
     pub error: String,
 }
@@ -90,6 +92,7 @@ struct StorePages {
     store: Arc<Store>,
     runtime: Handle,
     files: Vec<Option<FileId>>,
+    shapes: Vec<ImageShape>,
     unavailable: Mutex<Vec<Unavailable>>,
 }
 
@@ -105,6 +108,24 @@ impl StorePages {
         self.pack_chunk(chunk).is_none_or(|chunk| self.store.index().is_zero(chunk))
     }
 
+    /// A pack's chunk as the image has it. A file that ends in the middle of a chunk is followed by zeros: the image is
+    /// as long as the device needs.
+    fn content(&self, chunk: ChunkId, data: ChunkData) -> ChunkContent {
+        let ChunkData::Data(bytes) = data else { return ChunkContent::Zero };
+        let expected = self.shapes[chunk.image.index()].range(chunk.chunk);
+        let expected = (expected.end - expected.start) as usize;
+        let last = self.pack_chunk(chunk).is_some_and(|chunk| {
+            chunk.chunk + 1 == self.store.index().chunk_count(chunk.file)
+        });
+        if bytes.len() >= expected || !last {
+            return ChunkContent::Data(bytes);
+        }
+        let mut whole = Vec::with_capacity(expected);
+        whole.extend_from_slice(&bytes);
+        whole.resize(expected, 0);
+        ChunkContent::Data(whole.into())
+    }
+
     fn image_chunk(&self, chunk: PackChunk) -> Option<ChunkId> {
         let position = self.files.iter().position(|file| *file == Some(chunk.file))?;
         Some(ChunkId { image: ImageId::ALL[position], chunk: chunk.chunk.into() })
@@ -114,10 +135,10 @@ impl StorePages {
 impl PageSource for StorePages {
     fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
         let Some(wanted) = self.pack_chunk(chunk) else { return Ok(ChunkContent::Zero) };
-        Ok(content(self.runtime.block_on(self.store.chunk(wanted))?))
+        Ok(self.content(chunk, self.runtime.block_on(self.store.chunk(wanted))?))
     }
 
-    fn unavailable(&self, chunk: ChunkId, failure: SourceFailure) {
+    fn unavailable(&self, chunk: ChunkId, waiters: &[ClientId], failure: SourceFailure) {
         if matches!(failure.downcast_ref(), Some(ReadError::Stopped)) {
             // forkd is ending, and its machines with it.
             return;
@@ -125,14 +146,7 @@ impl PageSource for StorePages {
         let error = crate::error::chain(&*failure);
         tracing::error!(?chunk, error, "a chunk that machines wait for cannot be had");
         let mut list = self.unavailable.lock().unwrap_or_else(PoisonError::into_inner);
-        list.push(Unavailable { chunk, error });
-    }
-}
-
-fn content(data: ChunkData) -> ChunkContent {
-    match data {
-        ChunkData::Zero => ChunkContent::Zero,
-        ChunkData::Data(bytes) => ChunkContent::Data(bytes),
+        list.push(Unavailable { chunk, waiters: waiters.to_vec(), error });
     }
 }
 
@@ -320,7 +334,9 @@ impl Sandbox {
             shapes.push((id, ImageShape { bytes: allowed, chunk_bytes }));
             files.push(file);
         }
-        let pages = Arc::new(StorePages { store, runtime, files, unavailable: Mutex::default() });
+        let of_images = shapes.iter().map(|(_, shape)| *shape).collect();
+        let unavailable = Mutex::default();
+        let pages = Arc::new(StorePages { store, runtime, files, shapes: of_images, unavailable });
         let zero_runs = shapes.iter().map(|(id, shape)| zero_runs(&pages, *id, shape)).collect();
         let pager = Arc::new(Pager::new(&shapes, pages.clone(), PAGER_WORKERS)?);
         let hot = HotPages::of_pack(&pages, &trace).map(Arc::new);
@@ -361,7 +377,7 @@ impl Sandbox {
                 }
                 let Some(id) = pages.image_chunk(chunk) else { return };
                 if !pages.is_zero(id)
-                    && let Err(error) = pager.install(id, &content(data))
+                    && let Err(error) = pager.install(id, &pages.content(id, data))
                 {
                     tracing::error!(?id, %error, "a fetched chunk could not be put in place");
                 }

@@ -27,8 +27,8 @@ use std::time::Duration;
 const TICK: Duration = Duration::from_millis(200);
 /// The same while children are being spawned, whose channels are not polled yet.
 const SPAWN_TICK: Duration = Duration::from_millis(1);
-/// A child that waits longer than this for one chunk counts as stalled, ms.
-const STALLED_AFTER_MS: u64 = 1000;
+/// A child that waits longer than this for one chunk counts as stalled.
+const STALLED_AFTER: Duration = Duration::from_secs(1);
 
 /// A fork could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -75,8 +75,10 @@ pub struct Moment {
 pub struct Child {
     /// Its name, unique on this machine.
     pub id: String,
-    /// Its machine.
-    pub process: Arc<MachineProcess>,
+    /// Its machine's process id.
+    pub pid: i32,
+    /// Its machine, until it is over: then its descriptors are of no more use.
+    process: Option<Arc<MachineProcess>>,
     /// Unix socket of its vsock.
     pub socket: PathBuf,
     /// Where it stands.
@@ -88,6 +90,23 @@ pub struct Child {
     /// When it was unique and ready for requests.
     pub ready: Option<Moment>,
     client: ClientId,
+}
+
+impl Child {
+    fn kill(&self) {
+        if let Some(process) = &self.process {
+            process.kill();
+        }
+    }
+
+    /// Ends it at once, if it is not over.
+    fn end(&mut self, state: ChildState, error: Option<String>) {
+        if !self.state.is_over() {
+            self.kill();
+            self.state = state;
+            self.error = error;
+        }
+    }
 }
 
 /// The children of one fork.
@@ -133,7 +152,8 @@ impl Supervisor {
         let (process, socket) = spawn(&self.run_dir, zygote, &self.sandbox, &id, number)?;
         self.children().push(Child {
             id,
-            process: Arc::new(process),
+            pid: process.pid,
+            process: Some(Arc::new(process)),
             socket,
             state: ChildState::Starting,
             error: None,
@@ -160,8 +180,7 @@ impl Supervisor {
         let mut killed = 0;
         for child in children.iter_mut() {
             if id.is_none_or(|id| id == child.id) && !child.state.is_over() {
-                child.process.kill();
-                child.state = ChildState::Killed;
+                child.end(ChildState::Killed, None);
                 killed += 1;
             }
         }
@@ -181,14 +200,13 @@ impl Supervisor {
     /// What `forkd ps` shows.
     pub fn status(&self) -> ForkStatus {
         let progress = self.sandbox.progress();
-        let stats = self.sandbox.pager_stats();
-        let waiting = self.sandbox.pager().map(|pager| pager.waiting_clients(None)).unwrap_or_default();
-        let stuck = stats.longest_wait_ms > STALLED_AFTER_MS;
+        let waits = self.sandbox.pager().map(|pager| pager.waits()).unwrap_or_default();
         let shown = |child: &Child| {
-            let stalled = stuck && !child.state.is_over() && waiting.contains(&child.client);
+            let stuck = waits.get(&child.client).is_some_and(|wait| *wait > STALLED_AFTER);
+            let stalled = stuck && !child.state.is_over();
             ChildStatus {
                 id: child.id.clone(),
-                pid: child.process.pid,
+                pid: child.pid,
                 state: if stalled { ChildState::Stalled } else { child.state },
                 error: child.error.clone().or_else(|| progress.last_error.clone().filter(|_| stalled)),
             }
@@ -209,9 +227,8 @@ impl Supervisor {
             let spawning = self.spawning.load(Ordering::Acquire);
             {
                 let children = self.children();
-                open.extend(
-                    children.iter().enumerate().skip(known).map(|(at, c)| (at, Arc::clone(&c.process))),
-                );
+                let new = children.iter().enumerate().skip(known);
+                open.extend(new.filter_map(|(at, child)| Some((at, child.process.clone()?))));
                 known = children.len();
             }
             if open.is_empty() && !spawning {
@@ -253,8 +270,7 @@ impl Supervisor {
                 if let (Some(pager), Some(uffd)) = (self.sandbox.pager(), fds.pop())
                     && let Err(error) = pager.attach(child.client, uffd, bases)
                 {
-                    child.error = Some(chain(&error));
-                    child.process.kill();
+                    child.end(ChildState::Failed, Some(chain(&error)));
                 }
             }
             Report::Rang { ring, at_ns } => {
@@ -273,7 +289,7 @@ impl Supervisor {
                 }
             }
             // A fork is not asked for snapshots; its machine waits for an order that never comes.
-            Report::Snapshot => child.process.kill(),
+            Report::Snapshot => child.kill(),
             Report::Ended => child.state = child.state.max(ChildState::Ended),
             Report::Failed { error } => {
                 child.error = Some(error);
@@ -288,8 +304,9 @@ impl Supervisor {
         let gone = matches!(error, ChannelError::Closed);
         if !gone {
             // What it says cannot be understood: it is not to be trusted any further.
-            child.process.kill();
+            child.kill();
         }
+        child.process = None;
         if let Some(pager) = self.sandbox.pager() {
             pager.detach(child.client);
         }
@@ -303,16 +320,21 @@ impl Supervisor {
     /// Children that wait for a chunk which will not come would sleep forever.
     fn end_children_without_memory(&self) {
         let Some(pager) = self.sandbox.pager() else { return };
+        let end = |clients: &[ClientId], error: &dyn Fn() -> String| {
+            for child in self.children().iter_mut().filter(|child| clients.contains(&child.client)) {
+                child.end(ChildState::Failed, Some(error()));
+            }
+        };
         for unavailable in self.sandbox.take_unavailable() {
-            let waiting = pager.waiting_clients(Some(unavailable.chunk));
             let (chunk, name) = (unavailable.chunk.chunk, Sandbox::image_name(unavailable.chunk.image));
-            for child in self.children().iter_mut().filter(|child| waiting.contains(&child.client)) {
-                if !child.state.is_over() {
-                    child.error =
-                        Some(format!("chunk {chunk} of {name} cannot be had: {}", unavailable.error));
-                    child.state = ChildState::Failed;
-                    child.process.kill();
-                }
+            end(&unavailable.waiters, &|| format!("chunk {chunk} of {name} cannot be had: {}", unavailable.error));
+        }
+        for (client, misconduct) in pager.take_misconduct() {
+            end(&[client], &|| format!("its process is not to be trusted: {}", chain(&misconduct)));
+        }
+        if let Some(failure) = pager.failure() {
+            for child in self.children().iter_mut() {
+                child.end(ChildState::Failed, Some(chain(&failure)));
             }
         }
     }

@@ -5,14 +5,20 @@ mod support;
 
 #[path = "soak/faulty.rs"]
 mod faulty;
+#[path = "soak/forks.rs"]
+mod forks;
 #[path = "soak/full_disk.rs"]
 mod full_disk;
+#[path = "linux/harness.rs"]
+mod harness;
 #[path = "soak/kills.rs"]
 mod kills;
 #[path = "soak/readers.rs"]
 mod readers;
 #[path = "soak/replaced.rs"]
 mod replaced;
+#[path = "linux/sums.rs"]
+mod sums;
 
 use std::time::Duration;
 

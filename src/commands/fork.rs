@@ -368,7 +368,7 @@ fn report(
     let since = |moment: &Moment| milliseconds_since(started_ns, moment.at_ns);
     let children = supervisor.children();
     let pids: Vec<_> =
-        children.iter().filter(|child| !child.state.is_over()).map(|child| child.process.pid).collect();
+        children.iter().filter(|child| !child.state.is_over()).map(|child| child.pid).collect();
     let earliest = |moments: &mut dyn Iterator<Item = Moment>| {
         moments.min_by_key(|moment| moment.at_ns).map(|moment| moment.fetched)
     };
@@ -379,7 +379,7 @@ fn report(
     };
     let shown = |(child, outcome): (&crate::supervisor::Child, Outcome)| ChildReport {
         id: child.id.clone(),
-        pid: child.process.pid,
+        pid: child.pid,
         first_instruction_ms: child.first_instruction.as_ref().map(since),
         ready_ms: child.ready.as_ref().map(since),
         answered_ms: outcome.error.is_none().then(|| since(&outcome.at)),

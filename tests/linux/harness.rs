@@ -1,4 +1,5 @@
 //! A hub with the real pack, directories of the test's own, and forkd run as a user does.
+#![allow(dead_code, reason = "each test file uses its own part")]
 
 use serde_json::Value;
 use std::fs;
@@ -58,6 +59,11 @@ impl Bed {
         self.dir.path().join(name)
     }
 
+    /// The folder of the snapshot that is packed.
+    pub fn snapshot(&self) -> PathBuf {
+        self.data.join("forkd/snapshots/python-numpy")
+    }
+
     /// forkd, set up to use this test's directories and hub.
     pub fn command(&self, hub: &Hub) -> Command {
         let mut command = Command::new(FORKD);
@@ -98,6 +104,15 @@ impl Bed {
     }
 }
 
+/// The fork of a child: the parent of the process that started it.
+pub fn supervisor_of(child: i64) -> i64 {
+    let parent = |pid: i64| -> i64 {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap().trim().parse().unwrap()
+    };
+    parent(parent(child))
+}
+
 /// Whether a process exists and is no zombie.
 pub fn alive(pid: i64) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -135,13 +150,8 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Serves the pack.
-    pub fn serve(bed: &Bed, arguments: &[&str]) -> Hub {
-        Hub::serve_with(bed, arguments, |_| {})
-    }
-
-    /// Serves the pack after `change` has had its way with it, the registry still being that of the good one.
-    pub fn serve_with(bed: &Bed, arguments: &[&str], change: impl FnOnce(&mut Vec<u8>)) -> Hub {
+    /// A folder with the pack, as `deeplethe/python-numpy`, for the test to serve.
+    pub fn publish(bed: &Bed) -> PathBuf {
         let dir = bed.path("hub");
         let packed = packed(bed);
         let published = Command::new(FORKD)
@@ -150,6 +160,22 @@ impl Hub {
             .output()
             .unwrap();
         assert!(published.status.success(), "{}", String::from_utf8_lossy(&published.stderr));
+        dir
+    }
+
+    /// A hub that somebody else serves.
+    pub fn at(url: String) -> Hub {
+        Hub { url, dir: PathBuf::new(), arguments: Vec::new(), server: None }
+    }
+
+    /// Serves the pack.
+    pub fn serve(bed: &Bed, arguments: &[&str]) -> Hub {
+        Hub::serve_with(bed, arguments, |_| {})
+    }
+
+    /// Serves the pack after `change` has had its way with it, the registry still being that of the good one.
+    pub fn serve_with(bed: &Bed, arguments: &[&str], change: impl FnOnce(&mut Vec<u8>)) -> Hub {
+        let dir = Hub::publish(bed);
         let entry = fs::read_dir(&dir)
             .unwrap()
             .flatten()

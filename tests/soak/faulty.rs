@@ -20,7 +20,8 @@ pub enum Fault {
     FlippedByte,
 }
 
-const FAULTS: [Fault; 5] =
+/// Everything that can happen.
+pub const FAULTS: [Fault; 5] =
     [Fault::Reset, Fault::ServerError, Fault::Stall, Fault::ShortBody, Fault::FlippedByte];
 
 pub struct Faulty {
@@ -30,8 +31,11 @@ pub struct Faulty {
 
 struct Shared {
     root: PathBuf,
-    /// Of a hundred requests for packs, so many fail.
+    /// Of a hundred requests for packs, so many fail, in one of these ways.
     percent: AtomicU64,
+    kinds: Vec<Fault>,
+    /// The first so many requests for packs never fail.
+    spared: u64,
     random: AtomicU64,
     stopped: AtomicBool,
     requests: AtomicU64,
@@ -41,11 +45,18 @@ struct Shared {
 
 impl Faulty {
     pub fn start(root: PathBuf, percent: u64) -> Faulty {
+        Faulty::start_with(root, percent, &FAULTS, 0)
+    }
+
+    /// A server that fails requests in some ways only, and not the first `spared`.
+    pub fn start_with(root: PathBuf, percent: u64, kinds: &[Fault], spared: u64) -> Faulty {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let shared = Arc::new(Shared {
             root,
             percent: AtomicU64::new(percent),
+            kinds: kinds.to_vec(),
+            spared,
             random: AtomicU64::new(0x2545_F491_4F6C_DD1D),
             stopped: AtomicBool::new(false),
             requests: AtomicU64::new(0),
@@ -81,7 +92,12 @@ impl Faulty {
 
     /// From now on nothing fails.
     pub fn mend(&self) {
-        self.shared.percent.store(0, Relaxed);
+        self.fail(0);
+    }
+
+    /// From now on so many of a hundred requests fail.
+    pub fn fail(&self, percent: u64) {
+        self.shared.percent.store(percent, Relaxed);
     }
 }
 
@@ -104,11 +120,13 @@ impl Shared {
     }
 
     fn fault(&self) -> Option<Fault> {
-        self.requests.fetch_add(1, Relaxed);
+        if self.requests.fetch_add(1, Relaxed) < self.spared {
+            return None;
+        }
         let chosen = self.next.lock().unwrap().take();
         let fault = chosen.or_else(|| {
             let fails = self.random() % 100 < self.percent.load(Relaxed);
-            fails.then(|| FAULTS[self.random() as usize % FAULTS.len()])
+            fails.then(|| self.kinds[self.random() as usize % self.kinds.len()])
         })?;
         *self.faults.lock().unwrap().entry(fault).or_default() += 1;
         Some(fault)

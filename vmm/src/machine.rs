@@ -120,6 +120,8 @@ pub struct Machine {
     memory: GuestMemory,
     layout: MemoryLayout,
     bus: Bus,
+    /// ACPI tables describe it: its kernel knows the generation device.
+    described: bool,
 }
 
 /// What a machine starts with.
@@ -154,7 +156,7 @@ impl Machine {
             vcpu.set_cpuid2(&leaves).map_err(ioctl("KVM_SET_CPUID2"))?;
             vcpus.push(vcpu);
         }
-        Ok(Machine { hypervisor, vm, vcpus, memory, layout, bus })
+        Ok(Machine { hypervisor, vm, vcpus, memory, layout, bus, described: false })
     }
 
     /// A new machine about to execute a Linux kernel's first instruction.
@@ -166,7 +168,8 @@ impl Machine {
         more_command_line: &str,
         peripherals: Peripherals,
     ) -> Result<Machine, MachineError> {
-        let machine = Machine::new(hypervisor, shape, memory, peripherals)?;
+        let mut machine = Machine::new(hypervisor, shape, memory, peripherals)?;
+        machine.described = true;
         let (ram, devices) = (machine.memory.ram(), machine.bus.kinds());
         let line = boot::command_line(machine.hypervisor.kind(), more_command_line);
         acpi::write_generation(ram)?;
@@ -211,13 +214,15 @@ impl Machine {
             vm.set_irqchip(chip).map_err(ioctl("KVM_SET_IRQCHIP"))?;
         }
         bus.restore(&state.windows)?;
-        Ok(Machine { hypervisor, vm, vcpus, memory, layout, bus })
+        Ok(Machine { hypervisor, vm, vcpus, memory, layout, bus, described: state.described })
     }
 
-    /// Gives a restored Linux machine a generation of its own and has its kernel hear of it.
+    /// Gives a restored machine a generation of its own and has its kernel hear of it. One that has no ACPI tables has none.
     pub fn renew_generation(&self) -> Result<(), MachineError> {
-        acpi::write_generation(self.memory.ram())?;
-        self.bus.announce_generation();
+        if self.described {
+            acpi::write_generation(self.memory.ram())?;
+            self.bus.announce_generation();
+        }
         Ok(())
     }
 
@@ -254,6 +259,7 @@ impl Machine {
             irqchips,
             serial: self.bus.save_serial(),
             windows,
+            described: self.described,
         })
     }
 

@@ -7,7 +7,7 @@
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::os::raw::c_void;
@@ -80,6 +80,17 @@ pub enum MemoryError {
     #[error("mapping {bytes} bytes of guest memory failed")]
     Map {
         /// Length of the mapping.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
+    /// madvise(2) refused.
+    #[error("giving back {bytes} bytes at offset {offset:#x} of guest memory failed")]
+    Discard {
+        /// Where.
+        offset: u64,
+        /// How many.
         bytes: u64,
         /// Why.
         #[source]
@@ -220,6 +231,7 @@ pub enum Sharing {
 pub struct Mapping {
     base: *mut u8,
     bytes: u64,
+    sharing: Sharing,
 }
 
 // SAFETY: the mapping is plain memory that is unmapped only by Drop; all access goes through vm-memory's volatile
@@ -247,7 +259,7 @@ impl Mapping {
             )
         };
         let base = base.map_err(|source| MemoryError::Map { bytes, source })?;
-        Ok(Mapping { base: base.cast(), bytes })
+        Ok(Mapping { base: base.cast(), bytes, sharing })
     }
 
     /// Address of the first byte.
@@ -289,6 +301,25 @@ impl Mapping {
             mapped.map_err(|source| MemoryError::Map { bytes, source })?;
         }
         Ok(())
+    }
+
+    /// Gives whole pages back to the host, because the guest says that it needs their content no more.
+    ///
+    /// A shared mapping (a machine that is being built, whose image nobody else maps) loses them from its file: they read zero, and
+    /// are not stored in a snapshot. A private one loses its own copies only: the pages read as the snapshot had them, through
+    /// the pager where they are missing. It must never touch the image, which its siblings run on. So a balloon that discards
+    /// through this must not promise zeros (no VIRTIO_BALLOON_F_PAGE_POISON: Linux then reports no pages when it
+    /// counts on their content).
+    pub fn discard(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
+        let address = self.range(offset, bytes);
+        let advice = match self.sharing {
+            Sharing::Shared => Advice::LinuxRemove,
+            Sharing::Private => Advice::LinuxDontNeed,
+        };
+        // SAFETY: the range lies in this mapping (`range` checked it), which holds plain guest memory that nobody has
+        // references into; it stays mapped.
+        unsafe { rustix::mm::madvise(address as *mut c_void, bytes as usize, advice) }
+            .map_err(|source| MemoryError::Discard { offset, bytes, source })
     }
 
     fn region(&self, offset: u64, bytes: u64) -> Result<MmapRegion, MemoryError> {
@@ -400,6 +431,36 @@ mod tests {
         let mut file = [0; 1];
         rustix::io::pread(&image, &mut file, 0).unwrap();
         assert_eq!(file, [7]);
+    }
+
+    fn bytes_of_pages(mapping: &Mapping) -> Vec<u8> {
+        let region = mapping.region(0, mapping.bytes()).unwrap();
+        let slice = vm_memory::VolatileMemory::get_slice(&region, 0, mapping.bytes() as usize).unwrap();
+        let mut seen = vec![0_u8; mapping.bytes() as usize];
+        slice.copy_to(&mut seen);
+        seen.into_iter().step_by(PAGE_BYTES as usize).collect()
+    }
+
+    #[test]
+    fn discarded_pages_read_zero_where_they_were_built_and_as_the_image_has_them_in_a_fork() {
+        let image = create_image("test", 4 * PAGE_BYTES).unwrap();
+        rustix::io::pwrite(&image, &[7; 4 * PAGE_BYTES as usize], 0).unwrap();
+        let fork = Mapping::of_file(&image, 4 * PAGE_BYTES, Sharing::Private).unwrap();
+        let zero = 2 * PAGE_BYTES..3 * PAGE_BYTES;
+        fork.overlay_zero(std::slice::from_ref(&zero)).unwrap();
+        let region = fork.region(0, 4 * PAGE_BYTES).unwrap();
+        let slice = vm_memory::VolatileMemory::get_slice(&region, 0, 4 * PAGE_BYTES as usize).unwrap();
+        slice.copy_from(&[9_u8; 4 * PAGE_BYTES as usize]);
+        fork.discard(PAGE_BYTES, 2 * PAGE_BYTES).unwrap();
+        assert_eq!(bytes_of_pages(&fork), [9, 7, 0, 9]);
+
+        let built = Mapping::of_file(&image, 4 * PAGE_BYTES, Sharing::Shared).unwrap();
+        assert_eq!(bytes_of_pages(&built), [7; 4], "a fork has changed its siblings' image");
+        built.discard(PAGE_BYTES, PAGE_BYTES).unwrap();
+        let hole = rustix::fs::seek(&image, rustix::fs::SeekFrom::Hole(0)).unwrap();
+        let next = rustix::fs::seek(&image, rustix::fs::SeekFrom::Data(hole)).unwrap();
+        assert_eq!((hole, next), (PAGE_BYTES, 2 * PAGE_BYTES), "the file still has the page");
+        assert_eq!(bytes_of_pages(&built), [7, 0, 7, 7]);
     }
 
     #[test]

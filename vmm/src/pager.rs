@@ -6,17 +6,28 @@
 //! `sandbox.rs` (which supplies the [`PageSource`]) and `supervisor.rs`.
 //!
 //! A machine is never shown a page that did not come from the source: when a chunk cannot be had, whoever needs it
-//! stays asleep, and [`PageSource::unavailable`] tells the owner, who decides.
+//! stays asleep, and [`PageSource::unavailable`] tells the owner, who decides. A machine's process is not trusted: one
+//! that does what no honest one does is not served any more, and [`Pager::take_misconduct`] names it.
 
-use crate::memory::{ImageId, Mapping, MemoryError, PAGE_BYTES, Sharing, create_image};
-use crate::uffd::{Fault, Uffd, UffdError};
+mod client;
+mod faults;
+mod image;
+
+pub use client::Misconduct;
+
+use crate::memory::{ImageId, MemoryError};
+use crate::uffd::{Reading, Uffd, UffdError};
 use bytes::Bytes;
+use client::Client;
+use image::Image;
 use rustix::event::epoll;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::error::Error;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -35,7 +46,7 @@ pub struct ChunkId {
 pub enum ChunkContent {
     /// Nothing but zeros.
     Zero,
-    /// These bytes; the rest of the chunk, if any, is zero.
+    /// These bytes: exactly as many as the chunk has, or it counts as not loaded.
     Data(Bytes),
 }
 
@@ -47,8 +58,9 @@ pub trait PageSource: Send + Sync {
     /// The content of one chunk. An error is final: retrying is the source's own business.
     fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure>;
 
-    /// A chunk that machines wait for will not come. They stay asleep; the owner must end them.
-    fn unavailable(&self, chunk: ChunkId, failure: SourceFailure);
+    /// A chunk that these machines wait for will not come. They stay asleep; the owner must end them. Whoever asks for the
+    /// chunk later has it tried again.
+    fn unavailable(&self, chunk: ChunkId, waiters: &[ClientId], failure: SourceFailure);
 }
 
 /// Shape of one image.
@@ -64,6 +76,12 @@ impl ImageShape {
     /// Number of chunks.
     pub fn chunks(&self) -> u64 {
         self.bytes.div_ceil(self.chunk_bytes)
+    }
+
+    /// Where a chunk lies in the image; the last one may be shorter.
+    pub fn range(&self, chunk: u64) -> Range<u64> {
+        let start = chunk * self.chunk_bytes;
+        start..(start + self.chunk_bytes).min(self.bytes)
     }
 }
 
@@ -85,14 +103,48 @@ pub enum PagerError {
         #[source]
         source: Errno,
     },
-    /// A source delivered more than a chunk.
-    #[error("the source delivered {bytes} bytes for a chunk of {chunk_bytes}")]
-    TooMuch {
+    /// A source delivered more or less than a chunk.
+    #[error("the source delivered {bytes} bytes for a chunk of {expected}")]
+    Length {
         /// Delivered.
         bytes: u64,
-        /// Expected at most.
-        chunk_bytes: u64,
+        /// Length of the chunk.
+        expected: u64,
     },
+    /// The source's code panicked.
+    #[error("loading the chunk ended in a panic")]
+    Panic,
+    /// A page of an image holds what did not come from the source. Machines may have seen it.
+    #[error(transparent)]
+    Damaged(#[from] Damaged),
+    /// A page that is there cannot be compared with what belongs there.
+    #[error("reading a page of an image failed")]
+    Compare(#[source] Errno),
+    /// A machine's process handed over what no honest one does.
+    #[error(transparent)]
+    Misconduct(#[from] Misconduct),
+}
+
+/// A page of an image was not put there by the pager: a machine that got rid of its watch has made the kernel put a zero
+/// page there. Every machine of the image can have seen it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the page at {offset:#x} of {image:?} was filled by somebody else than the pager, with other content")]
+pub struct Damaged {
+    /// The image.
+    pub image: ImageId,
+    /// Where, bytes.
+    pub offset: u64,
+}
+
+/// The pager has failed for all its machines, who must be ended: those that wait would wait for ever.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PagerFailure {
+    /// An image is not what the source has.
+    #[error(transparent)]
+    Damaged(#[from] Damaged),
+    /// Nobody reads faults any more.
+    #[error("the pager's thread has ended")]
+    Ended,
 }
 
 /// A machine that the pager serves.
@@ -118,23 +170,6 @@ pub struct PagerStats {
     pub longest_wait_ms: u64,
 }
 
-#[derive(Debug)]
-struct Image {
-    shape: ImageShape,
-    file: OwnedFd,
-    alias: Mapping,
-    present: Vec<AtomicBool>,
-}
-
-struct Client {
-    uffd: Arc<Uffd>,
-    bases: Vec<u64>,
-    /// Its process has ended. The descriptor stays open all the same: KVM resolves faults on a kernel worker that can
-    /// outlive the process, and were the last descriptor closed while one waits, the kernel would give it a zero page
-    /// of the *shared* image, for every sibling to read.
-    ended: bool,
-}
-
 #[derive(Default)]
 struct Wanted {
     waiters: Vec<ClientId>,
@@ -147,6 +182,8 @@ struct State {
     clients: HashMap<ClientId, Client>,
     wanted: HashMap<ChunkId, Wanted>,
     queue: VecDeque<ChunkId>,
+    misconduct: Vec<(ClientId, Misconduct)>,
+    failure: Option<PagerFailure>,
     stopping: bool,
     complete: bool,
 }
@@ -163,7 +200,6 @@ struct Counters {
     faults_on_present: AtomicU64,
     demand: AtomicU64,
     installed: AtomicU64,
-    present: AtomicU64,
 }
 
 struct Shared {
@@ -171,6 +207,7 @@ struct Shared {
     uffd: Uffd,
     source: Arc<dyn PageSource>,
     epoll: OwnedFd,
+    reading: Reading,
     state: Mutex<State>,
     work: Condvar,
     counters: Counters,
@@ -192,7 +229,19 @@ impl Pager {
         source: Arc<dyn PageSource>,
         workers: usize,
     ) -> Result<Pager, PagerError> {
+        Pager::with_reading(None, shapes, source, workers)
+    }
+
+    /// The same, with a way of reading that this kernel may be too new for. On kernels where reads may block every machine has a
+    /// thread of its own, so that a hostile one can hang nobody but itself.
+    pub fn with_reading(
+        reading: Option<Reading>,
+        shapes: &[(ImageId, ImageShape)],
+        source: Arc<dyn PageSource>,
+        workers: usize,
+    ) -> Result<Pager, PagerError> {
         let uffd = Uffd::new()?;
+        let reading = reading.unwrap_or_else(|| uffd.reading());
         let mut images = Vec::new();
         for (id, shape) in shapes {
             assert_eq!(id.index(), images.len(), "images come in order");
@@ -209,6 +258,7 @@ impl Pager {
             uffd,
             source,
             epoll,
+            reading,
             state: Mutex::default(),
             work: Condvar::new(),
             counters: Counters::default(),
@@ -228,18 +278,22 @@ impl Pager {
         self.shared.images.get(image.index()).map(|image| image.file.as_fd())
     }
 
-    /// Serves a machine from now on: its userfaultfd, and where it mapped each image (in order).
-    pub fn attach(&self, client: ClientId, uffd: OwnedFd, bases: Vec<u64>) -> Result<(), PagerError> {
-        let uffd = Arc::new(Uffd::from_fd(uffd));
+    /// Serves a machine from now on: its userfaultfd, and where it mapped each image (in order). Both come from its
+    /// process and are checked. A machine is attached once.
+    pub fn attach(&self, id: ClientId, uffd: OwnedFd, bases: Vec<u64>) -> Result<(), PagerError> {
+        let client = Client::new(uffd, bases, &self.shared.images)?;
         let mut state = self.shared.lock();
         if state.complete {
             // Nothing can be missing: leave the machine without any watch.
-            self.shared.unregister(&uffd, &bases);
+            self.shared.unregister(&client);
             return Ok(());
         }
-        epoll::add(&self.shared.epoll, &*uffd, epoll::EventData::new_u64(client.0), epoll::EventFlags::IN)
-            .map_err(|source| PagerError::Poll { operation: "epoll_ctl", source })?;
-        state.clients.insert(client, Client { uffd, bases, ended: false });
+        if state.clients.contains_key(&id) {
+            // The one that is known keeps its descriptor: closing it could end a watch.
+            return Err(Misconduct::Twice.into());
+        }
+        self.shared.watch(id, &client.uffd)?;
+        state.clients.insert(id, client);
         Ok(())
     }
 
@@ -264,8 +318,8 @@ impl Pager {
     /// Puts single pages in ahead of need: `offset` and length are multiples of the page size. Their chunks stay to be
     /// loaded; call [`Pager::wake_waiters`] for them afterwards.
     pub fn install_pages(&self, image: ImageId, offset: u64, bytes: &[u8]) -> Result<(), PagerError> {
-        let image = &self.shared.images[image.index()];
-        Ok(self.shared.uffd.copy(&image.alias, offset, bytes)?)
+        let put = self.shared.images[image.index()].put(&self.shared.uffd, offset, bytes);
+        self.shared.note_damage(put)
     }
 
     /// Has everybody who waits for a chunk look again: the page they need may have come by itself.
@@ -275,6 +329,17 @@ impl Pager {
         for client in waiters.iter().filter_map(|waiter| state.clients.get(waiter)) {
             self.shared.wake(&client.uffd, &client.bases, chunk);
         }
+    }
+
+    /// Machines whose processes have done what no honest one does, since the last call. They are not served any more
+    /// and are to be ended.
+    pub fn take_misconduct(&self) -> Vec<(ClientId, Misconduct)> {
+        std::mem::take(&mut self.shared.lock().misconduct)
+    }
+
+    /// Why no machine of this pager can go on, if so.
+    pub fn failure(&self) -> Option<PagerFailure> {
+        self.shared.lock().failure
     }
 
     /// Whether a chunk is in its image.
@@ -296,7 +361,7 @@ impl Pager {
         state.complete = true;
         for (_, client) in state.clients.drain() {
             let _ = epoll::delete(&self.shared.epoll, &*client.uffd);
-            self.shared.unregister(&client.uffd, &client.bases);
+            self.shared.unregister(&client);
         }
         true
     }
@@ -305,33 +370,30 @@ impl Pager {
     pub fn stats(&self) -> PagerStats {
         let counters = &self.shared.counters;
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let state = self.shared.lock();
-        let running = |wanted: &&Wanted| wanted.waiters.iter().any(|id| state.is_running(*id));
-        let oldest = state.wanted.values().filter(running).filter_map(|wanted| wanted.since);
-        let longest = oldest.map(|since| since.elapsed()).max().unwrap_or(Duration::ZERO);
+        let longest = self.waits().into_values().max().unwrap_or(Duration::ZERO);
         PagerStats {
             faults: load(&counters.faults),
             faults_on_present: load(&counters.faults_on_present),
             demand_chunks: load(&counters.demand),
             installed_chunks: load(&counters.installed),
-            present_chunks: load(&counters.present),
+            present_chunks: self.shared.images.iter().map(Image::present_chunks).sum(),
             chunks: self.shared.images.iter().map(|image| image.shape.chunks()).sum(),
             longest_wait_ms: longest.as_millis() as u64,
         }
     }
 
-    /// Machines that wait for a chunk right now: this one, or any.
-    pub fn waiting_clients(&self, chunk: Option<ChunkId>) -> Vec<ClientId> {
+    /// Machines that wait right now, and how long ago the chunk was asked for that each has waited for longest.
+    pub fn waits(&self) -> BTreeMap<ClientId, Duration> {
         let state = self.shared.lock();
-        let wanted = state.wanted.iter().filter(|(id, _)| chunk.is_none_or(|chunk| chunk == **id));
-        let mut clients: Vec<_> = wanted
-            .flat_map(|(_, wanted)| &wanted.waiters)
-            .copied()
-            .filter(|id| state.is_running(*id))
-            .collect();
-        clients.sort();
-        clients.dedup();
-        clients
+        let mut waits = BTreeMap::new();
+        for wanted in state.wanted.values() {
+            let since = wanted.since.map_or(Duration::ZERO, |since| since.elapsed());
+            for id in wanted.waiters.iter().filter(|id| state.is_running(**id)) {
+                let longest = waits.entry(*id).or_insert(since);
+                *longest = since.max(*longest);
+            }
+        }
+        waits
     }
 }
 
@@ -348,20 +410,6 @@ impl Drop for Pager {
     }
 }
 
-impl Image {
-    fn new(id: ImageId, shape: ImageShape, uffd: &Uffd) -> Result<Image, PagerError> {
-        assert!(
-            shape.bytes.is_multiple_of(PAGE_BYTES) && shape.chunk_bytes.is_multiple_of(PAGE_BYTES),
-            "whole pages only"
-        );
-        let file = create_image(&format!("forkd-{id:?}"), shape.bytes)?;
-        let alias = Mapping::of_file(&file, shape.bytes, Sharing::Shared)?;
-        uffd.register(&alias)?;
-        let present = (0..shape.chunks()).map(|_| AtomicBool::new(false)).collect();
-        Ok(Image { shape, file, alias, present })
-    }
-}
-
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panicking worker leaves the tables consistent: each change is a single insert or remove.
@@ -369,98 +417,34 @@ impl Shared {
     }
 
     fn is_present(&self, chunk: ChunkId) -> bool {
-        self.images
-            .get(chunk.image.index())
-            .and_then(|image| image.present.get(chunk.chunk as usize))
-            .is_some_and(|present| present.load(Ordering::Acquire))
+        self.images.get(chunk.image.index()).is_some_and(|image| image.is_present(chunk.chunk))
     }
 
-    fn unregister(&self, uffd: &Uffd, bases: &[u64]) {
-        for (image, base) in self.images.iter().zip(bases) {
+    fn unregister(&self, client: &Client) {
+        for (image, base) in self.images.iter().zip(&client.bases) {
             // A machine that has just ended has nothing to unregister.
-            if let Err(error) = uffd.unregister(*base, image.shape.bytes) {
+            if let Err(error) = client.uffd.unregister(*base, image.shape.bytes) {
                 tracing::debug!(%error, "unregistering an ended machine");
             }
         }
     }
 
-    fn serve_faults(&self, _stop: &OwnedFd) {
-        let mut events = Vec::with_capacity(64);
-        let mut faults = Vec::new();
-        loop {
-            events.clear();
-            match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(errno) => {
-                    tracing::error!(%errno, "the pager cannot wait for faults any more");
-                    return;
-                }
-            }
-            for event in &events {
-                match event.data.u64() {
-                    STOP_EVENT => return,
-                    client => self.read_faults(ClientId(client), &mut faults),
-                }
-            }
-        }
+    fn fail(&self, failure: PagerFailure) {
+        self.lock().failure.get_or_insert(failure);
     }
 
-    fn read_faults(&self, id: ClientId, faults: &mut Vec<Fault>) {
-        let Some((uffd, bases)) =
-            self.lock().clients.get(&id).map(|client| (Arc::clone(&client.uffd), client.bases.clone()))
-        else {
-            return;
-        };
-        faults.clear();
-        if let Err(error) = uffd.faults(faults) {
-            tracing::debug!(?id, %error, "a machine's userfaultfd ended");
-            let _ = epoll::delete(&self.epoll, &*uffd);
-            return;
+    fn note_damage(&self, filled: Result<(), PagerError>) -> Result<(), PagerError> {
+        if let Err(PagerError::Damaged(damaged)) = &filled {
+            self.fail(PagerFailure::Damaged(*damaged));
         }
-        for fault in &*faults {
-            self.counters.faults.fetch_add(1, Ordering::Relaxed);
-            match self.locate(&bases, fault.address) {
-                Some(chunk) => self.want(id, chunk, &uffd, &bases),
-                // Only reachable when a hostile child lies about its addresses; it then waits forever.
-                None => tracing::warn!(?id, address = fault.address, "fault outside of every image"),
-            }
-        }
-    }
-
-    fn locate(&self, bases: &[u64], address: u64) -> Option<ChunkId> {
-        let inside = |(position, (image, base)): (usize, (&Image, &u64))| {
-            let offset = address.checked_sub(*base).filter(|offset| *offset < image.shape.bytes)?;
-            Some(ChunkId { image: ImageId::ALL[position], chunk: offset / image.shape.chunk_bytes })
-        };
-        self.images.iter().zip(bases).enumerate().find_map(inside)
-    }
-
-    fn want(&self, id: ClientId, chunk: ChunkId, uffd: &Uffd, bases: &[u64]) {
-        let mut state = self.lock();
-        if self.is_present(chunk) {
-            drop(state);
-            self.counters.faults_on_present.fetch_add(1, Ordering::Relaxed);
-            self.wake(uffd, bases, chunk);
-            return;
-        }
-        let wanted = state.wanted.entry(chunk).or_default();
-        if !wanted.waiters.contains(&id) {
-            wanted.waiters.push(id);
-        }
-        // A chunk that failed is tried again for whoever comes next: nobody may wait without somebody loading.
-        if wanted.since.is_none() || std::mem::take(&mut wanted.failed) {
-            wanted.since = Some(Instant::now());
-            state.queue.push_back(chunk);
-            self.work.notify_one();
-        }
+        filled
     }
 
     fn wake(&self, uffd: &Uffd, bases: &[u64], chunk: ChunkId) {
         let image = &self.images[chunk.image.index()];
-        let offset = chunk.chunk * image.shape.chunk_bytes;
-        let bytes = image.shape.chunk_bytes.min(image.shape.bytes - offset);
+        let range = image.shape.range(chunk.chunk);
         if let Some(base) = bases.get(chunk.image.index())
-            && let Err(error) = uffd.wake(base + offset, bytes)
+            && let Err(error) = uffd.wake(base + range.start, range.end - range.start)
         {
             tracing::debug!(%error, "waking an ended machine");
         }
@@ -488,49 +472,28 @@ impl Shared {
     }
 
     fn load_chunk(&self, chunk: ChunkId) {
-        let loaded = self.source.load(chunk).and_then(|content| Ok(self.fill(chunk, &content)?));
-        match loaded {
+        // A worker that died of a panic would leave its chunk to nobody.
+        let loaded = catch_unwind(AssertUnwindSafe(|| {
+            self.source.load(chunk).and_then(|content| Ok(self.fill(chunk, &content)?))
+        }));
+        match loaded.unwrap_or_else(|_| Err(PagerError::Panic.into())) {
             Ok(()) => {
                 self.counters.demand.fetch_add(1, Ordering::Relaxed);
                 self.finish(chunk);
             }
             Err(failure) => {
-                if let Some(wanted) = self.lock().wanted.get_mut(&chunk) {
+                let waiters = self.lock().wanted.get_mut(&chunk).map_or_else(Vec::new, |wanted| {
                     wanted.failed = true;
-                }
-                self.source.unavailable(chunk, failure);
+                    wanted.waiters.clone()
+                });
+                self.source.unavailable(chunk, &waiters, failure);
             }
         }
     }
 
     /// Puts content into the image. Does not wake.
     fn fill(&self, chunk: ChunkId, content: &ChunkContent) -> Result<(), PagerError> {
-        let image = &self.images[chunk.image.index()];
-        let offset = chunk.chunk * image.shape.chunk_bytes;
-        let bytes = image.shape.chunk_bytes.min(image.shape.bytes - offset);
-        match content {
-            ChunkContent::Zero => self.uffd.zero(&image.alias, offset, bytes)?,
-            ChunkContent::Data(data) => {
-                let whole = data.len() as u64 / PAGE_BYTES * PAGE_BYTES;
-                let rest = data.len() as u64 - whole;
-                if data.len() as u64 > bytes {
-                    return Err(PagerError::TooMuch { bytes: data.len() as u64, chunk_bytes: bytes });
-                }
-                self.uffd.copy(&image.alias, offset, &data[..whole as usize])?;
-                let mut zero_from = whole;
-                if rest > 0 {
-                    let mut page = [0; PAGE_BYTES as usize];
-                    page[..rest as usize].copy_from_slice(&data[whole as usize..]);
-                    self.uffd.copy(&image.alias, offset + whole, &page)?;
-                    zero_from += PAGE_BYTES;
-                }
-                self.uffd.zero(&image.alias, offset + zero_from, bytes - zero_from)?;
-            }
-        }
-        if !image.present[chunk.chunk as usize].swap(true, Ordering::AcqRel) {
-            self.counters.present.fetch_add(1, Ordering::Relaxed);
-        }
-        Ok(())
+        self.note_damage(self.images[chunk.image.index()].fill(&self.uffd, chunk.chunk, content))
     }
 
     fn finish(&self, chunk: ChunkId) {

@@ -40,6 +40,8 @@ pub struct MachineState {
     pub(crate) irqchips: Vec<kvm_irqchip>,
     pub(crate) serial: SerialSnapshot,
     pub(crate) windows: Vec<(DeviceKind, WindowState)>,
+    /// Whether ACPI tables, and with them the generation page, are in its memory.
+    pub(crate) described: bool,
 }
 
 /// A `vmstate` cannot be used.

@@ -4,10 +4,26 @@
 use crate::memory::{Mapping, PAGE_BYTES};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::OFlags;
-use rustix::io::Errno;
-use std::os::fd::{FromRawFd, IntoRawFd, RawFd};
+use rustix::io::{Errno, ReadWriteFlags};
+use std::io::IoSliceMut;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::os::raw::c_void;
-use userfaultfd::{Event, RegisterMode, UffdBuilder};
+use std::time::Duration;
+use userfaultfd::{RegisterMode, UffdBuilder};
+
+/// Size of the kernel's `struct uffd_msg`, bytes.
+const MESSAGE_BYTES: usize = 32;
+/// Messages read at a time.
+const MESSAGES_MAX: usize = 64;
+/// `UFFD_EVENT_PAGEFAULT`.
+const EVENT_PAGEFAULT: u8 = 0x12;
+/// Set by the kernel once the interface is agreed on (Linux 5.15), after which features cannot change.
+const FEATURE_INITIALIZED: u64 = 1 << 31;
+/// `UFFD_FEATURE_EVENT_{FORK,REMAP,REMOVE,UNMAP}`.
+const FEATURES_EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
+/// How often filling is tried again while the kernel says that the address space is changing, and the pause between.
+const CHANGING_TRIES: u32 = 5000;
+const CHANGING_PAUSE: Duration = Duration::from_micros(200);
 
 /// A userfaultfd operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -35,13 +51,33 @@ pub enum UffdError {
         #[source]
         source: userfaultfd::Error,
     },
+    /// The descriptor cannot be read any more.
+    #[error("reading faults failed")]
+    Read(#[source] Errno),
 }
 
-/// Where a thread waits for a page: an address in the address space the descriptor was created in.
+/// What a userfaultfd told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Fault {
-    /// Faulting address.
-    pub address: u64,
+pub enum Message {
+    /// A thread waits for a page.
+    Fault {
+        /// Faulting address, in the address space the descriptor was created in.
+        address: u64,
+    },
+    /// Something that was not asked for.
+    Other {
+        /// The kernel's number for it.
+        event: u8,
+    },
+}
+
+/// How a descriptor that others share can be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reading {
+    /// A read never blocks, whatever the descriptor's flags are (Linux 6.10).
+    NeverBlocks,
+    /// A read blocks when whoever shares the description clears O_NONBLOCK and is faster at reading.
+    MayBlock,
 }
 
 /// A userfaultfd and the address space it watches.
@@ -95,24 +131,62 @@ impl Uffd {
             .map_err(|source| UffdError::Operation { operation: "waking a mapping", source })
     }
 
-    /// The faults that arrived since the last call, at most 64; none means that nobody waits any more.
-    pub fn faults(&self, into: &mut Vec<Fault>) -> Result<(), UffdError> {
-        let mut buffer = userfaultfd::EventBuffer::new(64);
-        // The flag belongs to the description that the watched process shares: it could have cleared it to hang us.
-        let _ = rustix::fs::fcntl_setfl(self, OFlags::RDWR | OFlags::NONBLOCK);
-        let failed = |source| UffdError::Operation { operation: "reading faults", source };
-        for event in self.inner.read_events(&mut buffer).map_err(failed)? {
-            if let Event::Pagefault { addr, .. } = event.map_err(failed)? {
-                into.push(Fault { address: addr as u64 });
-            }
+    /// How descriptors of this kernel can be read; `self` must have no faults to tell of.
+    pub fn reading(&self) -> Reading {
+        match self.read(&mut [0; MESSAGE_BYTES], ReadWriteFlags::NOWAIT) {
+            Ok(_) | Err(Errno::AGAIN) => Reading::NeverBlocks,
+            Err(_) => Reading::MayBlock,
+        }
+    }
+
+    /// Whether this is a userfaultfd that tells of faults and of nothing else, now and for ever; if not, its features.
+    pub fn tells_of_faults_only(&self) -> Result<(), Option<u64>> {
+        let raw = self.as_fd().as_raw_fd();
+        let link = std::fs::read_link(format!("/proc/self/fd/{raw}")).map_err(|_| None)?;
+        if link.as_os_str() != "anon_inode:[userfaultfd]" {
+            return Err(None);
+        }
+        let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{raw}")).map_err(|_| None)?;
+        // API:	version:features in use:features and ioctls there are
+        let mut api = info.lines().filter_map(|line| line.strip_prefix("API:")).flat_map(|api| api.split(':'));
+        let features = api.nth(1).and_then(|features| u64::from_str_radix(features, 16).ok()).ok_or(None)?;
+        let settled = features & FEATURE_INITIALIZED != 0 && features & FEATURES_EVENTS == 0;
+        if settled { Ok(()) } else { Err(Some(features)) }
+    }
+
+    /// Whether the description has O_NONBLOCK, without which poll(2) says nothing but "error".
+    pub fn is_nonblocking(&self) -> bool {
+        rustix::fs::fcntl_getfl(self).is_ok_and(|flags| flags.contains(OFlags::NONBLOCK))
+    }
+
+    /// The messages that arrived since the last call, at most 64; none means that nobody waits any more.
+    pub fn messages(&self, reading: Reading, into: &mut Vec<Message>) -> Result<(), UffdError> {
+        let mut buffer = [0; MESSAGE_BYTES * MESSAGES_MAX];
+        let flags = match reading {
+            Reading::NeverBlocks => ReadWriteFlags::NOWAIT,
+            Reading::MayBlock => ReadWriteFlags::empty(),
+        };
+        let bytes = match self.read(&mut buffer, flags) {
+            Ok(bytes) => bytes,
+            Err(Errno::AGAIN | Errno::INTR) => 0,
+            Err(errno) => return Err(UffdError::Read(errno)),
+        };
+        for message in buffer[..bytes].chunks_exact(MESSAGE_BYTES) {
+            into.push(Message::parse(message));
         }
         Ok(())
     }
 
-    /// Puts whole pages into `image` at `offset`. Pages that are there already stay as they are.
+    fn read(&self, buffer: &mut [u8], flags: ReadWriteFlags) -> Result<usize, Errno> {
+        // The position means nothing here: u64::MAX stands for "as read(2)".
+        rustix::io::preadv2(self, &mut [IoSliceMut::new(buffer)], u64::MAX, flags)
+    }
+
+    /// Puts whole pages into `image` at `offset`. Pages that are there already stay as they are; their offsets are
+    /// returned, for whoever put them there may have had other content.
     ///
     /// `bytes` must be a multiple of the page size and `image` a registered mapping of this process.
-    pub fn copy(&self, image: &Mapping, offset: u64, bytes: &[u8]) -> Result<(), UffdError> {
+    pub fn copy(&self, image: &Mapping, offset: u64, bytes: &[u8]) -> Result<Vec<u64>, UffdError> {
         assert!(
             (bytes.len() as u64).is_multiple_of(PAGE_BYTES) && offset.is_multiple_of(PAGE_BYTES),
             "whole pages only"
@@ -127,7 +201,7 @@ impl Uffd {
     }
 
     /// Puts zero pages into `image`, as [`Uffd::copy`] puts data.
-    pub fn zero(&self, image: &Mapping, offset: u64, bytes: u64) -> Result<(), UffdError> {
+    pub fn zero(&self, image: &Mapping, offset: u64, bytes: u64) -> Result<Vec<u64>, UffdError> {
         assert!(bytes.is_multiple_of(PAGE_BYTES) && offset.is_multiple_of(PAGE_BYTES), "whole pages only");
         let base = image.range(offset, bytes);
         self.fill(offset, bytes, |done| {
@@ -141,25 +215,51 @@ impl Uffd {
         offset: u64,
         bytes: u64,
         mut step: impl FnMut(u64) -> userfaultfd::Result<usize>,
-    ) -> Result<(), UffdError> {
-        let mut done = 0;
+    ) -> Result<Vec<u64>, UffdError> {
+        let (mut done, mut changing, mut existing) = (0, 0, Vec::new());
         while done < bytes {
-            match step(done).map_err(Outcome::from) {
-                Ok(filled) => done += filled as u64,
-                Err(Outcome::Partial(filled)) => done += filled,
-                Err(Outcome::PageExists) => done += PAGE_BYTES,
-                Err(Outcome::Failed(source)) => {
-                    return Err(UffdError::Fill { offset: offset + done, bytes: bytes - done, source });
+            let source = match step(done).map_err(Outcome::from) {
+                Ok(filled) => {
+                    done += filled as u64;
+                    continue;
                 }
-            }
+                Err(Outcome::Partial(filled)) => {
+                    done += filled;
+                    continue;
+                }
+                Err(Outcome::PageExists) => {
+                    existing.push(offset + done);
+                    done += PAGE_BYTES;
+                    continue;
+                }
+                Err(Outcome::Changing(_)) if changing < CHANGING_TRIES => {
+                    changing += 1;
+                    std::thread::sleep(CHANGING_PAUSE);
+                    continue;
+                }
+                Err(Outcome::Changing(source) | Outcome::Failed(source)) => source,
+            };
+            return Err(UffdError::Fill { offset: offset + done, bytes: bytes - done, source });
         }
-        Ok(())
+        Ok(existing)
+    }
+}
+
+impl Message {
+    fn parse(message: &[u8]) -> Message {
+        let word = |at: usize| message[at..at + 8].iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+        match message[0] {
+            EVENT_PAGEFAULT => Message::Fault { address: word(16) },
+            event => Message::Other { event },
+        }
     }
 }
 
 enum Outcome {
     Partial(u64),
     PageExists,
+    /// The kernel changes the address space just now; nothing was filled.
+    Changing(userfaultfd::Error),
     Failed(userfaultfd::Error),
 }
 
@@ -167,14 +267,19 @@ impl From<userfaultfd::Error> for Outcome {
     fn from(error: userfaultfd::Error) -> Outcome {
         use userfaultfd::Error as E;
         let errno = match &error {
-            // The crate casts a negative count (nothing done: the address space was changing) to usize.
-            E::PartiallyCopied(count) => return Outcome::Partial((*count as i64).max(0) as u64),
+            // The crate casts a negative count (an errno: nothing was done) to usize; the kernel leaves zero when it does
+            // not even start.
+            E::PartiallyCopied(count) => match *count as i64 {
+                filled @ 1.. => return Outcome::Partial(filled as u64),
+                _ => return Outcome::Changing(error),
+            },
+            // Of a partly zeroed range the crate does not say how much: the next try finds those pages there.
             E::CopyFailed(errno) | E::ZeropageFailed(errno) => *errno as i32,
             _ => 0,
         };
         match Errno::from_raw_os_error(errno) {
             Errno::EXIST => Outcome::PageExists,
-            Errno::AGAIN => Outcome::Partial(0),
+            Errno::AGAIN => Outcome::Changing(error),
             _ => Outcome::Failed(error),
         }
     }

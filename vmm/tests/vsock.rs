@@ -95,6 +95,11 @@ impl Driver {
     }
 
     fn send(&mut self, host_port: u32, op: u16, flags: u32, payload: &[u8]) {
+        self.send_in_parts(host_port, op, flags, payload, usize::MAX);
+    }
+
+    /// As Linux does: header and payload over several descriptors, of at most `part` bytes each.
+    fn send_in_parts(&mut self, host_port: u32, op: u16, flags: u32, payload: &[u8], part: usize) {
         let at = GuestAddress(0x8_0000);
         let mut bytes = GUEST_CID.to_le_bytes().to_vec();
         bytes.extend(HOST_CID.to_le_bytes());
@@ -108,8 +113,17 @@ impl Driver {
         bytes.extend(0_u32.to_le_bytes());
         bytes.extend(payload);
         self.ram.write_slice(&bytes, at).unwrap();
-        self.ram.write_obj(at.0, GuestAddress(0x2000)).unwrap();
-        self.ram.write_obj(bytes.len() as u32, GuestAddress(0x2008)).unwrap();
+        let parts = bytes.len().div_ceil(part);
+        for number in 0..parts {
+            let descriptor = 0x2000 + number as u64 * 16;
+            let start = number * part.min(bytes.len());
+            let length = part.min(bytes.len() - start) as u32;
+            let flags = u16::from(number + 1 < parts);
+            self.ram.write_obj(at.0 + start as u64, GuestAddress(descriptor)).unwrap();
+            self.ram.write_obj(length, GuestAddress(descriptor + 8)).unwrap();
+            self.ram.write_obj(flags, GuestAddress(descriptor + 12)).unwrap();
+            self.ram.write_obj(number as u16 + 1, GuestAddress(descriptor + 14)).unwrap();
+        }
         self.ram.write_obj(0_u16, GuestAddress(0x2404 + u64::from(self.sent % 16) * 2)).unwrap();
         self.sent += 1;
         self.ram.write_obj(self.sent, GuestAddress(0x2402)).unwrap();
@@ -146,6 +160,17 @@ fn bytes_go_both_ways() {
     let mut bytes = [0; 11];
     client.read_exact(&mut bytes).unwrap();
     assert_eq!(&bytes, b"to the host");
+}
+
+#[test]
+fn a_payload_in_several_descriptors_arrives_whole() {
+    let (mut driver, mut client, host_port) = connected();
+    let payload: Vec<u8> = (0..60_000_u32).flat_map(u32::to_le_bytes).take(64 << 10).collect();
+    driver.send_in_parts(host_port, RW, 0, &payload, 20_000);
+    driver.send_in_parts(host_port, RW, 0, b"and on", 44);
+    let mut received = vec![0; payload.len() + 6];
+    client.read_exact(&mut received).unwrap();
+    assert!(received.starts_with(&payload) && received.ends_with(b"and on"));
 }
 
 #[test]

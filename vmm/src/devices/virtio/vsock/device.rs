@@ -2,6 +2,7 @@
 //! receive queue as it has room. Constants: virtio 1.2, section 5.10.6.
 
 use super::connection::{Connection, Verdict};
+use super::packet::{GuestPacket, PAYLOAD_MAX};
 use super::{CONNECTIONS_MAX, GUEST_CID, HOST_CID, STREAM_BUFFER};
 use crate::devices::virtio::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
 use serde::{Deserialize, Serialize};
@@ -29,8 +30,6 @@ const SHUTDOWN_SEND: u32 = 2;
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
 const TRANSPORT_RESET: u32 = 0;
 
-/// Longest payload that is taken from the guest in one packet, bytes (Linux sends 64 KiB).
-const PAYLOAD_MAX: u32 = 64 * 1024;
 /// Most control packets that wait for the guest to make room; a guest that never does gets no more answers.
 const CONTROL_MAX: usize = 4 * CONNECTIONS_MAX;
 /// First port on the host side, beyond what programs use.
@@ -233,9 +232,9 @@ impl Vsock {
 
     fn take_from_guest(&mut self, queue: &mut Queue, ram: &GuestMemoryMmap) -> Result<bool, VirtioError> {
         let mut used = false;
-        while let Some(mut chain) = queue.pop_descriptor_chain(ram) {
+        while let Some(chain) = queue.pop_descriptor_chain(ram) {
             let head = chain.head_index();
-            match VsockPacket::from_tx_virtq_chain(ram, &mut chain, PAYLOAD_MAX) {
+            match GuestPacket::read(ram, chain) {
                 Ok(packet) => self.handle_packet(&packet),
                 Err(error) => tracing::debug!(%error, "vsock: unusable packet"),
             }
@@ -245,30 +244,23 @@ impl Vsock {
         Ok(used && queue.needs_notification(ram)?)
     }
 
-    fn handle_packet<B: vm_memory::bitmap::BitmapSlice>(&mut self, packet: &VsockPacket<'_, B>) {
-        let key = StreamKey { host_port: packet.dst_port(), guest_port: packet.src_port() };
-        let known = packet.dst_cid() == HOST_CID && packet.type_() == TYPE_STREAM;
+    fn handle_packet(&mut self, packet: &GuestPacket) {
+        let key = StreamKey { host_port: packet.dst_port, guest_port: packet.src_port };
+        let known = packet.dst_cid == HOST_CID && packet.kind == TYPE_STREAM;
         let connection = self.connections.get_mut(&key).filter(|_| known);
         let Some(connection) = connection else {
             // Also the answer to a guest that wants to connect out: nobody listens on the host.
-            if packet.op() != OP_RST {
+            if packet.op != OP_RST {
                 self.send_control(key, OP_RST, 0);
             }
             return;
         };
-        connection.update_credit(packet.buf_alloc(), packet.fwd_cnt());
-        let verdict = match packet.op() {
+        connection.update_credit(packet.buf_alloc, packet.fwd_cnt);
+        let verdict = match packet.op {
             OP_RESPONSE => connection.establish(key.host_port),
-            OP_RW => match packet.data_slice() {
-                Some(slice) => {
-                    let mut bytes = vec![0; slice.len()];
-                    slice.copy_to(&mut bytes);
-                    connection.give_to_host(&bytes)
-                }
-                None => Verdict::Keep,
-            },
-            OP_SHUTDOWN if packet.flags() & SHUTDOWN_SEND == 0 => Verdict::Keep,
-            OP_SHUTDOWN => connection.finish_guest(packet.flags() & SHUTDOWN_RECEIVE == 0),
+            OP_RW => connection.give_to_host(&packet.payload),
+            OP_SHUTDOWN if packet.flags & SHUTDOWN_SEND == 0 => Verdict::Keep,
+            OP_SHUTDOWN => connection.finish_guest(packet.flags & SHUTDOWN_RECEIVE == 0),
             OP_CREDIT_UPDATE => Verdict::Keep,
             OP_CREDIT_REQUEST => {
                 self.send_control(key, OP_CREDIT_UPDATE, 0);

@@ -7,6 +7,7 @@
 pub mod backend;
 mod connection;
 mod device;
+mod packet;
 
 pub use device::{Vsock, VsockSnapshot};
 
