@@ -7,13 +7,13 @@
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::os::raw::c_void;
 use std::ptr::null_mut;
 use std::sync::Arc;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// x86-64 page size, bytes.
 pub const PAGE_BYTES: u64 = 4096;
@@ -88,6 +88,26 @@ pub enum MemoryError {
     /// The parts overlap or overflow.
     #[error("guest memory regions do not fit together")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
+    /// Memory that is not there, or not in one piece, was to be given back.
+    #[error("guest memory has no range {start:#x} to {end:#x} to be given back")]
+    Absent {
+        /// First guest-physical address.
+        start: u64,
+        /// Address behind the last.
+        end: u64,
+        /// Why.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+    /// madvise(2) refused to give memory back, as it does for private mappings.
+    #[error("giving back {bytes} bytes of guest memory failed")]
+    Discard {
+        /// Length of the range.
+        bytes: u64,
+        /// Why.
+        #[source]
+        source: Errno,
+    },
     /// vm-memory refused a region.
     #[error("a guest memory region is not usable")]
     Region(#[source] vm_memory::mmap::MmapRegionError),
@@ -335,6 +355,23 @@ impl GuestMemory {
         &self.ram
     }
 
+    /// Makes a hole of the whole pages in a guest-physical range: they then read as zero and take no memory. Only memory
+    /// that is mapped shared can be given back so; of private memory the kernel refuses it.
+    pub fn discard(&self, range: Range<u64>) -> Result<(), MemoryError> {
+        let (start, end) = (range.start.next_multiple_of(PAGE_BYTES), range.end & !(PAGE_BYTES - 1));
+        if start >= end {
+            return Ok(());
+        }
+        let bytes = (end - start) as usize;
+        let slice = self.ram.get_slice(GuestAddress(start), bytes);
+        let slice = slice.map_err(|source| MemoryError::Absent { start, end, source })?;
+        let address = slice.ptr_guard_mut().as_ptr();
+        // SAFETY: the range lies in one mapping that this value keeps alive. The pages stay mapped and nobody holds
+        // references into them: that their content turns to zero is what any writer to them could have done.
+        let given = unsafe { rustix::mm::madvise(address.cast(), bytes, Advice::LinuxRemove) };
+        given.map_err(|source| MemoryError::Discard { bytes: bytes as u64, source })
+    }
+
     /// The mapping of an image, if the machine has it.
     pub fn mapping(&self, image: ImageId) -> Option<&Mapping> {
         self.mappings.get(image.index())
@@ -354,6 +391,7 @@ pub fn longest_runs(mut runs: Vec<Range<u64>>) -> Vec<Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::Bytes;
 
     #[test]
     fn small_ram_is_one_slot_and_the_disk_lies_above_four_gigabytes() {
@@ -400,6 +438,33 @@ mod tests {
         let mut file = [0; 1];
         rustix::io::pread(&image, &mut file, 0).unwrap();
         assert_eq!(file, [7]);
+    }
+
+    #[test]
+    fn what_is_given_back_reads_zero_and_only_shared_memory_is() {
+        let layout = MemoryLayout::new(1, 0).unwrap();
+        let image = create_image("test", layout.ram_bytes()).unwrap();
+        let memory = |sharing| {
+            let mapping = Mapping::of_file(&image, layout.ram_bytes(), sharing).unwrap();
+            GuestMemory::new(&layout, vec![mapping]).unwrap()
+        };
+        let (shared, private) = (memory(Sharing::Shared), memory(Sharing::Private));
+        shared.ram().write_slice(&[7; 4 * PAGE_BYTES as usize], GuestAddress(0)).unwrap();
+        // The pages that are only touched in part stay.
+        shared.discard(1..3 * PAGE_BYTES - 1).unwrap();
+        let first_bytes = |memory: &GuestMemory| {
+            [0, 1, 2, 3].map(|page| memory.ram().read_obj::<u8>(GuestAddress(page * PAGE_BYTES)).unwrap())
+        };
+        let stored = rustix::fs::fstat(&image).unwrap().st_blocks as u64 * 512;
+        assert_eq!(stored, 3 * PAGE_BYTES);
+        assert_eq!(first_bytes(&shared), [7, 0, 7, 7]);
+        let refused = private.discard(0..PAGE_BYTES);
+        assert!(matches!(refused, Err(MemoryError::Discard { .. })), "{refused:?}");
+        assert_eq!(first_bytes(&private), [7, 0, 7, 7]);
+        shared.discard(5..5).unwrap();
+        for absent in [0..(1 << 20) + PAGE_BYTES, 1 << 40..(1 << 40) + PAGE_BYTES, 0..u64::MAX] {
+            assert!(matches!(shared.discard(absent), Err(MemoryError::Absent { .. })));
+        }
     }
 
     #[test]

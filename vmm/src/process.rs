@@ -279,7 +279,7 @@ impl MachineRun {
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
         let hypervisor = Hypervisor::open(spec.kind).map_err(MachineError::Kvm)?;
-        let peripherals = Peripherals { console: Some(console), record: spec.record };
+        let peripherals = Peripherals { console: Some(console), record: spec.record, scratch: None };
         let machine = match &spec.start {
             Start::Boot { command_line, vcpus } => {
                 let shape = Shape { layout: spec.layout, vcpus: *vcpus };
