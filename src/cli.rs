@@ -196,6 +196,9 @@ pub struct SnapshotArgs {
     /// Guest CPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
     pub vcpus: u32,
+    /// Size of each copy's empty scratch disk (/dev/vda) in MiB; 0 for none
+    #[arg(long, value_name = "MIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=65_536))]
+    pub scratch: u32,
     /// The command to start before the snapshot; it prints {"ready":true} when warm
     #[arg(long, value_name = "CMD")]
     pub warm: Option<String>,

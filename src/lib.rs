@@ -24,6 +24,7 @@ pub mod recipe;
 pub mod registry;
 pub mod run_dir;
 pub mod sandbox;
+pub mod scratch;
 pub mod snapshot;
 pub mod source;
 pub mod supervisor;

@@ -3,6 +3,7 @@
 
 use crate::identity::{self, IdentityError};
 use crate::recipe::Probe;
+use crate::scratch::Scratch;
 use crate::snapshot::{self, Configuration, SnapshotError, file_error};
 use crate::tools::{Interrupt, ToolError};
 use forkd_fs::trace::{PageRun, RegionTrace, Trace, TraceError};
@@ -64,6 +65,8 @@ pub struct Request<'a> {
     pub ready_timeout: Duration,
     /// Code whose answer proves the warm state.
     pub probe: Option<&'a Probe>,
+    /// Scratch disk.
+    pub scratch: Scratch<'a>,
     /// Ends the build when set.
     pub interrupt: &'a Interrupt,
 }
@@ -138,6 +141,11 @@ pub enum BuildError {
         /// What it should have.
         expected: String,
     },
+    /// Its content would be lost.
+    #[error(
+        "the machine wrote to its scratch disk before the snapshot; copies start with an empty one, so prepare it in them"
+    )]
+    ScratchWritten,
     /// Recording the trace.
     #[error("the first restore of the new snapshot could not be served")]
     Pager(#[from] PagerError),
@@ -180,7 +188,8 @@ pub enum Step {
 /// A machine of this module: its process and the files it lives from.
 struct Rig<'a> {
     process: MachineProcess,
-    scratch: TempDir,
+    dir: TempDir,
+    scratch: Option<File>,
     interrupt: &'a Interrupt,
 }
 
@@ -196,33 +205,34 @@ impl<'a> Rig<'a> {
         spec: &MachineSpec,
         images: &[&OwnedFd],
         start: &File,
-        interrupt: &'a Interrupt,
+        request: &Request<'a>,
     ) -> Result<Rig<'a>, BuildError> {
-        let scratch =
-            tempfile::tempdir().map_err(file_error("creating", Path::new("a temporary directory")))?;
-        let console_path = scratch.path().join("console.log");
+        let dir = tempfile::tempdir().map_err(file_error("creating", Path::new("a temporary directory")))?;
+        let console_path = dir.path().join("console.log");
         let console = File::create(&console_path).map_err(file_error("creating", &console_path))?;
-        let socket = scratch.path().join("vsock.sock");
+        let socket = dir.path().join("vsock.sock");
         let vsock = UnixListener::bind(&socket).map_err(file_error("binding", &socket))?;
+        let scratch = request.scratch.create()?;
         let files = MachineFiles {
             images: images.iter().map(|image| image.as_fd()).collect(),
             start: start.as_fd(),
             console: console.as_fd(),
             vsock: vsock.as_fd(),
+            scratch: scratch.as_ref().map(AsFd::as_fd),
         };
         let process = zygote.spawn(spec, &files)?;
-        Ok(Rig { process, scratch, interrupt })
+        Ok(Rig { process, dir, scratch, interrupt: request.interrupt })
     }
 
     fn console_tail(&self) -> String {
-        let text = std::fs::read(self.scratch.path().join("console.log")).unwrap_or_default();
+        let text = std::fs::read(self.dir.path().join("console.log")).unwrap_or_default();
         let text = String::from_utf8_lossy(&text).replace('\r', "");
         let lines: Vec<_> = text.lines().collect();
         lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n")
     }
 
     fn agent(&self, doing: &'static str) -> Result<AgentClient, BuildError> {
-        AgentClient::connect(&self.scratch.path().join("vsock.sock"), REQUEST_TIMEOUT)
+        AgentClient::connect(&self.dir.path().join("vsock.sock"), REQUEST_TIMEOUT)
             .map_err(|source| BuildError::Agent { doing, source })
     }
 
@@ -283,8 +293,9 @@ pub fn build(
     let kernel = open(request.kernel)?;
     let record = Generation::original().encode()?.to_vec();
     let start = Start::Boot { command_line: command_line(request)?, vcpus: request.vcpus };
-    let spec = MachineSpec { layout, kind, record, start };
-    let machine = Rig::spawn(zygote, &spec, &images(&layout, &ram, &root_disk), &kernel, request.interrupt)?;
+    let scratch_bytes = request.scratch.bytes();
+    let spec = MachineSpec { layout, kind, record, start, scratch_bytes };
+    let machine = Rig::spawn(zygote, &spec, &images(&layout, &ram, &root_disk), &kernel, request)?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
 
     step(Step::Warm);
@@ -301,8 +312,13 @@ pub fn build(
         Report::Snapshot => fds.pop(),
         _ => None,
     })?;
+    if let Some(disk) = &machine.scratch
+        && request.scratch.is_written(disk)?
+    {
+        return Err(BuildError::ScratchWritten);
+    }
     drop(machine);
-    let configuration = Configuration::new(layout, request.vcpus, kind);
+    let configuration = Configuration::new(layout, request.vcpus, kind, request.scratch.mib);
     save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
     step(Step::Trace);
@@ -493,11 +509,12 @@ fn record_touches(
     let pager = Pager::new(&shapes, recorder.clone(), 1)?;
     let record = identity::fresh("trial", 1)?.to_vec();
     let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
-    let spec = MachineSpec { layout, kind: configuration.kvm_kind, record, start };
+    let scratch_bytes = request.scratch.bytes();
+    let spec = MachineSpec { layout, kind: configuration.kvm_kind, record, start, scratch_bytes };
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
-    let machine = Rig::spawn(zygote, &spec, &images.iter().collect::<Vec<_>>(), &vmstate, request.interrupt)?;
+    let machine = Rig::spawn(zygote, &spec, &images.iter().collect::<Vec<_>>(), &vmstate, request)?;
     let doing = "restoring the new snapshot";
     let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
         Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),

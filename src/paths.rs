@@ -3,7 +3,7 @@
 //! | what | directory |
 //! |---|---|
 //! | snapshots, kernels | `$XDG_DATA_HOME/forkd`, default `~/.local/share/forkd` |
-//! | verified chunks | `$XDG_CACHE_HOME/forkd`, default `~/.cache/forkd` |
+//! | verified chunks; scratch disks while their machines live | `$XDG_CACHE_HOME/forkd`, default `~/.cache/forkd` |
 //! | sockets, locks, logs, records of mounts and children | `$XDG_RUNTIME_DIR/forkd`; without it `/run/forkd` as root, else a private directory in the temporary directory |
 
 use std::io;

@@ -1,7 +1,7 @@
 //! Recipes: what a warmed machine is made of, read from `recipe.toml` and believed only after checking.
 //!
 //! ```text
-//! RECIPE/recipe.toml     name, [base] suite and packages, [[files]], memory_mib, vcpus, [warm], [readiness], [probe]
+//! RECIPE/recipe.toml     name, [base] suite and packages, [[files]], memory_mib, vcpus, scratch_mib, [warm], [readiness], [probe]
 //! RECIPE/...             files the recipe puts into the machine
 //! ```
 //!
@@ -18,7 +18,7 @@ use forkd_guest::generation::HOSTNAME_MAX;
 use forkd_guest::protocol::{MachineFile, WarmCommand};
 use serde::Deserialize;
 
-use crate::snapshot::check_vcpus;
+use crate::snapshot::{check_scratch, check_vcpus};
 use crate::tools::ToolError;
 
 mod apt_sources;
@@ -137,6 +137,9 @@ pub struct Recipe {
     /// Processors. forkd's machines have one.
     #[serde(default = "default_vcpus")]
     pub vcpus: u32,
+    /// Size of each copy's empty scratch disk in MiB; none unless given.
+    #[serde(default)]
+    pub scratch_mib: u32,
     /// The warm worker.
     #[serde(default)]
     pub warm: Option<Warm>,
@@ -287,6 +290,9 @@ impl Recipe {
         }
         if let Err(error) = check_vcpus(self.vcpus) {
             return Err(("vcpus", error.to_string()));
+        }
+        if let Err(error) = check_scratch(self.scratch_mib) {
+            return Err(("scratch_mib", error.to_string()));
         }
         if !TIMEOUT_S.contains(&self.readiness.timeout_s) {
             let (least, most) = TIMEOUT_S.into_inner();

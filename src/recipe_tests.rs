@@ -58,6 +58,7 @@ fn what_is_wrong_is_named() {
     let cases = [
         ("name = \"good\"", "name = \"\"", "name"),
         ("name = \"good\"", "name = \"../x\"", "name"),
+        ("name = \"good\"", "name = \"good\"\nscratch_mib = 65537", "scratch_mib"),
         ("name = \"good\"", "name = \"Good\"", "name"),
         ("name = \"good\"", "name = \"-good\"", "name"),
         ("A good recipe", "two\\nlines", "description"),

@@ -15,6 +15,7 @@
 
 use crate::paths::{Paths, PathsError};
 use forkd_vmm::arch::VCPUS_MAX;
+use forkd_vmm::devices::virtio::block::SCRATCH_MIB_MAX;
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{MemoryError, MemoryLayout};
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
@@ -53,6 +54,9 @@ pub struct Configuration {
     pub vcpus: u32,
     /// Kind of KVM it was made on, and needs.
     pub kvm_kind: KvmKind,
+    /// Size of each copy's scratch disk, MiB; 0 for none.
+    #[serde(default)]
+    pub scratch_mib: u32,
 }
 
 /// A snapshot cannot be used or made.
@@ -102,6 +106,12 @@ pub enum SnapshotError {
         /// What was asked for, or what the snapshot says.
         vcpus: u32,
     },
+    /// A scratch disk that no machine has.
+    #[error("a scratch disk of {mib} MiB is not possible: it has at most {SCRATCH_MIB_MAX} MiB")]
+    Scratch {
+        /// What was asked for, or what the snapshot says.
+        mib: u32,
+    },
     /// The host is of the other kind.
     #[error("the snapshot needs {} KVM, but this host's is {}", needs.name(), has.name())]
     Host {
@@ -114,8 +124,8 @@ pub enum SnapshotError {
 
 impl Configuration {
     /// A configuration for this version of forkd.
-    pub fn new(layout: MemoryLayout, vcpus: u8, kvm_kind: KvmKind) -> Configuration {
-        Configuration { format: FORMAT, layout, vcpus: vcpus.into(), kvm_kind }
+    pub fn new(layout: MemoryLayout, vcpus: u8, kvm_kind: KvmKind, scratch_mib: u32) -> Configuration {
+        Configuration { format: FORMAT, layout, vcpus: vcpus.into(), kvm_kind, scratch_mib }
     }
 
     /// Reads `snapshot.json`, which may be hostile.
@@ -132,6 +142,7 @@ impl Configuration {
         let parsed: Configuration = serde_json::from_slice(bytes).map_err(SnapshotError::Configuration)?;
         parsed.layout.check()?;
         check_vcpus(parsed.vcpus)?;
+        check_scratch(parsed.scratch_mib)?;
         Ok(parsed)
     }
 
@@ -151,6 +162,11 @@ pub fn check_vcpus(vcpus: u32) -> Result<u8, SnapshotError> {
         .ok()
         .filter(|count| (1..=VCPUS_MAX).contains(count))
         .ok_or(SnapshotError::Vcpus { vcpus })
+}
+
+/// The size of a scratch disk in MiB, if a machine can have one of it.
+pub fn check_scratch(mib: u32) -> Result<u32, SnapshotError> {
+    if mib <= SCRATCH_MIB_MAX { Ok(mib) } else { Err(SnapshotError::Scratch { mib }) }
 }
 
 /// Turns an I/O error into one that names the file.
@@ -363,7 +379,7 @@ mod tests {
     #[test]
     fn configurations_are_checked() {
         let layout = MemoryLayout::new(512, 1).unwrap();
-        let good = Configuration::new(layout, 8, KvmKind::Pvm);
+        let good = Configuration::new(layout, 8, KvmKind::Pvm, 100);
         let text = serde_json::to_string(&good).unwrap();
         assert_eq!(Configuration::parse(text.as_bytes()).unwrap(), good);
         assert!(good.check_host(KvmKind::Hardware).is_err());
@@ -371,6 +387,10 @@ mod tests {
         assert!(matches!(Configuration::parse(huge.as_bytes()), Err(SnapshotError::Layout(_))));
         let crowded = text.replace("\"vcpus\":8", "\"vcpus\":9");
         assert!(matches!(Configuration::parse(crowded.as_bytes()), Err(SnapshotError::Vcpus { vcpus: 9 })));
+        let vast = text.replace("\"scratch_mib\":100", "\"scratch_mib\":65537");
+        assert!(matches!(Configuration::parse(vast.as_bytes()), Err(SnapshotError::Scratch { mib: 65537 })));
+        let older = text.replace(",\"scratch_mib\":100", "");
+        assert_eq!(Configuration::parse(older.as_bytes()).unwrap().scratch_mib, 0);
         let newer = text.replace("\"format\":1", "\"format\":2");
         assert!(matches!(Configuration::parse(newer.as_bytes()), Err(SnapshotError::Format { found: 2 })));
         assert!(Configuration::parse(b"{}").is_err());

@@ -6,6 +6,8 @@ use crate::identity::{self, IdentityError};
 use crate::paths::{Paths, PathsError};
 use crate::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir, RunDirError};
 use crate::sandbox::Sandbox;
+use crate::scratch::Scratch;
+use crate::snapshot::SnapshotError;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
@@ -56,6 +58,9 @@ pub enum ForkError {
         #[source]
         source: io::Error,
     },
+    /// A scratch disk.
+    #[error(transparent)]
+    Scratch(#[from] SnapshotError),
     /// The children's identities.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -112,6 +117,8 @@ impl Child {
 /// The children of one fork.
 pub struct Supervisor {
     run_dir: RunDir,
+    /// Where scratch disks lie.
+    cache: PathBuf,
     sandbox: Arc<Sandbox>,
     pack: String,
     children: Mutex<Vec<Child>>,
@@ -132,7 +139,8 @@ impl Supervisor {
         let listener = run_dir.listen()?;
         let children = Mutex::default();
         let spawning = AtomicBool::new(true);
-        let supervisor = Arc::new(Supervisor { run_dir, sandbox, pack, children, spawning });
+        let cache = paths.cache.clone();
+        let supervisor = Arc::new(Supervisor { run_dir, cache, sandbox, pack, children, spawning });
         // The first child must not wait for its memory until the last one is spawned.
         let reports = Arc::clone(&supervisor);
         std::thread::spawn(move || reports.follow());
@@ -149,7 +157,7 @@ impl Supervisor {
 
     fn spawn(&self, zygote: &Zygote, number: u64) -> Result<(), ForkError> {
         let id = format!("{}-{number}", self.run_dir.id());
-        let (process, socket) = spawn(&self.run_dir, zygote, &self.sandbox, &id, number)?;
+        let (process, socket) = spawn(&self.run_dir, &self.cache, zygote, &self.sandbox, &id, number)?;
         self.children().push(Child {
             id,
             pid: process.pid,
@@ -327,7 +335,9 @@ impl Supervisor {
         };
         for unavailable in self.sandbox.take_unavailable() {
             let (chunk, name) = (unavailable.chunk.chunk, Sandbox::image_name(unavailable.chunk.image));
-            end(&unavailable.waiters, &|| format!("chunk {chunk} of {name} cannot be had: {}", unavailable.error));
+            end(&unavailable.waiters, &|| {
+                format!("chunk {chunk} of {name} cannot be had: {}", unavailable.error)
+            });
         }
         for (client, misconduct) in pager.take_misconduct() {
             end(&[client], &|| format!("its process is not to be trusted: {}", chain(&misconduct)));
@@ -360,6 +370,7 @@ impl Drop for Supervisor {
 
 fn spawn(
     run_dir: &RunDir,
+    cache: &Path,
     zygote: &Zygote,
     sandbox: &Sandbox,
     id: &str,
@@ -373,17 +384,21 @@ fn spawn(
     let vsock = UnixListener::bind(&socket).map_err(failed("binding", &socket))?;
     let console_path = run_dir.console(id);
     let console = File::create(&console_path).map_err(failed("creating", &console_path))?;
+    let scratch = Scratch { dir: cache, mib: sandbox.configuration().scratch_mib };
+    let disk = scratch.create()?;
     let spec = MachineSpec {
         layout: sandbox.configuration().layout,
         kind: KvmKind::detect(),
         record: identity::fresh(id, number)?.to_vec(),
         start: sandbox.start(),
+        scratch_bytes: scratch.bytes(),
     };
     let files = MachineFiles {
         images: sandbox.images(),
         start: sandbox.vmstate(),
         console: console.as_fd(),
         vsock: vsock.as_fd(),
+        scratch: disk.as_ref().map(AsFd::as_fd),
     };
     Ok((zygote.spawn(&spec, &files)?, socket))
 }

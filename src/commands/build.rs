@@ -9,6 +9,7 @@ use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::recipe::{self, Recipe, RecipeError};
+use crate::scratch::Scratch;
 use crate::snapshot::{self, Configuration, Draft, SnapshotError, check_vcpus, file_error};
 use crate::tools::Interrupt;
 use crate::units::show_size;
@@ -97,6 +98,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
         warm: None,
         ready_timeout: recipe.ready_timeout(),
         probe: recipe.probe.as_ref(),
+        scratch: Scratch { dir: &paths.cache, mib: recipe.scratch_mib },
         interrupt: &interrupt,
     };
     let base_image = format!("debian:{}", recipe.base.suite);
@@ -125,6 +127,7 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
         warm: warm.as_ref(),
         ready_timeout: READY_TIMEOUT,
         probe: None,
+        scratch: Scratch { dir: &paths.cache, mib: args.scratch },
         interrupt: &interrupt,
     };
     let about = About { tag: &args.tag, description: "", base_image: "", kernel: &args.kernel };

@@ -32,7 +32,8 @@ pub(super) fn snapshot(error: &SnapshotError) -> Row {
         | SnapshotError::Configuration(_)
         | SnapshotError::Format { .. }
         | SnapshotError::Layout(_)
-        | SnapshotError::Vcpus { .. } => row,
+        | SnapshotError::Vcpus { .. }
+        | SnapshotError::Scratch { .. } => row,
     }
 }
 

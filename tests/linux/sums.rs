@@ -41,7 +41,12 @@ impl Pages {
         let common = |ours: &Sums, theirs: &Sums| {
             let both = ours.iter().filter_map(|(page, sum)| Some((*page, *sum, *theirs.get(page)?)));
             let both: Vec<_> = both.collect();
-            assert!(both.len() * 10 > theirs.len() * 9, "{} of {} pages are in place", both.len(), theirs.len());
+            assert!(
+                both.len() * 10 > theirs.len() * 9,
+                "{} of {} pages are in place",
+                both.len(),
+                theirs.len()
+            );
             let zeroed = both.iter().find(|(_, ours, theirs)| *ours == ZERO && *theirs != ZERO);
             assert_eq!(zeroed, None, "a page of zeros");
             (both.len(), both.iter().filter(|(_, ours, theirs)| ours != theirs).count())

@@ -144,7 +144,8 @@ impl Machine {
         let Shape { layout, vcpus: count } = shape;
         check_vcpus(count.into())?;
         let vm = hypervisor.create_vm(&layout, &memory)?;
-        let bus = Bus::new(&vm, &layout, &memory, peripherals, &default_devices(&layout), None)?;
+        let kinds = default_devices(&layout, &peripherals);
+        let bus = Bus::new(&vm, &layout, &memory, peripherals, &kinds, None)?;
         if hypervisor.kind() == KvmKind::Pvm {
             pvm::watch_syscall_entry(&vm)?;
         }

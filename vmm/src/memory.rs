@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::os::raw::c_void;
 use std::ptr::null_mut;
 use std::sync::Arc;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// x86-64 page size, bytes.
 pub const PAGE_BYTES: u64 = 4096;
@@ -99,6 +99,17 @@ pub enum MemoryError {
     /// The parts overlap or overflow.
     #[error("guest memory regions do not fit together")]
     Layout(#[source] vm_memory::GuestRegionCollectionError),
+    /// Memory that is not there, or not in one piece, was to be given back.
+    #[error("guest memory has no range {start:#x} to {end:#x} to be given back")]
+    Absent {
+        /// First guest-physical address.
+        start: u64,
+        /// Address behind the last.
+        end: u64,
+        /// Why.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
     /// vm-memory refused a region.
     #[error("a guest memory region is not usable")]
     Region(#[source] vm_memory::mmap::MmapRegionError),
@@ -366,6 +377,17 @@ impl GuestMemory {
         &self.ram
     }
 
+    /// [`Mapping::discard`] of the whole pages in a guest-physical range of RAM.
+    pub fn discard(&self, range: Range<u64>) -> Result<(), MemoryError> {
+        let end = range.end & !(PAGE_BYTES - 1);
+        let start = range.start.checked_next_multiple_of(PAGE_BYTES).unwrap_or(end);
+        let Some(ram) = self.mapping(ImageId::Ram).filter(|_| start < end) else { return Ok(()) };
+        let bytes = (end - start) as usize;
+        let slice = self.ram.get_slice(GuestAddress(start), bytes);
+        let slice = slice.map_err(|source| MemoryError::Absent { start, end, source })?;
+        ram.discard(slice.ptr_guard_mut().as_ptr() as u64 - ram.address(), bytes as u64)
+    }
+
     /// The mapping of an image, if the machine has it.
     pub fn mapping(&self, image: ImageId) -> Option<&Mapping> {
         self.mappings.get(image.index())
@@ -385,6 +407,7 @@ pub fn longest_runs(mut runs: Vec<Range<u64>>) -> Vec<Range<u64>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use vm_memory::Bytes;
 
     #[test]
     fn small_ram_is_one_slot_and_the_disk_lies_above_four_gigabytes() {
@@ -461,6 +484,27 @@ mod tests {
         let next = rustix::fs::seek(&image, rustix::fs::SeekFrom::Data(hole)).unwrap();
         assert_eq!((hole, next), (PAGE_BYTES, 2 * PAGE_BYTES), "the file still has the page");
         assert_eq!(bytes_of_pages(&built), [7, 0, 7, 7]);
+    }
+
+    #[test]
+    fn whole_pages_of_ram_are_given_back_and_nothing_else() {
+        let layout = MemoryLayout::new(1, 0).unwrap();
+        let image = create_image("test", layout.ram_bytes()).unwrap();
+        let mapping = Mapping::of_file(&image, layout.ram_bytes(), Sharing::Shared).unwrap();
+        let memory = GuestMemory::new(&layout, vec![mapping]).unwrap();
+        memory.ram().write_slice(&[7; 4 * PAGE_BYTES as usize], GuestAddress(0)).unwrap();
+        // The pages that are only touched in part stay.
+        memory.discard(1..3 * PAGE_BYTES - 1).unwrap();
+        // Before anybody reads: that brings the pages back, as zeros.
+        let stored = rustix::fs::fstat(&image).unwrap().st_blocks as u64 * 512;
+        assert_eq!(stored, 3 * PAGE_BYTES);
+        let first_bytes =
+            [0, 1, 2, 3].map(|page| memory.ram().read_obj::<u8>(GuestAddress(page * PAGE_BYTES)).unwrap());
+        assert_eq!(first_bytes, [7, 0, 7, 7]);
+        memory.discard(5..5).unwrap();
+        for absent in [0..(1 << 20) + PAGE_BYTES, 1 << 40..(1 << 40) + PAGE_BYTES, 0..u64::MAX] {
+            assert!(matches!(memory.discard(absent), Err(MemoryError::Absent { .. })));
+        }
     }
 
     #[test]

@@ -5,6 +5,7 @@
 use crate::channel::{Channel, ChannelError};
 use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
+use crate::devices::virtio::block::ScratchDisk;
 use crate::kvm::{Hypervisor, KvmKind};
 use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
@@ -51,6 +52,8 @@ pub struct MachineSpec {
     pub record: Vec<u8>,
     /// How it starts.
     pub start: Start,
+    /// Size of its scratch disk, whose file comes last; 0 without one.
+    pub scratch_bytes: u64,
 }
 
 /// The files of a machine.
@@ -64,6 +67,8 @@ pub struct MachineFiles<'a> {
     pub console: BorrowedFd<'a>,
     /// Listening Unix socket for the guest's vsock.
     pub vsock: BorrowedFd<'a>,
+    /// Scratch disk, if [`MachineSpec::scratch_bytes`] says so.
+    pub scratch: Option<BorrowedFd<'a>>,
 }
 
 /// What a machine's process says.
@@ -160,6 +165,7 @@ impl Zygote {
         let (ours, theirs) = Channel::pair()?;
         let mut fds = vec![theirs.as_fd(), files.start, files.console, files.vsock];
         fds.extend(&files.images);
+        fds.extend(files.scratch);
         self.channel.send(spec, &fds)?;
         match self.channel.receive()?.0 {
             Spawned::Pid(pid) => {
@@ -271,7 +277,8 @@ impl MachineRun {
         let mut start = File::from(next()?);
         let console = File::from(next()?);
         let vsock = UnixListener::from(next()?);
-        let images: Vec<OwnedFd> = fds.collect();
+        let mut images: Vec<OwnedFd> = fds.collect();
+        let scratch = scratch_disk(&spec, &mut images)?;
         let (mappings, uffd) = map_images(&spec, &images)?;
         if let Some(uffd) = &uffd {
             let bases = mappings.iter().map(Mapping::address).collect();
@@ -279,7 +286,7 @@ impl MachineRun {
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
         let hypervisor = Hypervisor::open(spec.kind).map_err(MachineError::Kvm)?;
-        let peripherals = Peripherals { console: Some(console), record: spec.record };
+        let peripherals = Peripherals { console: Some(console), record: spec.record, scratch };
         let machine = match &spec.start {
             Start::Boot { command_line, vcpus } => {
                 let shape = Shape { layout: spec.layout, vcpus: *vcpus };
@@ -337,6 +344,15 @@ fn read_shared(file: &File, into: &mut Vec<u8>) -> io::Result<()> {
 pub fn monotonic_ns() -> u64 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+}
+
+fn scratch_disk(spec: &MachineSpec, fds: &mut Vec<OwnedFd>) -> Result<Option<ScratchDisk>, RunError> {
+    let bytes = spec.scratch_bytes;
+    if bytes == 0 {
+        return Ok(None);
+    }
+    let file = File::from(fds.pop().ok_or(RunError::Files)?);
+    Ok(Some(ScratchDisk { file, bytes }))
 }
 
 fn map_images(spec: &MachineSpec, files: &[OwnedFd]) -> Result<(Vec<Mapping>, Option<Uffd>), RunError> {

@@ -6,6 +6,9 @@ use crate::devices::cmos::{self, Cmos};
 use crate::devices::doorbell::{self, Doorbell, Ring};
 use crate::devices::serial::{Console, IrqLine, SerialPort, SerialSnapshot};
 use crate::devices::virtio::DeviceKind;
+use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::block::{Block, ScratchDisk};
+use crate::devices::virtio::console::VirtioConsole;
 use crate::devices::virtio::mmio::{RestoreError, Transport, Window, WindowState};
 use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::rng::Rng;
@@ -57,18 +60,30 @@ pub struct Peripherals {
     pub console: Option<File>,
     /// What the guest reads at its doorbell.
     pub record: Vec<u8>,
+    /// What its scratch disk writes to. A new machine has that disk only with such a file.
+    pub scratch: Option<ScratchDisk>,
 }
 
 /// The devices that a machine of this layout boots with.
-pub fn default_devices(layout: &MemoryLayout) -> Vec<DeviceKind> {
+pub fn default_devices(layout: &MemoryLayout, peripherals: &Peripherals) -> Vec<DeviceKind> {
     let disk = (layout.root_disk_bytes > 0).then_some(DeviceKind::Pmem);
-    [DeviceKind::Vsock, DeviceKind::Rng].into_iter().chain(disk).collect()
+    let scratch = peripherals.scratch.as_ref().map(|_| DeviceKind::Block);
+    let always = [DeviceKind::Vsock, DeviceKind::Rng, DeviceKind::Balloon, DeviceKind::Console];
+    always.into_iter().chain(disk).chain(scratch).collect()
 }
 
 /// A device and where it is reached.
 struct Slot {
     kind: DeviceKind,
     window: Arc<Mutex<dyn Window>>,
+}
+
+/// What devices are made of.
+struct Parts {
+    console: Console,
+    scratch: Option<ScratchDisk>,
+    /// The memory of a machine that was not restored (see `balloon.rs`).
+    gives_back: Option<GuestMemory>,
 }
 
 /// What came of a write to a port.
@@ -108,7 +123,10 @@ impl Bus {
         kinds: &[DeviceKind],
         serial: Option<&SerialSnapshot>,
     ) -> Result<Bus, BusError> {
-        let console = Console::new(peripherals.console);
+        let Peripherals { console, record, scratch } = peripherals;
+        let console = Console::new(console);
+        let mut parts =
+            Parts { console: console.clone(), scratch, gives_back: serial.is_none().then(|| memory.clone()) };
         let line = IrqLine(interrupt(vm, arch::SERIAL_IRQ)?);
         let serial = match serial {
             Some(saved) => saved
@@ -119,7 +137,7 @@ impl Bus {
         let mut bus = Bus {
             serial: Mutex::new(serial),
             cmos: Mutex::default(),
-            doorbell: Mutex::new(Doorbell::new(peripherals.record)),
+            doorbell: Mutex::new(Doorbell::new(record)),
             slots: Vec::new(),
             vsock: None,
             generation: interrupt(vm, arch::GENERATION_IRQ)?,
@@ -130,12 +148,19 @@ impl Bus {
             return Err(BusError::Devices { count: kinds.len() });
         }
         for (kind, line) in kinds.iter().zip(arch::VIRTIO_IRQS) {
-            bus.plug(*kind, layout, memory, interrupt(vm, line)?);
+            bus.plug(*kind, layout, memory, interrupt(vm, line)?, &mut parts);
         }
         Ok(bus)
     }
 
-    fn plug(&mut self, kind: DeviceKind, layout: &MemoryLayout, memory: &GuestMemory, irq: EventFd) {
+    fn plug(
+        &mut self,
+        kind: DeviceKind,
+        layout: &MemoryLayout,
+        memory: &GuestMemory,
+        irq: EventFd,
+        parts: &mut Parts,
+    ) {
         let ram = memory.ram().clone();
         let window: Arc<Mutex<dyn Window>> = match kind {
             DeviceKind::Vsock => {
@@ -147,6 +172,15 @@ impl Bus {
             DeviceKind::Pmem => {
                 let disk = Pmem::new(layout.root_disk_range());
                 Arc::new(Mutex::new(Transport::new(disk, ram, irq)))
+            }
+            DeviceKind::Block => {
+                Arc::new(Mutex::new(Transport::new(Block::new(parts.scratch.take()), ram, irq)))
+            }
+            DeviceKind::Balloon => {
+                Arc::new(Mutex::new(Transport::new(Balloon::new(parts.gives_back.clone()), ram, irq)))
+            }
+            DeviceKind::Console => {
+                Arc::new(Mutex::new(Transport::new(VirtioConsole::new(parts.console.clone()), ram, irq)))
             }
         };
         self.slots.push(Slot { kind, window });

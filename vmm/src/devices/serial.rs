@@ -1,7 +1,8 @@
-//! The first serial port: the guest's console, written to a file of bounded size. Callers: `machine.rs`.
+//! The first serial port: the guest's console, written to a file of bounded size. Callers: `bus.rs`, `virtio/console.rs`.
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::sync::{Arc, Mutex, PoisonError};
 use vm_superio::Trigger;
 use vm_superio::serial::{NoEvents, Serial, SerialState};
 use vmm_sys_util::eventfd::EventFd;
@@ -21,9 +22,12 @@ impl Trigger for IrqLine {
     }
 }
 
-/// A console file that stops growing at [`CONSOLE_MAX`].
+/// A console file that stops growing at [`CONSOLE_MAX`]. Its clones write to the same file and share the limit.
+#[derive(Debug, Clone)]
+pub struct Console(Arc<Mutex<Sink>>);
+
 #[derive(Debug)]
-pub struct Console {
+struct Sink {
     file: Option<File>,
     left: u64,
 }
@@ -31,11 +35,21 @@ pub struct Console {
 impl Console {
     /// Writes to `file`, or nowhere.
     pub fn new(file: Option<File>) -> Console {
-        Console { file, left: CONSOLE_MAX }
+        Console(Arc::new(Mutex::new(Sink { file, left: CONSOLE_MAX })))
     }
 }
 
 impl Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Sink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let Some(file) = &mut self.file else { return Ok(bytes.len()) };
         if self.left == 0 {
@@ -51,10 +65,6 @@ impl Write for Console {
             self.left = 0;
         }
         Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

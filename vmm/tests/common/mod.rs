@@ -4,6 +4,7 @@
 
 use forkd_vmm::devices::bus::Peripherals;
 use forkd_vmm::devices::doorbell::Ring;
+use forkd_vmm::devices::virtio::block::ScratchDisk;
 use forkd_vmm::kvm::{Hypervisor, KvmKind};
 use forkd_vmm::machine::{Flow, Machine, Shape, Stop};
 use forkd_vmm::memory::{GuestMemory, Mapping, MemoryLayout, Sharing, create_image};
@@ -180,7 +181,10 @@ pub fn machine_of(shape: Shape, image: &OwnedFd, record: Vec<u8>) -> (Machine, F
 /// A console in a temporary file, and a handle to read it.
 pub fn peripherals(record: Vec<u8>) -> (Peripherals, File) {
     let console = tempfile::tempfile().unwrap();
-    let peripherals = Peripherals { console: Some(console.try_clone().unwrap()), record };
+    let scratch = tempfile::tempfile().unwrap();
+    scratch.set_len(1 << 20).unwrap();
+    let scratch = Some(ScratchDisk { file: scratch, bytes: 1 << 20 });
+    let peripherals = Peripherals { console: Some(console.try_clone().unwrap()), record, scratch };
     (peripherals, console)
 }
 

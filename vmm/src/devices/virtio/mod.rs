@@ -1,10 +1,15 @@
 //! virtio 1.x devices over MMIO (OASIS virtio 1.2, section 4.2). Callers: `machine.rs`.
 
+pub mod balloon;
+pub mod block;
+pub mod console;
 pub mod mmio;
 pub mod pmem;
 pub mod rng;
 pub mod vsock;
 
+use balloon::BalloonSnapshot;
+use block::BlockSnapshot;
 use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
@@ -20,6 +25,12 @@ pub enum DeviceKind {
     Rng,
     /// The root disk.
     Pmem,
+    /// The scratch disk.
+    Block,
+    /// Free memory is given back.
+    Balloon,
+    /// The second console.
+    Console,
 }
 
 /// What of a device survives a snapshot besides its registers and queues. New kinds come last: the position is the tag.
@@ -29,6 +40,10 @@ pub enum DeviceState {
     Stateless,
     /// Streams.
     Vsock(VsockSnapshot),
+    /// Capacity.
+    Block(BlockSnapshot),
+    /// Size of the balloon.
+    Balloon(BalloonSnapshot),
 }
 
 /// A queue could not be served. The device then asks the driver to reset it; nothing else is harmed.
