@@ -110,9 +110,9 @@ impl StorePages {
         let ChunkData::Data(bytes) = data else { return ChunkContent::Zero };
         let expected = self.shapes[chunk.image.index()].range(chunk.chunk);
         let expected = (expected.end - expected.start) as usize;
-        let last = self.pack_chunk(chunk).is_some_and(|chunk| {
-            chunk.chunk + 1 == self.store.index().chunk_count(chunk.file)
-        });
+        let last = self
+            .pack_chunk(chunk)
+            .is_some_and(|chunk| chunk.chunk + 1 == self.store.index().chunk_count(chunk.file));
         if bytes.len() >= expected || !last {
             return ChunkContent::Data(bytes);
         }

@@ -327,7 +327,9 @@ impl Supervisor {
         };
         for unavailable in self.sandbox.take_unavailable() {
             let (chunk, name) = (unavailable.chunk.chunk, Sandbox::image_name(unavailable.chunk.image));
-            end(&unavailable.waiters, &|| format!("chunk {chunk} of {name} cannot be had: {}", unavailable.error));
+            end(&unavailable.waiters, &|| {
+                format!("chunk {chunk} of {name} cannot be had: {}", unavailable.error)
+            });
         }
         for (client, misconduct) in pager.take_misconduct() {
             end(&[client], &|| format!("its process is not to be trusted: {}", chain(&misconduct)));

@@ -34,7 +34,10 @@ struct Said {
 
 impl Said {
     fn parse(answer: &str) -> Said {
-        let (pages, last) = answer.trim_end().rsplit_once('\n').map_or((None, answer.trim_end()), |(pages, last)| (Some(pages), last));
+        let (pages, last) = answer
+            .trim_end()
+            .rsplit_once('\n')
+            .map_or((None, answer.trim_end()), |(pages, last)| (Some(pages), last));
         let words: Vec<_> = last.split(' ').collect();
         let [sum, slept, length, digest, time] = words[..] else { panic!("{answer}") };
         Said {
@@ -128,7 +131,8 @@ impl Held {
 fn fork_and_stay(bed: &Bed, hub: &Hub, count: u64) -> (Vec<Value>, i64, Held) {
     let (from, number) = (now(), count.to_string());
     let asked = code(7, false);
-    let report = bed.json(hub, &["fork", "deeplethe/python-numpy", "-n", &number, "--detach", "--eval", &asked]);
+    let report =
+        bed.json(hub, &["fork", "deeplethe/python-numpy", "-n", &number, "--detach", "--eval", &asked]);
     let to = now();
     let children = report["children"].as_array().unwrap().clone();
     let mut files = BTreeSet::new();
@@ -164,7 +168,11 @@ fn children_that_come_and_go_leave_nothing_with_their_fork() {
     let left = Held::settled(supervisor);
     println!("a fork of one holds {with_one:?}; of {count} {with_all:?}, of which one lives on {left:?}");
     assert!(with_all.descriptors > with_one.descriptors, "what is counted is not what children cost");
-    assert_eq!((left.descriptors, left.threads), (with_one.descriptors, with_one.threads), "something is left");
+    assert_eq!(
+        (left.descriptors, left.threads),
+        (with_one.descriptors, with_one.threads),
+        "something is left"
+    );
     // The allocator keeps what it once had for `count` answers at a time.
     assert!(left.own_kib < with_one.own_kib + 16 * 1024 + 100 * count, "{left:?} after {with_one:?}");
     assert!(wrong_pages(supervisor, &bed.snapshot(), true).is_empty(), "a child has changed the images");

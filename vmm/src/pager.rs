@@ -128,7 +128,9 @@ pub enum PagerError {
 /// A page of an image was not put there by the pager: a machine that got rid of its watch has made the kernel put a zero
 /// page there. Every machine of the image can have seen it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("the page at {offset:#x} of {image:?} was filled by somebody else than the pager, with other content")]
+#[error(
+    "the page at {offset:#x} of {image:?} was filled by somebody else than the pager, with other content"
+)]
 pub struct Damaged {
     /// The image.
     pub image: ImageId,

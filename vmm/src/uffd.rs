@@ -148,7 +148,8 @@ impl Uffd {
         }
         let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{raw}")).map_err(|_| None)?;
         // API:	version:features in use:features and ioctls there are
-        let mut api = info.lines().filter_map(|line| line.strip_prefix("API:")).flat_map(|api| api.split(':'));
+        let mut api =
+            info.lines().filter_map(|line| line.strip_prefix("API:")).flat_map(|api| api.split(':'));
         let features = api.nth(1).and_then(|features| u64::from_str_radix(features, 16).ok()).ok_or(None)?;
         let settled = features & FEATURE_INITIALIZED != 0 && features & FEATURES_EVENTS == 0;
         if settled { Ok(()) } else { Err(Some(features)) }
@@ -247,7 +248,8 @@ impl Uffd {
 
 impl Message {
     fn parse(message: &[u8]) -> Message {
-        let word = |at: usize| message[at..at + 8].iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
+        let word =
+            |at: usize| message[at..at + 8].iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
         match message[0] {
             EVENT_PAGEFAULT => Message::Fault { address: word(16) },
             event => Message::Other { event },

@@ -14,8 +14,8 @@ use forkd_vmm::snapshot::MachineState;
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;
 use std::os::unix::net::UnixListener;
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 const NAME: &str = "siblings_of_killed_machines_have_their_memory";
@@ -102,7 +102,8 @@ fn siblings_of_killed_machines_have_their_memory() {
     for round in 0..ROUNDS {
         let origin = Origin::new(&full, round);
         let shape = ImageShape { bytes: RAM, chunk_bytes: CHUNK };
-        let pager = Pager::new(&[(ImageId::Ram, shape)], origin.clone(), 2).expect("this test needs userfaultfd");
+        let pager =
+            Pager::new(&[(ImageId::Ram, shape)], origin.clone(), 2).expect("this test needs userfaultfd");
         let mut children: Vec<_> =
             (0..CHILDREN).map(|number| spawn(&zygote, &pager, &state, dir.path(), number)).collect();
         let (mut number, deadline) = (round * 1000, Instant::now() + LIMIT);
@@ -133,7 +134,9 @@ fn siblings_of_killed_machines_have_their_memory() {
         assert_eq!(wrong_pages(pager.image_file(ImageId::Ram).unwrap(), &full), [0; 0], "round {round}");
         assert_eq!((pager.failure(), pager.take_misconduct()), (None, vec![]));
     }
-    println!("{ROUNDS} rounds of {CHILDREN}: {survivors} hashes, {killed} killed, {killed_waiting} of them waiting");
+    println!(
+        "{ROUNDS} rounds of {CHILDREN}: {survivors} hashes, {killed} killed, {killed_waiting} of them waiting"
+    );
     assert!(killed >= ROUNDS && survivors >= ROUNDS * CHILDREN / 2 && killed_waiting > 0);
     // Workers of the last pager may still be in their last load.
     let deadline = Instant::now() + LIMIT;
@@ -143,13 +146,7 @@ fn siblings_of_killed_machines_have_their_memory() {
     assert_eq!(open_descriptors(), before, "descriptors are left");
 }
 
-fn spawn(
-    zygote: &Zygote,
-    pager: &Pager,
-    state: &MachineState,
-    dir: &std::path::Path,
-    number: u64,
-) -> Child {
+fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::Path, number: u64) -> Child {
     let encoded = state.encode().unwrap();
     let vmstate = create_image("vmstate", encoded.len() as u64).unwrap();
     rustix::io::pwrite(&vmstate, &encoded, 0).unwrap();

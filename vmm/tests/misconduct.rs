@@ -250,7 +250,9 @@ fn a_page_that_a_machine_without_a_watch_made_is_noticed_before_anybody_goes_on(
     assert_eq!(wrong_pages(bed.pager.image_file(ImageId::Ram).unwrap(), &bed.full), [offset]);
     let (sibling, console) = bed.sibling(2);
     wait_for("the damage to be noticed", || bed.pager.failure().is_some());
-    let Some(PagerFailure::Damaged(damaged)) = bed.pager.failure() else { panic!("{:?}", bed.pager.failure()) };
+    let Some(PagerFailure::Damaged(damaged)) = bed.pager.failure() else {
+        panic!("{:?}", bed.pager.failure())
+    };
     assert_eq!((damaged.image, damaged.offset), (ImageId::Ram, offset));
     std::thread::sleep(Duration::from_millis(50));
     assert!(!sibling.is_finished(), "it went on with a page that is not the snapshot's");
