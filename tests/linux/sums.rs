@@ -1,6 +1,7 @@
 //! What a child's worker has in its memory, page by page, and what a fork's images hold.
 
-use std::collections::BTreeMap;
+use rustix::fs::{SeekFrom, seek};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -8,11 +9,12 @@ use std::path::Path;
 /// Evaluated by the worker; its own comment says what it does. Mappings over 64 MiB have nothing of interest.
 pub const PAGES: &str = concat!("MOST = 64 << 20\n", include_str!("pages.py"));
 /// The sum of a page of zeros, as `pages.py` cuts it.
-const ZERO: u32 = 0x1c_0011;
-const PAGE: u64 = 4096;
+const ZERO: u16 = 0x0011;
+const PAGE: usize = 4096;
+const PIECE: u64 = 256 << 10;
 
 /// Page number -> sum.
-type Sums = BTreeMap<u64, u32>;
+type Sums = BTreeMap<u64, u16>;
 
 /// The answer of [`PAGES`].
 pub struct Pages {
@@ -24,11 +26,13 @@ impl Pages {
     /// Reads the answer.
     pub fn parse(answer: &str) -> Pages {
         let sums = |line: &str| -> Sums {
-            let page = |pair: &str| {
-                let (page, sum) = pair.split_once(':').expect("page:sum");
-                (u64::from_str_radix(page, 16).unwrap(), u32::from_str_radix(sum, 16).unwrap())
+            let run = |run: &str| {
+                let (first, sums) = run.split_once(':').expect("page:sums");
+                let (first, sums) = (u64::from_str_radix(first, 16).unwrap(), sums.to_owned());
+                let sum = move |at| u16::from_str_radix(&sums[at * 4..at * 4 + 4], 16).unwrap();
+                (0..(run.len() - run.find(':').unwrap()) / 4).map(move |at| (first + at as u64, sum(at)))
             };
-            line.split(',').map(page).collect()
+            line.split(',').flat_map(run).collect()
         };
         let mut lines = answer.lines();
         let mut next = || sums(lines.next().expect("two lines"));
@@ -74,13 +78,21 @@ pub fn wrong_pages(supervisor: i64, snapshot: &Path, whole: bool) -> Vec<(String
         seen += 1;
         let image = File::open(entry.path()).unwrap();
         let original = File::open(snapshot.join(file)).unwrap();
-        for at in extents(&image, whole) {
-            let (mut ours, mut theirs) = (vec![0; PAGE as usize], vec![0; PAGE as usize]);
-            image.read_exact_at(&mut ours, at).unwrap();
+        let mut there = extents(&image);
+        if whole {
+            there.extend(extents(&original));
+        }
+        for piece in there {
+            let (mut ours, mut theirs) = (vec![0; PIECE as usize], vec![0; PIECE as usize]);
+            let at = piece * PIECE;
             // The image may be longer than the file; it is zero there.
-            let _ = original.read_at(&mut theirs, at).unwrap();
-            if ours != theirs {
-                wrong.push((file.to_owned(), at));
+            let (_, _) = (image.read_at(&mut ours, at).unwrap(), original.read_at(&mut theirs, at).unwrap());
+            let pages = ours.chunks(PAGE).zip(theirs.chunks(PAGE)).enumerate();
+            for (page, _) in pages.filter(|(_, (ours, theirs))| ours != theirs) {
+                let offset = at + (page * PAGE) as u64;
+                if whole || is_there(&image, offset) {
+                    wrong.push((file.to_owned(), offset));
+                }
             }
         }
     }
@@ -88,17 +100,16 @@ pub fn wrong_pages(supervisor: i64, snapshot: &Path, whole: bool) -> Vec<(String
     wrong
 }
 
-/// Offsets of the pages of a file: all, or those that are there.
-fn extents(file: &File, whole: bool) -> Vec<u64> {
-    use rustix::fs::{SeekFrom, seek};
-    let length = file.metadata().unwrap().len();
-    if whole {
-        return (0..length).step_by(PAGE as usize).collect();
-    }
-    let (mut pages, mut at) = (Vec::new(), 0);
+/// Numbers of the pieces of a file that have anything.
+fn extents(file: &File) -> BTreeSet<u64> {
+    let (mut pieces, mut at) = (BTreeSet::new(), 0);
     while let Ok(data) = seek(file, SeekFrom::Data(at)) {
         at = seek(file, SeekFrom::Hole(data)).unwrap();
-        pages.extend((data..at).step_by(PAGE as usize));
+        pieces.extend(data / PIECE..at.div_ceil(PIECE));
     }
-    pages
+    pieces
+}
+
+fn is_there(file: &File, offset: u64) -> bool {
+    seek(file, SeekFrom::Data(offset)).is_ok_and(|data| data == offset)
 }

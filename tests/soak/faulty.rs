@@ -33,7 +33,7 @@ struct Shared {
     root: PathBuf,
     /// Of a hundred requests for packs, so many fail, in one of these ways.
     percent: AtomicU64,
-    kinds: Vec<Fault>,
+    kinds: Mutex<Vec<Fault>>,
     /// The first so many requests for packs never fail.
     spared: u64,
     random: AtomicU64,
@@ -55,7 +55,7 @@ impl Faulty {
         let shared = Arc::new(Shared {
             root,
             percent: AtomicU64::new(percent),
-            kinds: kinds.to_vec(),
+            kinds: Mutex::new(kinds.to_vec()),
             spared,
             random: AtomicU64::new(0x2545_F491_4F6C_DD1D),
             stopped: AtomicBool::new(false),
@@ -92,11 +92,12 @@ impl Faulty {
 
     /// From now on nothing fails.
     pub fn mend(&self) {
-        self.fail(0);
+        self.shared.percent.store(0, Relaxed);
     }
 
-    /// From now on so many of a hundred requests fail.
-    pub fn fail(&self, percent: u64) {
+    /// From now on so many of a hundred requests fail, in one of these ways.
+    pub fn fail(&self, percent: u64, kinds: &[Fault]) {
+        *self.shared.kinds.lock().unwrap() = kinds.to_vec();
         self.shared.percent.store(percent, Relaxed);
     }
 }
@@ -126,7 +127,8 @@ impl Shared {
         let chosen = self.next.lock().unwrap().take();
         let fault = chosen.or_else(|| {
             let fails = self.random() % 100 < self.percent.load(Relaxed);
-            fails.then(|| self.kinds[self.random() as usize % self.kinds.len()])
+            let kinds = self.kinds.lock().unwrap();
+            fails.then(|| kinds[self.random() as usize % kinds.len()])
         })?;
         *self.faults.lock().unwrap().entry(fault).or_default() += 1;
         Some(fault)
