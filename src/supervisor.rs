@@ -362,6 +362,7 @@ fn spawn(
         start: sandbox.vmstate(),
         console: console.as_fd(),
         vsock: vsock.as_fd(),
+        initrd: None,
     };
     Ok((zygote.spawn(&spec, &files)?, socket))
 }

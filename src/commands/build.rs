@@ -91,6 +91,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
     drop(spinner);
     let request = Request {
         kernel: &kernel,
+        initrd: None,
         root_disk: &root_disk,
         memory_mib: recipe.memory_mib.into(),
         vcpus,
@@ -119,6 +120,7 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
     let warm = args.warm.as_ref().map(shell);
     let request = Request {
         kernel: &args.kernel,
+        initrd: args.initrd.as_deref(),
         root_disk: &args.rootfs,
         memory_mib: args.memory.into(),
         vcpus,
