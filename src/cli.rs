@@ -183,9 +183,14 @@ pub struct SnapshotArgs {
     /// The snapshot's name
     #[arg(long)]
     pub tag: String,
-    /// The guest kernel (vmlinux)
+    /// The guest kernel: a vmlinux, or a bzImage as distributions ship it
     #[arg(long, value_name = "FILE")]
     pub kernel: PathBuf,
+    /// An initramfs for it, whose /init makes the root disk (/dev/pmem0) the root and executes /forkd/agent
+    ///
+    /// Kernels whose drivers are modules need one; the kernel of `forkd kernel build` does not.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
     /// The root disk, an EROFS image
     #[arg(long, value_name = "FILE")]
     pub rootfs: PathBuf,

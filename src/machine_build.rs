@@ -51,8 +51,10 @@ const CONSOLE_TAIL_LINES: usize = 12;
 /// What to build.
 #[derive(Debug)]
 pub struct Request<'a> {
-    /// Guest kernel (vmlinux).
+    /// Guest kernel (vmlinux or bzImage).
     pub kernel: &'a Path,
+    /// Initramfs for it.
+    pub initrd: Option<&'a Path>,
     /// Root disk (EROFS), padded to 2 MiB.
     pub root_disk: &'a Path,
     /// Guest RAM, MiB.
@@ -205,6 +207,7 @@ impl<'a> Rig<'a> {
         spec: &MachineSpec,
         images: &[&OwnedFd],
         start: &File,
+        initrd: Option<&File>,
         request: &Request<'a>,
     ) -> Result<Rig<'a>, BuildError> {
         let dir = tempfile::tempdir().map_err(file_error("creating", Path::new("a temporary directory")))?;
@@ -219,6 +222,7 @@ impl<'a> Rig<'a> {
             console: console.as_fd(),
             vsock: vsock.as_fd(),
             scratch: scratch.as_ref().map(AsFd::as_fd),
+            initrd: initrd.map(|file| file.as_fd()),
         };
         let process = zygote.spawn(spec, &files)?;
         Ok(Rig { process, dir, scratch, interrupt: request.interrupt })
@@ -291,11 +295,14 @@ pub fn build(
 
     step(Step::Boot);
     let kernel = open(request.kernel)?;
+    let initrd = request.initrd.map(open).transpose()?;
     let record = Generation::original().encode()?.to_vec();
-    let start = Start::Boot { command_line: command_line(request)?, vcpus: request.vcpus };
+    let (command_line, vcpus) = (command_line(request)?, request.vcpus);
+    let start = Start::Boot { command_line, vcpus, initrd: initrd.is_some() };
     let scratch_bytes = request.scratch.bytes();
     let spec = MachineSpec { layout, kind, record, start, scratch_bytes };
-    let machine = Rig::spawn(zygote, &spec, &images(&layout, &ram, &root_disk), &kernel, request)?;
+    let images = images(&layout, &ram, &root_disk);
+    let machine = Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), request)?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
 
     step(Step::Warm);
@@ -514,7 +521,8 @@ fn record_touches(
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
-    let machine = Rig::spawn(zygote, &spec, &images.iter().collect::<Vec<_>>(), &vmstate, request)?;
+    let images: Vec<_> = images.iter().collect();
+    let machine = Rig::spawn(zygote, &spec, &images, &vmstate, None, request)?;
     let doing = "restoring the new snapshot";
     let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
         Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),

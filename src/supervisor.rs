@@ -399,6 +399,7 @@ fn spawn(
         console: console.as_fd(),
         vsock: vsock.as_fd(),
         scratch: disk.as_ref().map(AsFd::as_fd),
+        initrd: None,
     };
     Ok((zygote.spawn(&spec, &files)?, socket))
 }

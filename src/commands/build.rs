@@ -92,6 +92,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
     drop(spinner);
     let request = Request {
         kernel: &kernel,
+        initrd: None,
         root_disk: &root_disk,
         memory_mib: recipe.memory_mib.into(),
         vcpus,
@@ -121,6 +122,7 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
     let warm = args.warm.as_ref().map(shell);
     let request = Request {
         kernel: &args.kernel,
+        initrd: args.initrd.as_deref(),
         root_disk: &args.rootfs,
         memory_mib: args.memory.into(),
         vcpus,

@@ -1,4 +1,5 @@
-//! Loads a Linux kernel into a new machine: ELF image, command line, zero page, random seed. Callers: `machine.rs`.
+//! Loads a Linux kernel into a new machine: its image, an initramfs, command line, zero page, random seed. Callers:
+//! `machine.rs`.
 
 use crate::arch;
 use crate::kvm::KvmKind;
@@ -6,25 +7,40 @@ use crate::memory::MemoryLayout;
 use crate::pvm;
 use linux_loader::configurator::{BootConfigurator, BootParams, linux::LinuxBootConfigurator};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
-use linux_loader::loader::{KernelLoader, elf::Elf};
 use std::fs::File;
 use std::io::{self, Read};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+
+pub mod image;
+pub mod initrd;
+
+use image::ImageError;
+use initrd::InitrdError;
 
 /// `SETUP_RNG_SEED` of arch/x86/include/uapi/asm/setup_data.h.
 const SETUP_RNG_SEED: u32 = 9;
 const SEED_BYTES: usize = 64;
 /// `E820_TYPE_RAM`.
 const E820_RAM: u32 = 1;
-/// "HdrS".
-const HEADER_MAGIC: u32 = 0x5372_6448;
+
+/// What a machine boots from.
+#[derive(Debug)]
+pub struct BootFiles {
+    /// The kernel: an ELF vmlinux or a bzImage.
+    pub kernel: File,
+    /// An initramfs for it, compressed in whatever way it knows.
+    pub initrd: Option<File>,
+}
 
 /// A kernel could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// The file is not a 64-bit ELF kernel that fits.
-    #[error("the kernel is not a 64-bit ELF image (vmlinux) that fits into guest memory")]
-    Kernel(#[source] linux_loader::loader::Error),
+    /// The kernel.
+    #[error(transparent)]
+    Kernel(#[from] ImageError),
+    /// The initramfs.
+    #[error(transparent)]
+    Initrd(#[from] InitrdError),
     /// Too long.
     #[error("the kernel command line has {bytes} bytes, over the limit of {}", arch::COMMAND_LINE_MAX)]
     CommandLine {
@@ -63,12 +79,15 @@ pub fn command_line(kind: KvmKind, more: &str) -> String {
 pub fn load(
     ram: &GuestMemoryMmap,
     layout: &MemoryLayout,
-    kernel: &mut File,
+    files: &mut BootFiles,
     command_line: &str,
     rsdp: GuestAddress,
 ) -> Result<u64, BootError> {
-    let start = Some(GuestAddress(arch::HIGH_MEMORY_START));
-    let loaded = Elf::load(ram, None, kernel, start).map_err(BootError::Kernel)?;
+    let kernel = image::load(ram, &mut files.kernel)?;
+    let initrd = match &mut files.initrd {
+        Some(file) => initrd::load(ram, layout, &kernel, file)?,
+        None => 0..0,
+    };
     if command_line.len() + 1 > arch::COMMAND_LINE_MAX {
         return Err(BootError::CommandLine { bytes: command_line.len() + 1 });
     }
@@ -76,10 +95,11 @@ pub fn load(
     ram.write_obj(0_u8, GuestAddress(arch::COMMAND_LINE + command_line.len() as u64))?;
     write_seed(ram)?;
 
-    let mut params = boot_params::default();
+    let mut params = boot_params { hdr: kernel.header, ..Default::default() };
+    // "Undefined": no number has been assigned to this boot loader.
     params.hdr.type_of_loader = 0xff;
-    params.hdr.boot_flag = 0xaa55;
-    params.hdr.header = HEADER_MAGIC;
+    params.hdr.ramdisk_image = initrd.start;
+    params.hdr.ramdisk_size = initrd.end - initrd.start;
     params.hdr.cmd_line_ptr = arch::COMMAND_LINE as u32;
     params.hdr.cmdline_size = command_line.len() as u32 + 1;
     params.hdr.setup_data = arch::SETUP_DATA;
@@ -93,7 +113,7 @@ pub fn load(
     params.e820_entries = usable.len() as u8;
     let params = BootParams::new(&params, GuestAddress(arch::ZERO_PAGE));
     LinuxBootConfigurator::write_bootparams(&params, ram).map_err(BootError::ZeroPage)?;
-    Ok(loaded.kernel_load.0)
+    Ok(kernel.entry)
 }
 
 /// Entropy from the first moment: without it a guest whose CPU random instructions are masked waits for seconds.

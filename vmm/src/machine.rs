@@ -2,7 +2,7 @@
 
 use crate::acpi::{self, AcpiError};
 use crate::arch::{self, EnterError};
-use crate::boot::{self, BootError};
+use crate::boot::{self, BootError, BootFiles};
 use crate::cpuid;
 use crate::devices::bus::{Bus, BusError, Peripherals, default_devices};
 use crate::devices::doorbell::Ring;
@@ -17,7 +17,6 @@ use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };
 use kvm_ioctls::{VcpuFd, VmFd};
-use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
@@ -165,7 +164,7 @@ impl Machine {
         hypervisor: Hypervisor,
         shape: Shape,
         memory: GuestMemory,
-        kernel: &mut File,
+        files: &mut BootFiles,
         more_command_line: &str,
         peripherals: Peripherals,
     ) -> Result<Machine, MachineError> {
@@ -175,7 +174,7 @@ impl Machine {
         let line = boot::command_line(machine.hypervisor.kind(), more_command_line);
         acpi::write_generation(ram)?;
         let rsdp = acpi::write_tables(ram, shape.vcpus, &devices)?;
-        let entry = boot::load(ram, &shape.layout, kernel, &line, rsdp)?;
+        let entry = boot::load(ram, &shape.layout, files, &line, rsdp)?;
         arch::enter_linux(machine.vcpu(), ram, entry)?;
         Ok(machine)
     }

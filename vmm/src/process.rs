@@ -2,6 +2,7 @@
 //! machine needs comes as file descriptors; its process opens /dev/kvm and /dev/userfaultfd and no other path.
 //! Callers: the root crate's `supervisor.rs` and `machine_build.rs`.
 
+use crate::boot::BootFiles;
 use crate::channel::{Channel, ChannelError};
 use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
@@ -31,6 +32,8 @@ pub enum Start {
         command_line: String,
         /// Number of vCPUs.
         vcpus: u8,
+        /// An initramfs comes with the kernel.
+        initrd: bool,
     },
     /// From a snapshot. Its images are mapped privately.
     Restore {
@@ -69,6 +72,8 @@ pub struct MachineFiles<'a> {
     pub vsock: BorrowedFd<'a>,
     /// Scratch disk, if [`MachineSpec::scratch_bytes`] says so.
     pub scratch: Option<BorrowedFd<'a>>,
+    /// Initramfs, if [`Start::Boot`] says that there is one.
+    pub initrd: Option<BorrowedFd<'a>>,
 }
 
 /// What a machine's process says.
@@ -164,6 +169,7 @@ impl Zygote {
     pub fn spawn(&self, spec: &MachineSpec, files: &MachineFiles<'_>) -> Result<MachineProcess, SpawnError> {
         let (ours, theirs) = Channel::pair()?;
         let mut fds = vec![theirs.as_fd(), files.start, files.console, files.vsock];
+        fds.extend(&files.initrd);
         fds.extend(&files.images);
         fds.extend(files.scratch);
         self.channel.send(spec, &fds)?;
@@ -274,9 +280,13 @@ impl MachineRun {
         channel: &Channel,
     ) -> Result<MachineRun, RunError> {
         let mut next = || fds.next().ok_or(RunError::Files);
-        let mut start = File::from(next()?);
+        let start = File::from(next()?);
         let console = File::from(next()?);
         let vsock = UnixListener::from(next()?);
+        let initrd = match spec.start {
+            Start::Boot { initrd: true, .. } => Some(File::from(next()?)),
+            Start::Boot { initrd: false, .. } | Start::Restore { .. } => None,
+        };
         let mut images: Vec<OwnedFd> = fds.collect();
         let scratch = scratch_disk(&spec, &mut images)?;
         let (mappings, uffd) = map_images(&spec, &images)?;
@@ -288,9 +298,10 @@ impl MachineRun {
         let hypervisor = Hypervisor::open(spec.kind).map_err(MachineError::Kvm)?;
         let peripherals = Peripherals { console: Some(console), record: spec.record, scratch };
         let machine = match &spec.start {
-            Start::Boot { command_line, vcpus } => {
+            Start::Boot { command_line, vcpus, .. } => {
                 let shape = Shape { layout: spec.layout, vcpus: *vcpus };
-                Machine::boot(hypervisor, shape, memory, &mut start, command_line, peripherals)?
+                let mut files = BootFiles { kernel: start, initrd };
+                Machine::boot(hypervisor, shape, memory, &mut files, command_line, peripherals)?
             }
             Start::Restore { .. } => {
                 let mut bytes = Vec::new();

@@ -167,6 +167,7 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
         console: console.as_fd(),
         vsock: vsock.as_fd(),
         scratch: None,
+        initrd: None,
     };
     let process = zygote.spawn(&spec, &files).unwrap();
     Child { process, console, killed: false, ready: false, over: false }
