@@ -6,6 +6,7 @@ use crate::channel::{Channel, ChannelError};
 use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
 use crate::devices::virtio::block::ScratchDisk;
+use crate::devices::virtio::net::Link;
 use crate::kvm::{Hypervisor, KvmKind};
 use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
@@ -50,6 +51,8 @@ pub struct MachineSpec {
     pub kind: KvmKind,
     /// What the guest reads at its doorbell.
     pub record: Vec<u8>,
+    /// The Ethernet address of its end of the tap that comes with it; none, and it has no link.
+    pub mac: Option<[u8; 6]>,
     /// How it starts.
     pub start: Start,
     /// Size of its scratch disk, whose file comes last; 0 without one.
@@ -69,6 +72,8 @@ pub struct MachineFiles<'a> {
     pub vsock: BorrowedFd<'a>,
     /// Scratch disk, if [`MachineSpec::scratch_bytes`] says so.
     pub scratch: Option<BorrowedFd<'a>>,
+    /// The tap, if the machine's specification has a MAC.
+    pub tap: Option<BorrowedFd<'a>>,
 }
 
 /// What a machine's process says.
@@ -164,6 +169,7 @@ impl Zygote {
     pub fn spawn(&self, spec: &MachineSpec, files: &MachineFiles<'_>) -> Result<MachineProcess, SpawnError> {
         let (ours, theirs) = Channel::pair()?;
         let mut fds = vec![theirs.as_fd(), files.start, files.console, files.vsock];
+        fds.extend(files.tap);
         fds.extend(&files.images);
         fds.extend(files.scratch);
         self.channel.send(spec, &fds)?;
@@ -277,6 +283,7 @@ impl MachineRun {
         let mut start = File::from(next()?);
         let console = File::from(next()?);
         let vsock = UnixListener::from(next()?);
+        let link = spec.mac.map(|mac| next().map(|tap| Link { tap, mac })).transpose()?;
         let mut images: Vec<OwnedFd> = fds.collect();
         let scratch = scratch_disk(&spec, &mut images)?;
         let (mappings, uffd) = map_images(&spec, &images)?;
@@ -286,7 +293,7 @@ impl MachineRun {
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
         let hypervisor = Hypervisor::open(spec.kind).map_err(MachineError::Kvm)?;
-        let peripherals = Peripherals { console: Some(console), record: spec.record, scratch };
+        let peripherals = Peripherals { console: Some(console), record: spec.record, scratch, link };
         let machine = match &spec.start {
             Start::Boot { command_line, vcpus } => {
                 let shape = Shape { layout: spec.layout, vcpus: *vcpus };
@@ -310,6 +317,9 @@ impl MachineRun {
     fn run(&mut self, channel: &Channel) -> Result<(), RunError> {
         let listener = self.vsock.try_clone().map_err(RunError::Listener)?;
         if let Some(backend) = self.machine.vsock_backend(listener)? {
+            std::thread::spawn(move || backend.run());
+        }
+        if let Some(backend) = self.machine.net_backend()? {
             std::thread::spawn(move || backend.run());
         }
         loop {
