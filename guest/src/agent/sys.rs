@@ -155,7 +155,7 @@ impl Ports {
         self.ring(Command::Rewind);
         let (head, environment) = buffer.split_at_mut(HEAD_LEN);
         self.read_data(head);
-        let length = head.first_chunk().map_or(0, record_len);
+        let length = head.first_chunk().map_or(HEAD_LEN, record_len);
         self.read_data(&mut environment[..length - HEAD_LEN]);
         &buffer[..length]
     }
