@@ -41,6 +41,7 @@ bench-mount: deps build
 ## the soaks at full size, one after the other: 1000 kills, 10 minutes of readers with faults at 5 %, 5 of replaced tags
 soak:
 	FORKD_SOAK=full cargo test --release --workspace --test soak -- --nocapture --test-threads 1
+	FORKD_SOAK=full cargo test --release --test linux_copies -- --nocapture --test-threads 1
 
 ## every parser of outside input under libFuzzer, SECONDS each; finds land in fuzz/artifacts (needs a nightly toolchain)
 SECONDS ?= 60

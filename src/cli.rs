@@ -7,9 +7,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
+use crate::network::NetworkMode;
 use crate::units;
+use crate::variables::{self, Variable, Varied};
 
 /// A parsed command line.
 #[derive(Debug, Parser)]
@@ -435,6 +438,16 @@ pub struct ForkArgs {
     /// The command for --exec
     #[arg(last = true, value_name = "CMD", requires = "exec")]
     pub command: Vec<String>,
+    /// NAME=VALUE for every copy: the warm worker and what is started there see it (repeatable)
+    #[arg(long, value_name = "NAME=VALUE", value_parser = variables::parse_variable)]
+    pub env: Vec<Variable>,
+    /// NAME=A,B,C: the first copy gets A, the second B, and after C comes A again (repeatable)
+    #[arg(long, value_name = "NAME=A,B,C", value_parser = variables::parse_varied)]
+    pub vary: Vec<Varied>,
+    /// Connect each copy's network device: `isolated` leads to a namespace of the copy's own and no further
+    #[arg(long, value_name = "MODE", default_value = "none",
+          value_parser = PossibleValuesParser::new(NetworkMode::NAMES).try_map(|name| name.parse::<NetworkMode>()))]
+    pub net: NetworkMode,
     /// Leave the copies running and return
     #[arg(long)]
     pub detach: bool,
@@ -551,6 +564,9 @@ mod tests {
             &["fork", "o/n", "-n", "0"],
             &["fork", "o/n", "-n", "10000"],
             &["fork", "o/n", "--exec"],
+            &["fork", "o/n", "--env", "A"],
+            &["fork", "o/n", "--vary", "=a,b"],
+            &["fork", "o/n", "--net", "everything"],
             &["fork", "o/n", "--eval", "1", "--exec", "--", "ls"],
             &["kill"],
             &["kill", "--all", "a"],

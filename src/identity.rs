@@ -1,7 +1,8 @@
 //! What makes a copy someone of its own: the generation record that a fork reads first. Callers: `supervisor.rs`, and
 //! `machine_build.rs`, whose trial restore must touch what real ones touch.
 
-use forkd_guest::generation::{Generation, GenerationError, RECORD_LEN};
+use forkd_guest::generation::{Generation, GenerationError, NetworkIdentity};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -18,7 +19,12 @@ pub enum IdentityError {
 }
 
 /// A record with fresh entropy and machine id, the host name `forkd-<id>` and the time of now. `number` is not 0.
-pub fn fresh(id: &str, number: u64) -> Result<[u8; RECORD_LEN], IdentityError> {
+pub fn fresh(
+    id: &str,
+    number: u64,
+    network: Option<NetworkIdentity>,
+    environment: BTreeMap<String, String>,
+) -> Result<Vec<u8>, IdentityError> {
     let mut entropy = [0; 64];
     let mut machine_id = [0; 16];
     let mut random = File::open("/dev/urandom").map_err(IdentityError::Entropy)?;
@@ -29,5 +35,19 @@ pub fn fresh(id: &str, number: u64) -> Result<[u8; RECORD_LEN], IdentityError> {
     let unix_time_ns =
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
     let hostname = format!("forkd-{id}");
-    Ok(Generation { generation: number, unix_time_ns, entropy, hostname, machine_id }.encode()?)
+    let generation = number;
+    Ok(Generation { generation, unix_time_ns, entropy, hostname, machine_id, network, environment }
+        .encode()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use forkd_guest::generation;
+    use forkd_vmm::devices::doorbell;
+
+    #[test]
+    fn monitor_and_agent_agree_on_the_record() {
+        assert_eq!(doorbell::RECORD_MAX, generation::RECORD_MAX);
+        assert_eq!(doorbell::CLOCK_OFFSET, generation::AT_TIME);
+    }
 }

@@ -16,6 +16,7 @@ pub mod identity;
 pub mod kernel;
 pub mod machine_build;
 pub mod mounts;
+pub mod network;
 pub mod output;
 pub mod packs;
 pub mod paths;
@@ -30,6 +31,7 @@ pub mod source;
 pub mod supervisor;
 pub mod tools;
 pub mod units;
+pub mod variables;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

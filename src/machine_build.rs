@@ -223,6 +223,7 @@ impl<'a> Rig<'a> {
             vsock: vsock.as_fd(),
             scratch: scratch.as_ref().map(AsFd::as_fd),
             initrd: initrd.map(|file| file.as_fd()),
+            tap: None,
         };
         let process = zygote.spawn(spec, &files)?;
         Ok(Rig { process, dir, scratch, interrupt: request.interrupt })
@@ -296,11 +297,11 @@ pub fn build(
     step(Step::Boot);
     let kernel = open(request.kernel)?;
     let initrd = request.initrd.map(open).transpose()?;
-    let record = Generation::original().encode()?.to_vec();
+    let record = Generation::original().encode()?;
     let (command_line, vcpus) = (command_line(request)?, request.vcpus);
     let start = Start::Boot { command_line, vcpus, initrd: initrd.is_some() };
     let scratch_bytes = request.scratch.bytes();
-    let spec = MachineSpec { layout, kind, record, start, scratch_bytes };
+    let spec = MachineSpec { layout, kind, record, mac: None, start, scratch_bytes };
     let images = images(&layout, &ram, &root_disk);
     let machine = Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), request)?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
@@ -514,10 +515,12 @@ fn record_touches(
     let shape = |id: &ImageId| ImageShape { bytes: layout.image_bytes(*id), chunk_bytes: PAGE };
     let shapes: Vec<_> = ids.iter().map(|id| (*id, shape(id))).collect();
     let pager = Pager::new(&shapes, recorder.clone(), 1)?;
-    let record = identity::fresh("trial", 1)?.to_vec();
+    let environment = BTreeMap::from([("FORKD_TRIAL".to_owned(), "1".to_owned())]);
+    let record = identity::fresh("trial", 1, None, environment)?;
     let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
     let scratch_bytes = request.scratch.bytes();
-    let spec = MachineSpec { layout, kind: configuration.kvm_kind, record, start, scratch_bytes };
+    let kind = configuration.kvm_kind;
+    let spec = MachineSpec { layout, kind, record, mac: None, start, scratch_bytes };
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();

@@ -8,6 +8,7 @@
 //! ```
 //! Callers: `supervisor.rs`, and the commands that look at running children.
 
+use crate::network::NetworkStatus;
 use crate::paths::{Paths, PathsError};
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
@@ -78,6 +79,9 @@ pub struct ChildStatus {
     pub state: ChildState,
     /// Why it failed or stalls.
     pub error: Option<String>,
+    /// Its network, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkStatus>,
 }
 
 /// One fork.

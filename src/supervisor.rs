@@ -3,11 +3,13 @@
 
 use crate::error::chain;
 use crate::identity::{self, IdentityError};
+use crate::network::{ChildNetwork, NetworkError, NetworkMode, NetworkStatus, Networks};
 use crate::paths::{Paths, PathsError};
 use crate::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir, RunDirError};
 use crate::sandbox::Sandbox;
 use crate::scratch::Scratch;
 use crate::snapshot::SnapshotError;
+use crate::variables::Variables;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
@@ -17,6 +19,7 @@ use forkd_vmm::process::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -61,6 +64,9 @@ pub enum ForkError {
     /// A scratch disk.
     #[error(transparent)]
     Scratch(#[from] SnapshotError),
+    /// The children's networks.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The children's identities.
     #[error(transparent)]
     Identity(#[from] IdentityError),
@@ -94,6 +100,10 @@ pub struct Child {
     pub first_instruction: Option<Moment>,
     /// When it was unique and ready for requests.
     pub ready: Option<Moment>,
+    /// How it is reached on its network, if it has one.
+    pub network: Option<NetworkStatus>,
+    /// Where the other end of its network is, kept for others to enter; closed when the child is over.
+    namespace: Option<File>,
     client: ClientId,
 }
 
@@ -114,6 +124,17 @@ impl Child {
     }
 }
 
+/// What the children of a fork are to be.
+#[derive(Debug)]
+pub struct Plan {
+    /// How many.
+    pub count: u32,
+    /// Their environments.
+    pub variables: Variables,
+    /// Their networks.
+    pub network: NetworkMode,
+}
+
 /// The children of one fork.
 pub struct Supervisor {
     run_dir: RunDir,
@@ -127,14 +148,15 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Starts `count` children of `sandbox`, which `pack` names for people.
+    /// Starts children of `sandbox`, which `pack` names for people.
     pub fn start(
         paths: &Paths,
         zygote: &Zygote,
         sandbox: Arc<Sandbox>,
         pack: String,
-        count: u32,
+        plan: &Plan,
     ) -> Result<Arc<Supervisor>, ForkError> {
+        let networks = Networks::new(plan.network)?;
         let run_dir = RunDir::create(paths)?;
         let listener = run_dir.listen()?;
         let children = Mutex::default();
@@ -146,7 +168,10 @@ impl Supervisor {
         std::thread::spawn(move || reports.follow());
         let control = Arc::clone(&supervisor);
         std::thread::spawn(move || control.serve_control(&listener));
-        let spawned = (1..=u64::from(count)).try_for_each(|number| supervisor.spawn(zygote, number));
+        let spawned = (1..=u64::from(plan.count)).try_for_each(|number| {
+            let network = networks.of_child(number)?;
+            supervisor.spawn(zygote, number, network, plan.variables.of_child(number))
+        });
         supervisor.spawning.store(false, Ordering::Release);
         if spawned.is_err() {
             supervisor.kill(None);
@@ -155,9 +180,17 @@ impl Supervisor {
         spawned.map(|()| supervisor)
     }
 
-    fn spawn(&self, zygote: &Zygote, number: u64) -> Result<(), ForkError> {
+    fn spawn(
+        &self,
+        zygote: &Zygote,
+        number: u64,
+        network: Option<ChildNetwork>,
+        environment: BTreeMap<String, String>,
+    ) -> Result<(), ForkError> {
         let id = format!("{}-{number}", self.run_dir.id());
-        let (process, socket) = spawn(&self.run_dir, &self.cache, zygote, &self.sandbox, &id, number)?;
+        let identity = network.as_ref().map(|network| network.identity);
+        let record = identity::fresh(&id, number, identity, environment)?;
+        let (process, socket) = self.start_machine(zygote, &id, record, network.as_ref())?;
         self.children().push(Child {
             id,
             pid: process.pid,
@@ -167,9 +200,50 @@ impl Supervisor {
             error: None,
             first_instruction: None,
             ready: None,
+            network: network.as_ref().map(ChildNetwork::status),
+            namespace: network.map(|network| network.namespace),
             client: ClientId(number),
         });
         Ok(())
+    }
+
+    /// A child's process, and the socket of its vsock.
+    fn start_machine(
+        &self,
+        zygote: &Zygote,
+        id: &str,
+        record: Vec<u8>,
+        network: Option<&ChildNetwork>,
+    ) -> Result<(MachineProcess, PathBuf), ForkError> {
+        let failed = |operation, path: &Path| {
+            let path = path.to_owned();
+            move |source| ForkError::File { operation, path, source }
+        };
+        let socket = self.run_dir.socket(id);
+        let vsock = UnixListener::bind(&socket).map_err(failed("binding", &socket))?;
+        let console_path = self.run_dir.console(id);
+        let console = File::create(&console_path).map_err(failed("creating", &console_path))?;
+        let configuration = self.sandbox.configuration();
+        let scratch = Scratch { dir: &self.cache, mib: configuration.scratch_mib };
+        let disk = scratch.create()?;
+        let spec = MachineSpec {
+            layout: configuration.layout,
+            kind: KvmKind::detect(),
+            record,
+            mac: network.map(|network| network.identity.mac),
+            start: self.sandbox.start(),
+            scratch_bytes: scratch.bytes(),
+        };
+        let files = MachineFiles {
+            images: self.sandbox.images(),
+            start: self.sandbox.vmstate(),
+            console: console.as_fd(),
+            vsock: vsock.as_fd(),
+            scratch: disk.as_ref().map(AsFd::as_fd),
+            tap: network.map(|network| network.tap.as_fd()),
+            initrd: None,
+        };
+        Ok((zygote.spawn(&spec, &files)?, socket))
     }
 
     /// The children; short-lived lock.
@@ -217,6 +291,7 @@ impl Supervisor {
                 pid: child.pid,
                 state: if stalled { ChildState::Stalled } else { child.state },
                 error: child.error.clone().or_else(|| progress.last_error.clone().filter(|_| stalled)),
+                network: child.network.clone(),
             }
         };
         ForkStatus {
@@ -309,6 +384,7 @@ impl Supervisor {
     fn finish(&self, at: usize, error: &ChannelError) {
         let mut children = self.children();
         let child = &mut children[at];
+        (child.network, child.namespace) = (None, None);
         let gone = matches!(error, ChannelError::Closed);
         if !gone {
             // What it says cannot be understood: it is not to be trusted any further.
@@ -366,42 +442,6 @@ impl Drop for Supervisor {
         self.kill(None);
         self.remove_run_dir();
     }
-}
-
-fn spawn(
-    run_dir: &RunDir,
-    cache: &Path,
-    zygote: &Zygote,
-    sandbox: &Sandbox,
-    id: &str,
-    number: u64,
-) -> Result<(MachineProcess, PathBuf), ForkError> {
-    let failed = |operation, path: &Path| {
-        let path = path.to_owned();
-        move |source| ForkError::File { operation, path, source }
-    };
-    let socket = run_dir.socket(id);
-    let vsock = UnixListener::bind(&socket).map_err(failed("binding", &socket))?;
-    let console_path = run_dir.console(id);
-    let console = File::create(&console_path).map_err(failed("creating", &console_path))?;
-    let scratch = Scratch { dir: cache, mib: sandbox.configuration().scratch_mib };
-    let disk = scratch.create()?;
-    let spec = MachineSpec {
-        layout: sandbox.configuration().layout,
-        kind: KvmKind::detect(),
-        record: identity::fresh(id, number)?.to_vec(),
-        start: sandbox.start(),
-        scratch_bytes: scratch.bytes(),
-    };
-    let files = MachineFiles {
-        images: sandbox.images(),
-        start: sandbox.vmstate(),
-        console: console.as_fd(),
-        vsock: vsock.as_fd(),
-        scratch: disk.as_ref().map(AsFd::as_fd),
-        initrd: None,
-    };
-    Ok((zygote.spawn(&spec, &files)?, socket))
 }
 
 /// Milliseconds from `start_ns` to `at_ns`, both on CLOCK_MONOTONIC.

@@ -1,7 +1,9 @@
 """Warm worker: imports numpy, says it is ready, then evaluates one line of JSON after the other.
 
 In:  {"op": "eval", "code": "..."}          an expression, or statements
-     {"op": "resumed", "seed": "hex"}       this process is now a copy: seed every generator anew; no reply
+     {"op": "resumed", "seed": "hex", "env": {...}}
+                                            this process is now a copy: seed every generator anew and take on the
+                                            copy's own environment; no reply
 Out: {"ready": true}                        once
      {"answer": ..., "error": ..., "output": ...}    per eval: repr of the value, traceback, what was printed
 
@@ -81,6 +83,7 @@ def main():
         request = json.loads(line)
         if request["op"] == "resumed":
             reseed(bytes.fromhex(request["seed"]))
+            os.environ.update(request.get("env", {}))
         elif request["op"] == "eval":
             reply(answer(request["code"], names))
 

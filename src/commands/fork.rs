@@ -13,7 +13,8 @@ use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::source::{self, OpenedSource};
-use crate::supervisor::{ForkError, Moment, Supervisor, milliseconds_since, process_start_ns};
+use crate::supervisor::{ForkError, Moment, Plan, Supervisor, milliseconds_since, process_start_ns};
+use crate::variables::{Variables, VariablesError};
 use forkd_fs::store::ReadError;
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::protocol::{Answer, ExecRequest, Exit};
@@ -68,6 +69,9 @@ pub enum ForkCommandError {
         #[source]
         source: Box<ReadError>,
     },
+    /// `--env` and `--vary`.
+    #[error(transparent)]
+    Variables(#[from] VariablesError),
     /// Starting children.
     #[error(transparent)]
     Fork(#[from] ForkError),
@@ -92,6 +96,7 @@ struct Outcome {
 /// Runs the command.
 pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let started_ns = process_start_ns();
+    let variables = Variables::new(&args.env, &args.vary, args.count).map_err(ForkCommandError::from)?;
     let detached = if args.detach {
         match split().map_err(ForkCommandError::Detach)? {
             Detached::Foreground(exit) => return Ok(exit),
@@ -131,7 +136,8 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
             }
         });
     }
-    let children = Supervisor::start(&paths, &zygote, Arc::clone(&sandbox), name.clone(), args.count)
+    let plan = Plan { count: args.count, variables, network: args.net };
+    let children = Supervisor::start(&paths, &zygote, Arc::clone(&sandbox), name.clone(), &plan)
         .map_err(ForkCommandError::from)?;
     let supervisor = supervisor.get_or_init(|| children);
     let work = match (&args.eval, args.exec) {
@@ -386,6 +392,7 @@ fn report(
         answer: outcome.answer,
         exit_code: outcome.exit_code,
         error: outcome.error,
+        network: child.network.clone(),
     };
     ForkReport {
         pack: PackReport {

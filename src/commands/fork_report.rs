@@ -1,5 +1,6 @@
 //! What `forkd fork` prints. The JSON form is a contract (DESIGN section 9). Callers: `fork.rs`.
 
+use crate::network::NetworkStatus;
 use crate::output::table;
 use crate::units::show_size;
 use rustix::fd::BorrowedFd;
@@ -63,6 +64,9 @@ pub struct ChildReport {
     pub exit_code: Option<i32>,
     /// Why there is no answer.
     pub error: Option<String>,
+    /// Its network, if it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkStatus>,
 }
 
 /// Bytes fetched.

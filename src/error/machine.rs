@@ -6,6 +6,7 @@ use crate::commands::children::ChildrenError;
 use crate::commands::fork::ForkCommandError;
 use crate::host::HostError;
 use crate::machine_build::BuildError;
+use crate::network::NetworkError;
 use crate::run_dir::RunDirError;
 use crate::sandbox::SandboxError;
 use crate::source::SourceError;
@@ -28,6 +29,8 @@ pub(super) fn fork(error: &ForkCommandError) -> Row {
         ForkCommandError::Download { .. } => row.hint("run it again: what was fetched is kept"),
         ForkCommandError::Fork(ForkError::Pager(error)) => pager(error),
         ForkCommandError::Fork(ForkError::Paths(error)) => super::describe_paths(error),
+        ForkCommandError::Variables(_) => Row::usage("give the children their environment", ""),
+        ForkCommandError::Fork(ForkError::Network(error)) => network(error),
         ForkCommandError::Fork(_) => row.hint("`forkd cleanup` removes what dead forks left"),
     }
 }
@@ -53,6 +56,16 @@ fn pager(error: &PagerError) -> Row {
             row.hint("run as root, or give this user access to /dev/userfaultfd; --eager does without")
         }
         _ => row,
+    }
+}
+
+fn network(error: &NetworkError) -> Row {
+    let row = Row::failed("make a network for a child", "");
+    match error {
+        NetworkError::Full { .. } => row,
+        NetworkError::Io { .. } | NetworkError::Netlink(_) => {
+            row.hint("run as root, and load the kernel module `tun`; `--net none` does without")
+        }
     }
 }
 

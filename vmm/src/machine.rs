@@ -6,6 +6,7 @@ use crate::boot::{self, BootError, BootFiles};
 use crate::cpuid;
 use crate::devices::bus::{Bus, BusError, Peripherals, default_devices};
 use crate::devices::doorbell::Ring;
+use crate::devices::virtio::net;
 use crate::devices::virtio::vsock::backend::Backend;
 use crate::kvm::{Hypervisor, KvmError, KvmKind, ioctl};
 use crate::memory::{GuestMemory, MemoryError, MemoryLayout};
@@ -51,6 +52,9 @@ pub enum MachineError {
     /// The thread for vsock's host side.
     #[error("vsock cannot be served")]
     Vsock(#[source] io::Error),
+    /// The thread for the network's host side.
+    #[error("the network cannot be served")]
+    Net(#[source] io::Error),
     /// The signal that stops vCPUs.
     #[error("the signal that stops vCPUs cannot be set up")]
     Kicks(#[source] io::Error),
@@ -230,6 +234,11 @@ impl Machine {
     pub fn vsock_backend(&self, listener: UnixListener) -> Result<Option<Backend>, MachineError> {
         let backend = |device| Backend::new(listener, Arc::clone(device)).map_err(MachineError::Vsock);
         self.bus.vsock().map(backend).transpose()
+    }
+
+    /// The thread that serves the guest's network, to be started by the caller; none if the machine has no link.
+    pub fn net_backend(&self) -> Result<Option<net::backend::Backend>, MachineError> {
+        self.bus.net().map_or(Ok(None), net::backend::Backend::new).map_err(MachineError::Net)
     }
 
     /// Runs the guest until `on_ring` stops it or it resets itself; its first vCPU on this thread.

@@ -7,6 +7,7 @@ use crate::channel::{Channel, ChannelError};
 use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
 use crate::devices::virtio::block::ScratchDisk;
+use crate::devices::virtio::net::Link;
 use crate::kvm::{Hypervisor, KvmKind};
 use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
@@ -53,6 +54,8 @@ pub struct MachineSpec {
     pub kind: KvmKind,
     /// What the guest reads at its doorbell.
     pub record: Vec<u8>,
+    /// The Ethernet address of its end of the tap that comes with it; none, and it has no link.
+    pub mac: Option<[u8; 6]>,
     /// How it starts.
     pub start: Start,
     /// Size of its scratch disk, whose file comes last; 0 without one.
@@ -74,6 +77,8 @@ pub struct MachineFiles<'a> {
     pub scratch: Option<BorrowedFd<'a>>,
     /// Initramfs, if [`Start::Boot`] says that there is one.
     pub initrd: Option<BorrowedFd<'a>>,
+    /// The tap, if the machine's specification has a MAC.
+    pub tap: Option<BorrowedFd<'a>>,
 }
 
 /// What a machine's process says.
@@ -170,6 +175,7 @@ impl Zygote {
         let (ours, theirs) = Channel::pair()?;
         let mut fds = vec![theirs.as_fd(), files.start, files.console, files.vsock];
         fds.extend(&files.initrd);
+        fds.extend(files.tap);
         fds.extend(&files.images);
         fds.extend(files.scratch);
         self.channel.send(spec, &fds)?;
@@ -287,6 +293,7 @@ impl MachineRun {
             Start::Boot { initrd: true, .. } => Some(File::from(next()?)),
             Start::Boot { initrd: false, .. } | Start::Restore { .. } => None,
         };
+        let link = spec.mac.map(|mac| next().map(|tap| Link { tap, mac })).transpose()?;
         let mut images: Vec<OwnedFd> = fds.collect();
         let scratch = scratch_disk(&spec, &mut images)?;
         let (mappings, uffd) = map_images(&spec, &images)?;
@@ -296,7 +303,7 @@ impl MachineRun {
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
         let hypervisor = Hypervisor::open(spec.kind).map_err(MachineError::Kvm)?;
-        let peripherals = Peripherals { console: Some(console), record: spec.record, scratch };
+        let peripherals = Peripherals { console: Some(console), record: spec.record, scratch, link };
         let machine = match &spec.start {
             Start::Boot { command_line, vcpus, .. } => {
                 let shape = Shape { layout: spec.layout, vcpus: *vcpus };
@@ -321,6 +328,9 @@ impl MachineRun {
     fn run(&mut self, channel: &Channel) -> Result<(), RunError> {
         let listener = self.vsock.try_clone().map_err(RunError::Listener)?;
         if let Some(backend) = self.machine.vsock_backend(listener)? {
+            std::thread::spawn(move || backend.run());
+        }
+        if let Some(backend) = self.machine.net_backend()? {
             std::thread::spawn(move || backend.run());
         }
         loop {

@@ -1,7 +1,10 @@
 //! The few process primitives that safe crates do not offer. Callers: `process.rs` and the root crate's
-//! `--detach`, always before the first thread is started; `vcpu_loop.rs`.
+//! `--detach`, always before the first thread is started; `vcpu_loop.rs`; and of networks: the root crate's `network.rs`.
 
+use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal};
+use rustix::thread::UnshareFlags;
 use std::io;
 
 /// Which side of [`fork_process`] the caller is on.
@@ -76,6 +79,32 @@ pub fn exit_now(code: i32) -> ! {
 pub fn ignore_child_signals() {
     // SAFETY: SIG_IGN installs no handler code; signal(2) with valid constants has no other preconditions.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+}
+
+/// Moves the calling thread, and no other, into a network namespace of its own, where there is nothing yet.
+pub fn leave_network() -> io::Result<()> {
+    // SAFETY: the danger of this call is a thread that loses sight of file descriptors, which only the flag FILES does.
+    Ok(unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?)
+}
+
+/// A new tap device `name` in the network namespace of the calling thread, without headers and non-blocking. It lives as
+/// long as its descriptor.
+pub fn create_tap(name: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let tap = rustix::fs::open("/dev/net/tun", flags, Mode::empty())?;
+    // SAFETY: ifreq is plain old data for which all zeros is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // The last byte stays the terminating zero.
+    let room = libc::IFNAMSIZ - 1;
+    for (to, from) in request.ifr_name[..room].iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_TAP | libc::IFF_NO_PI) as libc::c_short;
+    // SAFETY: TUNSETIFF reads an ifreq and writes the device's name into it; it is live and borrowed by nobody else.
+    match unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF as _, &raw mut request) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(tap),
+    }
 }
 
 /// Signal that takes a vCPU's thread out of the guest: a real-time signal, which nothing else here uses.

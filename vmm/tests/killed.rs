@@ -160,6 +160,7 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
         record: Vec::new(),
         start: Start::Restore { lazy: true, zero_runs: Vec::new() },
         scratch_bytes: 0,
+        mac: None,
     };
     let files = MachineFiles {
         images: vec![pager.image_file(ImageId::Ram).unwrap()],
@@ -168,6 +169,7 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
         vsock: vsock.as_fd(),
         scratch: None,
         initrd: None,
+        tap: None,
     };
     let process = zygote.spawn(&spec, &files).unwrap();
     Child { process, console, killed: false, ready: false, over: false }

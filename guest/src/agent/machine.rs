@@ -2,6 +2,7 @@
 //!
 //! Only the agent's loop uses this. In tests, where the agent is an ordinary process, there is no [`Machine`].
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::AsFd;
@@ -10,11 +11,12 @@ use std::thread;
 use std::time::Duration;
 
 use forkd_guest::doorbell::Command;
-use forkd_guest::generation::{ENTROPY_LEN, Generation};
+use forkd_guest::generation::{ENTROPY_LEN, Generation, GenerationError, NetworkIdentity, RECORD_MAX};
 use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
+use super::network::Network;
 use super::sys::{self, Ports};
 
 /// A plain tmpfs file, because writing through the overlay costs ten times as much; `/etc/machine-id` leads here.
@@ -32,6 +34,9 @@ const SETTLE: Duration = Duration::from_millis(100);
 pub struct Machine {
     urandom: File,
     machine_id: File,
+    network: Option<Network>,
+    /// Where the record is read to: pages that a copy need not fault in.
+    record: Box<[u8; RECORD_MAX]>,
     generation: u64,
 }
 
@@ -45,7 +50,10 @@ impl Machine {
                 _ => symlink(to, link)?,
             }
         }
-        let machine = Self { urandom, machine_id: overwrite(MACHINE_ID_FILE)?, generation: 0 };
+        let machine_id = overwrite(MACHINE_ID_FILE)?;
+        let network = Network::open().map_err(io::Error::other)?;
+        let record = Box::new([0xff; RECORD_MAX]);
+        let machine = Self { urandom, machine_id, network, record, generation: 0 };
         let mut machine_id = [0; 16];
         getrandom(&mut machine_id, GetRandomFlags::empty())?;
         machine.set_names(hostname, &machine_id)?;
@@ -67,27 +75,30 @@ impl Machine {
 
     /// Rings for a snapshot. Returns in the original and in every copy, there with an identity of its own.
     ///
-    /// In a copy, `tell_worker` is called with a seed in hexadecimal, different in every copy, before "ready" is rung.
-    pub fn snapshot(&mut self, tell_worker: impl FnOnce(&str)) -> io::Result<()> {
+    /// In a copy, `become_copy` is called with a seed in hexadecimal, different in every copy, and with the copy's own
+    /// environment, before "ready" is rung.
+    pub fn snapshot(&mut self, become_copy: impl FnOnce(&str, &BTreeMap<String, String>)) -> io::Result<()> {
         // Somebody may have replaced the file since boot.
         self.machine_id = overwrite(MACHINE_ID_FILE)?;
         self.rehearse()?;
         rustix::fs::sync();
         thread::sleep(SETTLE);
         let ports = Ports::open()?;
-        let _ = ports.read_record();
+        let _ = ports.read_record(&mut self.record);
 
         ports.ring_snapshot();
 
         // In every copy each instruction from here on is on the way to its first answer.
-        match Generation::decode(&ports.read_record()) {
+        match Generation::decode(ports.read_record(&mut self.record)) {
             Ok(record) if record.generation != 0 => {
                 self.become_copy(&record, true);
-                tell_worker(&hex(&record.entropy[KERNEL_ENTROPY..]));
+                become_copy(&hex(&record.entropy[KERNEL_ENTROPY..]), &record.environment);
                 ports.ring(Command::Ready);
             }
             // The original, going on; or no doorbell, so no snapshot was taken either.
-            Ok(_) | Err(_) => {}
+            Ok(_) | Err(GenerationError::Magic(_)) => {}
+            // It would go on as somebody else, with random numbers that its siblings have too.
+            Err(error) => give_up(&format!("this copy cannot tell who it is: {error}")),
         }
         Ok(())
     }
@@ -96,14 +107,17 @@ impl Machine {
     /// name but fresh entropy is better than one with neither.
     fn become_copy(&mut self, record: &Generation, credit: bool) {
         self.generation = record.generation;
-        let mut entropy = [0; KERNEL_ENTROPY];
-        entropy.copy_from_slice(&record.entropy[..KERNEL_ENTROPY]);
-        let entropy = sys::add_entropy(self.urandom.as_fd(), &entropy, credit);
+        // First, as the time in the record grows old.
         let seconds = i64::try_from(record.unix_time_ns / 1_000_000_000).unwrap_or(i64::MAX);
         let time = Timespec { tv_sec: seconds, tv_nsec: (record.unix_time_ns % 1_000_000_000) as _ };
         let clock = clock_settime(ClockId::Realtime, time).map_err(io::Error::from);
+        let mut entropy = [0; KERNEL_ENTROPY];
+        entropy.copy_from_slice(&record.entropy[..KERNEL_ENTROPY]);
+        let entropy = sys::add_entropy(self.urandom.as_fd(), &entropy, credit);
         let names = self.set_names(&record.hostname, &record.machine_id);
-        for (what, result) in [("entropy", entropy), ("clock", clock), ("names", names)] {
+        let network = self.set_network(record.network.as_ref());
+        for (what, result) in [("clock", clock), ("entropy", entropy), ("names", names), ("network", network)]
+        {
             if let Err(error) = result {
                 eprintln!("forkd-agent: resumed, but cannot set the {what}: {error}");
             }
@@ -125,7 +139,17 @@ impl Machine {
         {
             self.become_copy(&record, false);
         }
-        Ok(())
+        self.network.as_ref().map_or(Ok(()), Network::rehearse).map_err(io::Error::other)
+    }
+
+    fn set_network(&self, identity: Option<&NetworkIdentity>) -> io::Result<()> {
+        match (identity, &self.network) {
+            (None, _) => Ok(()),
+            (Some(identity), Some(network)) => network.take_on(identity).map_err(io::Error::other),
+            (Some(_), None) => {
+                Err(io::Error::new(io::ErrorKind::NotFound, "this machine has no network device"))
+            }
+        }
     }
 
     /// An empty name or an all-zero id keeps the old one.

@@ -10,10 +10,12 @@ pub mod sys;
 
 mod exec;
 mod files;
+mod network;
 mod process;
 mod stream;
 mod worker;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -404,8 +406,12 @@ impl Agent {
             self.close_if_over(slot);
         }
         let Some(machine) = &mut self.machine else { return };
-        let worker = &mut self.worker;
-        if let Err(error) = machine.snapshot(|seed| worker.resumed(seed)) {
+        let (worker, spawner) = (&mut self.worker, &mut self.spawner);
+        let become_copy = |seed: &str, environment: &BTreeMap<String, String>| {
+            spawner.extend_environment(environment);
+            worker.resumed(seed, environment);
+        };
+        if let Err(error) = machine.snapshot(become_copy) {
             eprintln!("forkd-agent: no snapshot: {error}");
         }
     }

@@ -57,6 +57,11 @@ impl Spawner {
         Ok(Self { environment: base_environment(), null })
     }
 
+    /// Adds to what every program gets from now on.
+    pub fn extend_environment(&mut self, more: &BTreeMap<String, String>) {
+        self.environment.extend(more.iter().map(|(key, value)| (key.clone(), value.clone())));
+    }
+
     /// Starts a program with pipes; `with_stdin` as opposed to `/dev/null`. The error text says what went wrong.
     pub fn start(&self, command: &Command<'_>, with_stdin: bool) -> Result<Child, String> {
         let program = command.argv.first().filter(|name| !name.is_empty()).ok_or("no program given")?;

@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use forkd_guest::doorbell::{COMMAND_PORT, Command, DATA_PORT, FIRST_PORT, PORT_COUNT};
-use forkd_guest::generation::RECORD_LEN;
+use forkd_guest::generation::{HEAD_LEN, RECORD_MAX, record_len};
 
 /// `RNDADDENTROPY` of linux/random.h: `_IOW('R', 3, int[2])`.
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
@@ -149,18 +149,26 @@ impl Ports {
         }
     }
 
-    /// Reads the generation record; all `0xff` where there is no doorbell.
-    pub fn read_record(&self) -> [u8; RECORD_LEN] {
-        // Written through before the string instruction, so that the page is present and private.
-        let mut record = [0xff; RECORD_LEN];
+    /// Reads the generation record into `buffer` and returns its part that is the record; all `0xff` where there is no
+    /// doorbell.
+    pub fn read_record<'a>(&self, buffer: &'a mut [u8; RECORD_MAX]) -> &'a [u8] {
         self.ring(Command::Rewind);
+        let (head, environment) = buffer.split_at_mut(HEAD_LEN);
+        self.read_data(head);
+        let length = head.first_chunk().map_or(HEAD_LEN, record_len);
+        self.read_data(&mut environment[..length - HEAD_LEN]);
+        &buffer[..length]
+    }
+
+    fn read_data(&self, into: &mut [u8]) {
+        // Written through before the string instruction, so that the page is present and private.
+        into.fill(0xff);
         // SAFETY: `self` proves ioperm granted the port; the instruction writes exactly RCX bytes from RDI upwards
-        // (the ABI keeps the direction flag clear), which is the live array.
+        // (the ABI keeps the direction flag clear), which is the live slice.
         unsafe {
-            std::arch::asm!("rep insb", in("dx") DATA_PORT, inout("rcx") RECORD_LEN => _,
-                inout("rdi") record.as_mut_ptr() => _, options(nostack, preserves_flags));
+            std::arch::asm!("rep insb", in("dx") DATA_PORT, inout("rcx") into.len() => _,
+                inout("rdi") into.as_mut_ptr() => _, options(nostack, preserves_flags));
         }
-        record
     }
 }
 

@@ -2,10 +2,10 @@
 //!
 //! The agent's loop tells it which of its pipes is ready and collects finished evals. Its life: starting (evals wait)
 //! -> ready (one eval at a time, the others wait) -> failed (evals fail with how it ended). Lines to the worker:
-//! `{"op":"eval","code":...}` and, in a copy, `{"op":"resumed","seed":hex}`; from it: `{"ready":true}` once, then one
+//! `{"op":"eval","code":...}` and, in a copy, `{"op":"resumed","seed":hex,"env":{name:value}}`; from it: `{"ready":true}` once, then one
 //! answer `{"answer":...,"error":...,"output":...}` per eval and nothing else.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -34,7 +34,7 @@ pub struct EvalKey {
 #[serde(tag = "op", rename_all = "snake_case")]
 enum ToWorker<'a> {
     Eval { code: &'a str },
-    Resumed { seed: &'a str },
+    Resumed { seed: &'a str, env: &'a BTreeMap<String, String> },
 }
 
 #[derive(Deserialize)]
@@ -147,10 +147,10 @@ impl Worker {
         }
     }
 
-    /// Tells the worker that it is a copy, and what to seed its own generators with. It reads this before any eval
-    /// that comes later; there is no answer.
-    pub fn resumed(&mut self, seed: &str) {
-        self.write_line(&ToWorker::Resumed { seed });
+    /// Tells the worker that it is a copy, what to seed its own generators with, and what its environment gains. It
+    /// reads this before any eval that comes later; there is no answer.
+    pub fn resumed(&mut self, seed: &str, env: &BTreeMap<String, String>) {
+        self.write_line(&ToWorker::Resumed { seed, env });
     }
 
     /// The evals that have ended since the last call.
@@ -207,7 +207,7 @@ impl Worker {
 
     fn write_line(&mut self, message: &ToWorker<'_>) {
         let Some(child) = &mut self.child else { return };
-        // A struct of strings is always JSON.
+        // Structs and maps of strings are always JSON.
         let Ok(mut line) = serde_json::to_vec(message) else { return };
         line.push(b'\n');
         child.outbound.append(&mut line);

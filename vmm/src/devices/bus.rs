@@ -10,6 +10,7 @@ use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, ScratchDisk};
 use crate::devices::virtio::console::VirtioConsole;
 use crate::devices::virtio::mmio::{RestoreError, Transport, Window, WindowState};
+use crate::devices::virtio::net::{Link, Net};
 use crate::devices::virtio::pmem::Pmem;
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
@@ -62,13 +63,16 @@ pub struct Peripherals {
     pub record: Vec<u8>,
     /// What its scratch disk writes to. A new machine has that disk only with such a file.
     pub scratch: Option<ScratchDisk>,
+    /// What its network device is connected to.
+    pub link: Option<Link>,
 }
 
 /// The devices that a machine of this layout boots with.
 pub fn default_devices(layout: &MemoryLayout, peripherals: &Peripherals) -> Vec<DeviceKind> {
     let disk = (layout.root_disk_bytes > 0).then_some(DeviceKind::Pmem);
     let scratch = peripherals.scratch.as_ref().map(|_| DeviceKind::Block);
-    let always = [DeviceKind::Vsock, DeviceKind::Rng, DeviceKind::Balloon, DeviceKind::Console];
+    let always =
+        [DeviceKind::Vsock, DeviceKind::Rng, DeviceKind::Balloon, DeviceKind::Console, DeviceKind::Net];
     always.into_iter().chain(disk).chain(scratch).collect()
 }
 
@@ -82,6 +86,7 @@ struct Slot {
 struct Parts {
     console: Console,
     scratch: Option<ScratchDisk>,
+    link: Option<Link>,
     /// The memory of a machine that was not restored (see `balloon.rs`).
     gives_back: Option<GuestMemory>,
 }
@@ -104,6 +109,7 @@ pub struct Bus {
     doorbell: Mutex<Doorbell>,
     slots: Vec<Slot>,
     vsock: Option<Arc<Mutex<Transport<Vsock>>>>,
+    net: Option<Arc<Mutex<Transport<Net>>>>,
     generation: EventFd,
     dropped_writes: AtomicU64,
 }
@@ -123,10 +129,10 @@ impl Bus {
         kinds: &[DeviceKind],
         serial: Option<&SerialSnapshot>,
     ) -> Result<Bus, BusError> {
-        let Peripherals { console, record, scratch } = peripherals;
+        let Peripherals { console, record, scratch, link } = peripherals;
         let console = Console::new(console);
-        let mut parts =
-            Parts { console: console.clone(), scratch, gives_back: serial.is_none().then(|| memory.clone()) };
+        let gives_back = serial.is_none().then(|| memory.clone());
+        let mut parts = Parts { console: console.clone(), scratch, link, gives_back };
         let line = IrqLine(interrupt(vm, arch::SERIAL_IRQ)?);
         let serial = match serial {
             Some(saved) => saved
@@ -140,6 +146,7 @@ impl Bus {
             doorbell: Mutex::new(Doorbell::new(record)),
             slots: Vec::new(),
             vsock: None,
+            net: None,
             generation: interrupt(vm, arch::GENERATION_IRQ)?,
             dropped_writes: AtomicU64::new(0),
         };
@@ -182,6 +189,11 @@ impl Bus {
             DeviceKind::Console => {
                 Arc::new(Mutex::new(Transport::new(VirtioConsole::new(parts.console.clone()), ram, irq)))
             }
+            DeviceKind::Net => {
+                let net = Arc::new(Mutex::new(Transport::new(Net::new(parts.link.take()), ram, irq)));
+                self.net = Some(Arc::clone(&net));
+                net
+            }
         };
         self.slots.push(Slot { kind, window });
     }
@@ -194,6 +206,11 @@ impl Bus {
     /// The vsock device, if there is one.
     pub fn vsock(&self) -> Option<&Arc<Mutex<Transport<Vsock>>>> {
         self.vsock.as_ref()
+    }
+
+    /// The network device, if there is one.
+    pub fn net(&self) -> Option<&Arc<Mutex<Transport<Net>>>> {
+        self.net.as_ref()
     }
 
     /// State of every device with a window.

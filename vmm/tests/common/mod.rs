@@ -184,7 +184,8 @@ pub fn peripherals(record: Vec<u8>) -> (Peripherals, File) {
     let scratch = tempfile::tempfile().unwrap();
     scratch.set_len(1 << 20).unwrap();
     let scratch = Some(ScratchDisk { file: scratch, bytes: 1 << 20 });
-    let peripherals = Peripherals { console: Some(console.try_clone().unwrap()), record, scratch };
+    let console_file = Some(console.try_clone().unwrap());
+    let peripherals = Peripherals { console: console_file, record, scratch, link: None };
     (peripherals, console)
 }
 

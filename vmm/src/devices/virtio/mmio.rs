@@ -115,6 +115,11 @@ impl<D: VirtioDevice> Transport<D> {
         Transport { device, queues, ram, interrupt, state: WindowState::default() }
     }
 
+    /// The device.
+    pub fn device(&self) -> &D {
+        &self.device
+    }
+
     /// Lets the host side of the device work on its queues. `work` returns whether to interrupt the driver.
     pub fn with_device<R>(
         &mut self,
@@ -306,6 +311,9 @@ impl<D: VirtioDevice> Window for Transport<D> {
     }
 
     fn resume(&mut self) {
+        if self.device.is_reconfigured() {
+            self.config_changed();
+        }
         self.with_device(|device, queues, ram| ((), device.resume(queues, ram)));
     }
 }

@@ -4,12 +4,14 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod mmio;
+pub mod net;
 pub mod pmem;
 pub mod rng;
 pub mod vsock;
 
 use balloon::BalloonSnapshot;
 use block::BlockSnapshot;
+use net::NetSnapshot;
 use serde::{Deserialize, Serialize};
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryError, GuestMemoryMmap};
@@ -31,6 +33,8 @@ pub enum DeviceKind {
     Balloon,
     /// The second console.
     Console,
+    /// A network.
+    Net,
 }
 
 /// What of a device survives a snapshot besides its registers and queues. New kinds come last: the position is the tag.
@@ -44,6 +48,8 @@ pub enum DeviceState {
     Block(BlockSnapshot),
     /// Size of the balloon.
     Balloon(BalloonSnapshot),
+    /// The link.
+    Net(NetSnapshot),
 }
 
 /// A queue could not be served. The device then asks the driver to reset it; nothing else is harmed.
@@ -88,6 +94,10 @@ pub trait VirtioDevice: Send {
     }
     /// Takes back what [`VirtioDevice::save`] returned; state of another device is ignored, as it may be anybody's.
     fn restore(&mut self, _state: &DeviceState) {}
+    /// Whether the configuration space is another than the one that the driver in the restored snapshot has read.
+    fn is_reconfigured(&self) -> bool {
+        false
+    }
     /// The machine is about to go on from a snapshot: what the driver must hear of that. Returns whether to interrupt it.
     fn resume(&mut self, _queues: &mut [Queue], _ram: &GuestMemoryMmap) -> Result<bool, VirtioError> {
         Ok(false)

@@ -1,0 +1,47 @@
+//! The machine's network device: switched on before the snapshot, given a copy's own addresses after it.
+//!
+//! Used by [`super::machine`]. Before the snapshot the device has no link and no address.
+
+use std::fs;
+use std::os::fd::OwnedFd;
+
+use forkd_guest::generation::NetworkIdentity;
+use forkd_guest::netlink::{self, NetlinkError, Requests};
+
+/// The kernel's number of the first Ethernet device.
+const INDEX_FILE: &str = "/sys/class/net/eth0/ifindex";
+
+/// The first Ethernet device.
+pub struct Network {
+    socket: OwnedFd,
+    index: u32,
+}
+
+impl Network {
+    /// The device switched on; `None` where there is none.
+    pub fn open() -> Result<Option<Self>, NetlinkError> {
+        let index = fs::read_to_string(INDEX_FILE).ok().and_then(|text| text.trim().parse().ok());
+        let Some(index) = index else { return Ok(None) };
+        let network = Self { socket: netlink::socket()?, index };
+        network.rehearse()?;
+        Ok(Some(network))
+    }
+
+    /// Asks for what is so already, by the way that [`Network::take_on`] goes.
+    pub fn rehearse(&self) -> Result<(), NetlinkError> {
+        let mut requests = Requests::new();
+        requests.link_up(self.index);
+        requests.send(&self.socket)
+    }
+
+    /// Gives the device a copy's own addresses.
+    pub fn take_on(&self, identity: &NetworkIdentity) -> Result<(), NetlinkError> {
+        let mut requests = Requests::new();
+        requests.set_mac(self.index, identity.mac);
+        requests.add_address(self.index, identity.address, identity.prefix);
+        if let Some(gateway) = identity.gateway {
+            requests.default_route(self.index, gateway);
+        }
+        requests.send(&self.socket)
+    }
+}

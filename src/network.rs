@@ -1,0 +1,215 @@
+//! A network for each child: a namespace of its own, in it a tap device whose other end is the child's network device.
+//!
+//! Nothing has a name outside of the namespace, and the namespace has none either: it lives as long as the tap's
+//! descriptor, which the machine's process holds, or the supervisor's. So nothing is left however they end. There is no
+//! way out of the namespace unless somebody adds one. Callers: `supervisor.rs`.
+
+use forkd_guest::generation::NetworkIdentity;
+use forkd_guest::netlink::{self, NetlinkError, Requests};
+use forkd_vmm::sys;
+use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::rand::{GetRandomFlags, getrandom};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io;
+use std::net::Ipv4Addr;
+use std::str::FromStr;
+
+/// The host's end of the wire, in the child's namespace.
+const TAP: &str = "tap0";
+/// Children's addresses come from here: four for each child, the second the host's end, the third the child's.
+const NETWORK: [u8; 2] = [10, 213];
+const PREFIX: u8 = 30;
+/// What a new namespace inherits of the host or does by itself: it forwards nothing unless somebody wants it to, and
+/// does not wake the child with IPv6's announcements.
+const SETTINGS: [(&str, &str); 3] = [
+    ("/proc/sys/net/ipv4/ip_forward", "0"),
+    ("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1"),
+    ("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"),
+];
+
+/// A child's network could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// A step of it.
+    #[error("{doing} for a child's network failed")]
+    Io {
+        /// What was tried.
+        doing: &'static str,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Its devices.
+    #[error("a child's network cannot be set up")]
+    Netlink(#[from] NetlinkError),
+    /// More children than addresses.
+    #[error("there is no network address for child {number}")]
+    Full {
+        /// Which child.
+        number: u64,
+    },
+}
+
+/// What a child's network device is connected to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum NetworkMode {
+    /// Nothing: it has no link.
+    #[default]
+    None,
+    /// The host's end in a namespace of its own, and nothing behind it.
+    Isolated,
+}
+
+impl NetworkMode {
+    /// What the modes are called.
+    pub const NAMES: [&str; 2] = ["none", "isolated"];
+}
+
+/// There is no such mode.
+#[derive(Debug, thiserror::Error)]
+#[error("a network is {}", NetworkMode::NAMES.join(" or "))]
+pub struct UnknownMode;
+
+impl FromStr for NetworkMode {
+    type Err = UnknownMode;
+
+    fn from_str(name: &str) -> Result<NetworkMode, UnknownMode> {
+        match name {
+            "none" => Ok(NetworkMode::None),
+            "isolated" => Ok(NetworkMode::Isolated),
+            _ => Err(UnknownMode),
+        }
+    }
+}
+
+/// A child's network, as `forkd ps --json` and `forkd fork --json` show it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NetworkStatus {
+    /// The child's Ethernet address.
+    pub mac: String,
+    /// Its IPv4 address.
+    pub address: Ipv4Addr,
+    /// The host's end.
+    pub host_address: Ipv4Addr,
+    /// The namespace with the host's end, for setns(2), `nsenter --net=` and `ip link set ... netns`.
+    pub namespace: String,
+}
+
+/// A child's network.
+#[derive(Debug)]
+pub struct ChildNetwork {
+    /// The child's end.
+    pub identity: NetworkIdentity,
+    /// The wire.
+    pub tap: OwnedFd,
+    /// The namespace with the host's end.
+    pub namespace: File,
+}
+
+impl ChildNetwork {
+    /// As it is shown.
+    pub fn status(&self) -> NetworkStatus {
+        let mac: Vec<_> = self.identity.mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        NetworkStatus {
+            mac: mac.join(":"),
+            address: self.identity.address,
+            host_address: self.identity.gateway.unwrap_or(Ipv4Addr::UNSPECIFIED),
+            namespace: format!("/proc/{}/fd/{}", std::process::id(), self.namespace.as_raw_fd()),
+        }
+    }
+}
+
+/// The networks of one fork's children.
+#[derive(Debug)]
+pub struct Networks {
+    mode: NetworkMode,
+    /// Middle of the children's Ethernet addresses, so that two forks do not share any.
+    salt: [u8; 3],
+}
+
+impl Networks {
+    /// Networks of this kind.
+    pub fn new(mode: NetworkMode) -> Result<Networks, NetworkError> {
+        let mut salt = [0; 3];
+        getrandom(&mut salt, GetRandomFlags::empty()).map_err(failed("getrandom"))?;
+        Ok(Networks { mode, salt })
+    }
+
+    /// The network of child `number`, counted from 1, if it is to have one.
+    pub fn of_child(&self, number: u64) -> Result<Option<ChildNetwork>, NetworkError> {
+        if self.mode == NetworkMode::None {
+            return Ok(None);
+        }
+        let identity = self.identity(number)?;
+        // A thread of its own is in the new namespace, and gone before anything else can be done there.
+        let made = std::thread::scope(|scope| scope.spawn(|| make(&identity)).join());
+        let (tap, namespace) = made.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        Ok(Some(ChildNetwork { identity, tap, namespace }))
+    }
+
+    fn identity(&self, number: u64) -> Result<NetworkIdentity, NetworkError> {
+        let full = || NetworkError::Full { number };
+        let number16 = u16::try_from(number).map_err(|_| full())?;
+        let [high, low] = number16.checked_mul(4).ok_or_else(full)?.to_be_bytes();
+        let end = |offset| Ipv4Addr::new(NETWORK[0], NETWORK[1], high, low + offset);
+        let ([first, second], [a, b, c]) = (number16.to_be_bytes(), self.salt);
+        // 2: locally administered, for one device.
+        let mac = [2, a, b, c, first, second];
+        Ok(NetworkIdentity { mac, address: end(2), prefix: PREFIX, gateway: Some(end(1)) })
+    }
+}
+
+fn failed<E: Into<io::Error>>(doing: &'static str) -> impl FnOnce(E) -> NetworkError {
+    move |source| NetworkError::Io { doing, source: source.into() }
+}
+
+/// A namespace with a tap device that has the host's address. Moves this thread there.
+fn make(identity: &NetworkIdentity) -> Result<(OwnedFd, File), NetworkError> {
+    sys::leave_network().map_err(failed("a network namespace"))?;
+    let namespace = File::open("/proc/thread-self/ns/net").map_err(failed("opening a network namespace"))?;
+    for (setting, value) in SETTINGS {
+        match fs::write(setting, value) {
+            // A host without IPv6, or with a /proc of its own ideas.
+            Err(error) => tracing::debug!(setting, %error, "a setting of a child's network stays as it is"),
+            Ok(()) => {}
+        }
+    }
+    let tap = sys::create_tap(TAP).map_err(failed("/dev/net/tun"))?;
+    let socket = netlink::socket()?;
+    let index = rustix::net::netdevice::name_to_index(&socket, TAP).map_err(failed("finding the tap"))?;
+    let mut requests = Requests::new();
+    if let Some(address) = identity.gateway {
+        requests.add_address(index, address, identity.prefix);
+    }
+    requests.link_up(index);
+    requests.send(&socket)?;
+    Ok((tap, namespace))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thousand_children_have_addresses_of_their_own() {
+        let networks = Networks::new(NetworkMode::Isolated).unwrap();
+        let all: Vec<_> = (1..=1000).map(|number| networks.identity(number).unwrap()).collect();
+        let mut macs: Vec<_> = all.iter().map(|identity| identity.mac).collect();
+        let mut addresses: Vec<_> = all.iter().map(|identity| identity.address).collect();
+        (macs.sort_unstable(), addresses.sort_unstable());
+        (macs.dedup(), addresses.dedup());
+        assert_eq!((macs.len(), addresses.len()), (1000, 1000));
+        for identity in &all {
+            let (address, gateway) = (u32::from(identity.address), u32::from(identity.gateway.unwrap()));
+            assert_eq!((address / 4, address % 4, gateway % 4), (gateway / 4, 2, 1), "{identity:?}");
+        }
+        assert!(matches!(networks.identity(20_000), Err(NetworkError::Full { number: 20_000 })));
+    }
+
+    #[test]
+    fn without_a_mode_nothing_is_made() {
+        assert!(Networks::new("none".parse().unwrap()).unwrap().of_child(1).unwrap().is_none());
+        assert!("nat".parse::<NetworkMode>().is_err());
+    }
+}
