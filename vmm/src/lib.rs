@@ -7,8 +7,10 @@
 
 pub mod arch;
 pub mod boot;
+pub mod cgroup;
 pub mod channel;
 pub mod devices;
+pub mod jail;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod machine;
@@ -23,3 +25,4 @@ pub mod sys;
 #[allow(unsafe_code)]
 pub mod uffd;
 pub mod vcpu;
+pub mod zygote;
