@@ -427,6 +427,12 @@ pub struct ForkArgs {
     /// The command for --exec
     #[arg(last = true, value_name = "CMD", requires = "exec")]
     pub command: Vec<String>,
+    /// The most memory each copy may take of this host, MiB [default: its own RAM and 64 more]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub memory_limit_mib: Option<u64>,
+    /// The most processors each copy may use, e.g. 0.5 [default: no limit]
+    #[arg(long, value_name = "F", value_parser = units::parse_cpus)]
+    pub cpus: Option<f64>,
     /// Leave the copies running and return
     #[arg(long)]
     pub detach: bool,

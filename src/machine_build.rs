@@ -9,6 +9,7 @@ use forkd_fs::trace::{PageRun, RegionTrace, Trace, TraceError};
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::generation::{Generation, GenerationError};
 use forkd_guest::protocol::{Answer, Status, WARM_PARAMETER, WarmCommand, WorkerState};
+use forkd_vmm::cgroup::Limits;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
@@ -16,7 +17,8 @@ use forkd_vmm::memory::{ImageId, MemoryError, MemoryLayout, PMEM_ALIGN, create_i
 use forkd_vmm::pager::{
     ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, PagerError, SourceFailure,
 };
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, SpawnError, Start, Zygote};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start};
+use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -280,8 +282,8 @@ pub fn build(
     step(Step::Boot);
     let kernel = open(request.kernel)?;
     let record = Generation::original().encode()?.to_vec();
-    let spec =
-        MachineSpec { layout, kind, record, start: Start::Boot { command_line: command_line(request)? } };
+    let start = Start::Boot { command_line: command_line(request)? };
+    let spec = MachineSpec { layout, limits: limits(&layout), record, start };
     let machine = Rig::spawn(zygote, &spec, &images(&layout, &ram, &root_disk), &kernel, request.interrupt)?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
 
@@ -474,6 +476,13 @@ fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), us
     Trace { regions: images.map(region).collect() }
 }
 
+/// Limits of one more machine of this process.
+fn limits(layout: &MemoryLayout) -> Limits {
+    static MACHINES: AtomicUsize = AtomicUsize::new(0);
+    let number = MACHINES.fetch_add(1, Ordering::Relaxed);
+    Limits::of(format!("build-{}-{number}", std::process::id()), layout)
+}
+
 /// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
 fn record_touches(
     zygote: &Zygote,
@@ -491,7 +500,7 @@ fn record_touches(
     let pager = Pager::new(&shapes, recorder.clone(), 1)?;
     let record = identity::fresh("trial", 1)?.to_vec();
     let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
-    let spec = MachineSpec { layout, kind: configuration.kvm_kind, record, start };
+    let spec = MachineSpec { layout, limits: limits(&layout), record, start };
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();

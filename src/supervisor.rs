@@ -6,13 +6,13 @@ use crate::identity::{self, IdentityError};
 use crate::paths::{Paths, PathsError};
 use crate::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir, RunDirError};
 use crate::sandbox::Sandbox;
+use forkd_vmm::cgroup::Limits;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
-use forkd_vmm::kvm::KvmKind;
+use forkd_vmm::memory::MemoryLayout;
 use forkd_vmm::pager::{ClientId, PagerError};
-use forkd_vmm::process::{
-    MachineFiles, MachineProcess, MachineSpec, Report, SpawnError, Zygote, monotonic_ns,
-};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, monotonic_ns};
+use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;
@@ -59,6 +59,48 @@ pub enum ForkError {
     /// The children's identities.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// A limit was asked for that this host cannot set.
+    #[error(
+        "{option} cannot be kept: this host has no cgroup (version 2) with a {controller} limit to hand on"
+    )]
+    NoLimit {
+        /// What was asked for.
+        option: &'static str,
+        /// What is missing.
+        controller: &'static str,
+    },
+}
+
+/// What each child may take of the host, where that was asked for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Allowance {
+    /// Memory, MiB; otherwise what its guest was promised, and a little more.
+    pub memory_mib: Option<u64>,
+    /// Processors; otherwise as many as it can get.
+    pub cpus: Option<f64>,
+}
+
+impl Allowance {
+    /// Nobody is to believe in a limit that is not there.
+    fn check(&self, zygote: &Zygote) -> Result<(), ForkError> {
+        let controllers = zygote.cgroups().map_or(&[][..], |cgroups| &cgroups.controllers);
+        let asked = [
+            (self.memory_mib.is_some(), "--memory-limit-mib", "memory"),
+            (self.cpus.is_some(), "--cpus", "cpu"),
+        ];
+        for (asked, option, controller) in asked {
+            if asked && !controllers.contains(&controller) {
+                return Err(ForkError::NoLimit { option, controller });
+            }
+        }
+        Ok(())
+    }
+
+    fn limits(&self, id: &str, layout: &MemoryLayout) -> Limits {
+        let limits = Limits::of(id.to_owned(), layout);
+        let memory_bytes = self.memory_mib.map_or(limits.memory_bytes, |mib| mib << 20);
+        Limits { memory_bytes, cpus: self.cpus, ..limits }
+    }
 }
 
 /// When something happened, and how much of the pack was there.
@@ -108,8 +150,13 @@ impl Supervisor {
         sandbox: Arc<Sandbox>,
         pack: String,
         count: u32,
+        allowance: &Allowance,
     ) -> Result<Arc<Supervisor>, ForkError> {
+        allowance.check(zygote)?;
         let run_dir = RunDir::create(paths)?;
+        if let Some(cgroups) = zygote.cgroups() {
+            run_dir.note_cgroups(&cgroups.path)?;
+        }
         let listener = run_dir.listen()?;
         let children = Mutex::default();
         let spawning = AtomicBool::new(true);
@@ -119,7 +166,8 @@ impl Supervisor {
         std::thread::spawn(move || reports.follow());
         let control = Arc::clone(&supervisor);
         std::thread::spawn(move || control.serve_control(&listener));
-        let spawned = (1..=u64::from(count)).try_for_each(|number| supervisor.spawn(zygote, number));
+        let spawned =
+            (1..=u64::from(count)).try_for_each(|number| supervisor.spawn(zygote, allowance, number));
         supervisor.spawning.store(false, Ordering::Release);
         if spawned.is_err() {
             supervisor.kill(None);
@@ -128,9 +176,9 @@ impl Supervisor {
         spawned.map(|()| supervisor)
     }
 
-    fn spawn(&self, zygote: &Zygote, number: u64) -> Result<(), ForkError> {
+    fn spawn(&self, zygote: &Zygote, allowance: &Allowance, number: u64) -> Result<(), ForkError> {
         let id = format!("{}-{number}", self.run_dir.id());
-        let (process, socket) = spawn(&self.run_dir, zygote, &self.sandbox, &id, number)?;
+        let (process, socket) = spawn(&self.run_dir, zygote, &self.sandbox, allowance, (&id, number))?;
         self.children().push(Child {
             id,
             process: Arc::new(process),
@@ -340,8 +388,8 @@ fn spawn(
     run_dir: &RunDir,
     zygote: &Zygote,
     sandbox: &Sandbox,
-    id: &str,
-    number: u64,
+    allowance: &Allowance,
+    (id, number): (&str, u64),
 ) -> Result<(MachineProcess, PathBuf), ForkError> {
     let failed = |operation, path: &Path| {
         let path = path.to_owned();
@@ -353,7 +401,7 @@ fn spawn(
     let console = File::create(&console_path).map_err(failed("creating", &console_path))?;
     let spec = MachineSpec {
         layout: sandbox.configuration().layout,
-        kind: KvmKind::detect(),
+        limits: allowance.limits(id, &sandbox.configuration().layout),
         record: identity::fresh(id, number)?.to_vec(),
         start: sandbox.start(),
     };

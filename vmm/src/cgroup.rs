@@ -4,7 +4,7 @@
 //! <ancestor>/forkd/<name>      one a machine, named by its child or build
 //! ```
 //! `<ancestor>` is this process's own cgroup or the nearest one above it in which this user may make others and that has
-//! controllers to hand down. A host without such a place sets no limits; `forkd doctor` says so. Callers: `zygote.rs`,
+//! controllers to hand down. `forkd` itself stays, empty: another process may be about to use it. A host without such a place sets no limits; `forkd doctor` says so. Callers: `zygote.rs`,
 //! and the root crate's `run_dir.rs` and `doctor.rs`.
 
 use crate::memory::MemoryLayout;
@@ -193,6 +193,12 @@ impl Group {
     }
 }
 
+impl AsFd for Groups {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.dir.as_fd()
+    }
+}
+
 impl AsFd for Group {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.dir.as_fd()
@@ -217,12 +223,6 @@ pub fn remove_dead(parent: &Path, fork: &str) -> Result<usize, CgroupError> {
         }
     }
     Ok(removed)
-}
-
-/// Removes the place itself when nothing is in it any more.
-pub fn remove_place(parent: &Path) {
-    // Others may have machines there.
-    let _ = rustix::fs::rmdir(parent);
 }
 
 fn remove_with_members(path: &Path) -> Result<(), CgroupError> {

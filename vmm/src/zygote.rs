@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::process::{Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
 /// Epoll token of the owner's channel; machines count up from the next.
@@ -44,7 +44,16 @@ pub enum SpawnError {
 pub struct Zygote {
     /// Requests and answers alternate on it.
     channel: Mutex<Channel>,
-    cgroups: Option<PathBuf>,
+    cgroups: Option<Cgroups>,
+}
+
+/// Where machines' limits are set, and which there are.
+#[derive(Debug)]
+pub struct Cgroups {
+    /// A [`Groups::path`].
+    pub path: PathBuf,
+    /// [`Groups::controllers`].
+    pub controllers: Vec<&'static str>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -63,7 +72,10 @@ impl Zygote {
             .ok();
         match sys::fork_process(Lifetime::Independent)? {
             Forked::Parent(_) => {
-                let cgroups = groups.map(|groups| groups.path().to_owned());
+                let cgroups = groups.map(|groups| Cgroups {
+                    path: groups.path().to_owned(),
+                    controllers: groups.controllers().to_vec(),
+                });
                 Ok(Zygote { channel: Mutex::new(ours), cgroups })
             }
             Forked::Child => {
@@ -90,9 +102,9 @@ impl Zygote {
         }
     }
 
-    /// Where the machines' cgroups are, if they have any (a [`Groups::path`]).
-    pub fn cgroups(&self) -> Option<&Path> {
-        self.cgroups.as_deref()
+    /// The machines' cgroups, if this host lets this user have any.
+    pub fn cgroups(&self) -> Option<&Cgroups> {
+        self.cgroups.as_ref()
     }
 }
 
@@ -141,6 +153,11 @@ fn serve(owner: Channel, groups: Option<Groups>) {
     // Ctrl-C reaches the whole terminal group; the owner decides when machines end.
     let _ = rustix::process::setsid();
     sys::default_child_signals();
+    // Others may wait for the end of what forkd had open when it forked.
+    let kept: Vec<_> = [owner.as_fd()].into_iter().chain(groups.as_ref().map(AsFd::as_fd)).collect();
+    if sys::close_all_but(&kept).is_err() {
+        return;
+    }
     let (jail, epoll) = match Jail::build() {
         Ok(jail) => (jail, epoll::create(epoll::CreateFlags::CLOEXEC)),
         Err(error) => return refuse_all(&owner, &describe(&error)),
