@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 const PARENT: &str = "forkd";
 /// Controllers that limits are made of.
 const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
+/// File of a cgroup with the controllers that those below it have.
+const HANDED_DOWN: &str = "cgroup.subtree_control";
 /// What a machine's process takes beside its guest's memory, bytes: page tables, KVM's bookkeeping, vsock buffers.
 const OVERHEAD: u64 = 64 << 20;
 /// Most threads of a machine, KVM's own among them.
@@ -29,6 +31,8 @@ const THREADS: u64 = 64;
 const PERIOD_US: u64 = 100_000;
 /// Longest file of the kernel's that is read, bytes.
 const TEXT_MAX: usize = 4096;
+/// Age of a cgroup from which on it has its process, or never will.
+const YOUNG: Duration = Duration::from_secs(10);
 /// How long the processes of a killed fork may take to leave.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -91,6 +95,9 @@ pub struct Group {
 }
 
 impl Groups {
+    /// How many controllers limits are made of.
+    pub const ALL: usize = CONTROLLERS.len();
+
     /// Finds a place for machines' cgroups, and makes it.
     pub fn find() -> Result<Groups, CgroupError> {
         let read = |path: &str| fs::read_to_string(path).map_err(file_error("reading", Path::new(path)));
@@ -98,7 +105,8 @@ impl Groups {
         let mount = mounts.lines().find_map(cgroup2_mount).ok_or(CgroupError::NotMounted)?;
         let own = mount.directory(&own);
         let places = own.ancestors().take_while(|path| path.starts_with(&mount.point));
-        let usable = places.filter_map(|place| Groups::below(place).ok());
+        let usable = places.filter(|place| !listed(place, "cgroup.controllers").is_empty());
+        let usable = usable.filter_map(|place| Groups::below(place).ok());
         // The nearest with all of them, or else the nearest with most.
         let best = usable.fold(None::<Groups>, |best, next| match best {
             Some(best) if best.controllers.len() >= next.controllers.len() => Some(best),
@@ -120,10 +128,7 @@ impl Groups {
         }
         hand_down(&path);
         let dir = open(CWD, &path).map_err(refused("opening", &path))?;
-        let handed = read(&dir, "cgroup.subtree_control").unwrap_or_default();
-        let controllers =
-            CONTROLLERS.into_iter().filter(|name| handed.split_whitespace().any(|word| word == *name));
-        Ok(Groups { controllers: controllers.collect(), path, dir })
+        Ok(Groups { controllers: listed(&path, HANDED_DOWN), path, dir })
     }
 
     /// Where it is.
@@ -173,6 +178,18 @@ impl Groups {
             }
         }
         settings
+    }
+
+    /// Removes cgroups in which nobody is, whoever made them. Returns how many there were.
+    pub fn remove_empty(&self) -> Result<usize, CgroupError> {
+        let entries = fs::read_dir(&self.path).map_err(file_error("listing", &self.path))?;
+        // One that is younger may be about to get its process.
+        let old = |entry: &fs::DirEntry| {
+            let made = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+            made.and_then(|made| made.elapsed().ok()).is_some_and(|age| age > YOUNG)
+        };
+        let removed = entries.flatten().filter(old).filter(|entry| rustix::fs::rmdir(entry.path()).is_ok());
+        Ok(removed.count())
     }
 
     /// Removes a cgroup whose process is over.
@@ -240,13 +257,16 @@ fn remove_with_members(path: &Path) -> Result<(), CgroupError> {
 
 /// Hands down what controllers a cgroup has. One that has processes of its own cannot, unless it is the root.
 fn hand_down(path: &Path) {
-    let control = path.join("cgroup.subtree_control");
-    let (available, handed) = (path.join("cgroup.controllers"), fs::read_to_string(&control));
-    let (available, handed) = (fs::read_to_string(available).unwrap_or_default(), handed.unwrap_or_default());
-    let has = |text: &str, name: &str| text.split_whitespace().any(|word| word == name);
-    for name in CONTROLLERS.into_iter().filter(|name| has(&available, name) && !has(&handed, name)) {
-        let _ = fs::write(&control, format!("+{name}"));
+    let handed = listed(path, HANDED_DOWN);
+    for name in listed(path, "cgroup.controllers").iter().filter(|name| !handed.contains(name)) {
+        let _ = fs::write(path.join(HANDED_DOWN), format!("+{name}"));
     }
+}
+
+/// Which of our controllers a file of a cgroup lists.
+fn listed(path: &Path, file: &str) -> Vec<&'static str> {
+    let text = fs::read_to_string(path.join(file)).unwrap_or_default();
+    CONTROLLERS.into_iter().filter(|name| text.split_whitespace().any(|word| word == *name)).collect()
 }
 
 /// A mounted cgroup2 file system.

@@ -3,18 +3,21 @@
 //! The zygote builds it once (a root directory with nothing in it, an empty network, open devices, the compiled filter);
 //! every machine's process then enters it: namespaces of its own, a user of its own, no capabilities, small limits, none
 //! but its own descriptors and, last, the system call filter. Everything a guest can influence is read after that.
-//! Callers: `zygote.rs` (building), `process.rs` (entering), tests.
+//! Callers: `zygote.rs` (building), `process.rs` (entering), the root crate's `doctor.rs`, tests.
 
 pub mod filter;
 
+use crate::channel::{Channel, ChannelError};
 use crate::kvm::{Hypervisor, KvmError, KvmKind};
-use crate::sys;
+use crate::process::describe;
+use crate::sys::{self, ForkError, Forked, Lifetime};
 use crate::uffd::{Uffd, UffdDevice, UffdError};
 use filter::{Filter, FilterError};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
-use rustix::process::{DumpableBehavior, Gid, Resource, Rlimit, Uid};
+use rustix::process::{DumpableBehavior, Gid, Resource, Rlimit, Uid, WaitId, WaitIdOptions};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
+use serde::{Deserialize, Serialize};
 use std::io;
 
 /// Namespaces that every machine has for itself, beside its pid namespace: 0.03 ms a machine together.
@@ -60,6 +63,37 @@ pub enum JailError {
     /// The filter.
     #[error(transparent)]
     Filter(#[from] FilterError),
+    /// The process that tried it out.
+    #[error(transparent)]
+    Fork(#[from] ForkError),
+    /// It did not answer.
+    #[error("the process that tried the jail out says nothing")]
+    Silent(#[from] ChannelError),
+    /// It failed there.
+    #[error("{error}")]
+    Elsewhere {
+        /// Why, with causes.
+        error: String,
+    },
+}
+
+/// Builds a jail in a process of its own, to see what this host lets this user have. Must be called before this process
+/// starts any thread.
+pub fn try_out() -> Result<Isolation, JailError> {
+    let (ours, theirs) = Channel::pair()?;
+    match sys::fork_process(Lifetime::BoundToParent)? {
+        Forked::Child => {
+            let built = Jail::build().map(|jail| jail.isolation());
+            let _ = theirs.send(&built.map_err(|error| describe(&error)), &[]);
+            sys::exit_now(0)
+        }
+        Forked::Parent(child) => {
+            drop(theirs);
+            let answer = ours.receive::<Result<Isolation, String>>();
+            let _ = rustix::process::waitid(WaitId::Pid(child), WaitIdOptions::EXITED);
+            answer?.0.map_err(|error| JailError::Elsewhere { error })
+        }
+    }
 }
 
 fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError {
@@ -67,7 +101,8 @@ fn step<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError {
 }
 
 /// What of the jail this host lets this user have. The filter, the limits and the lack of privileges are always there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Isolation {
     /// Own namespaces and a user of its own, by the capabilities of whoever runs forkd.
     Privileged,
@@ -127,6 +162,7 @@ impl Jail {
         let uffd = UffdDevice::open();
         // Where the kernel's clock lies in memory is looked up once, in a way that the filter forbids.
         let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        sys::limit_heaps();
         let zygote = sys::own_pidfd().map_err(step("opening the zygote's process"))?;
         rustix::thread::set_no_new_privs(true).map_err(step("forswearing privileges"))?;
         let isolation = leave_namespaces()?;

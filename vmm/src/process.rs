@@ -187,7 +187,7 @@ impl MachineRun {
         let vsock = UnixListener::from(next()?);
         let images: Vec<OwnedFd> = fds.collect();
         let Opened { hypervisor, uffd } = opened;
-        let mappings = map_images(&spec, &images, uffd.as_ref())?;
+        let mappings = map_images(&spec, images, uffd.as_ref())?;
         if let Some(uffd) = &uffd {
             let bases = mappings.iter().map(Mapping::address).collect();
             channel.send(&Report::Attached { bases }, &[uffd.as_fd()])?;
@@ -201,6 +201,8 @@ impl MachineRun {
             Start::Restore { .. } => {
                 let mut bytes = Vec::new();
                 read_shared(&start, &mut bytes).map_err(RunError::ReadState)?;
+                // Closed before it is understood, for the reason that images are.
+                drop(start);
                 let state = MachineState::decode(&bytes)?;
                 if state.layout != spec.layout {
                     return Err(RunError::Layout);
@@ -249,7 +251,12 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-fn map_images(spec: &MachineSpec, files: &[OwnedFd], uffd: Option<&Uffd>) -> Result<Vec<Mapping>, RunError> {
+/// Maps a machine's images and closes them: its siblings have the same, and it must not be able to write to them.
+fn map_images(
+    spec: &MachineSpec,
+    files: Vec<OwnedFd>,
+    uffd: Option<&Uffd>,
+) -> Result<Vec<Mapping>, RunError> {
     let wanted: Vec<_> = ImageId::ALL.into_iter().filter(|id| spec.layout.image_bytes(*id) > 0).collect();
     if files.len() != wanted.len() {
         return Err(RunError::Files);
@@ -259,7 +266,7 @@ fn map_images(spec: &MachineSpec, files: &[OwnedFd], uffd: Option<&Uffd>) -> Res
         Start::Restore { zero_runs, .. } => (Sharing::Private, &zero_runs[..]),
     };
     let mut mappings = Vec::new();
-    for (position, (id, file)) in wanted.into_iter().zip(files).enumerate() {
+    for (position, (id, file)) in wanted.into_iter().zip(&files).enumerate() {
         // No machine writes to a root disk, and its file may be one that must not change.
         let sharing = if id == ImageId::RootDisk { Sharing::Private } else { sharing };
         let mapping = Mapping::of_file(file, spec.layout.image_bytes(id), sharing)?;

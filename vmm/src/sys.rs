@@ -181,6 +181,14 @@ pub fn leave_keyring() -> io::Result<()> {
     if joined >= 0 || error.raw_os_error() == Some(libc::ENOSYS) { Ok(()) } else { Err(error) }
 }
 
+/// Keeps the allocator to a few heaps. It would otherwise read from /sys how many processors there are, as soon as a
+/// thread finds all heaps busy.
+pub fn limit_heaps() {
+    const HEAPS: libc::c_int = 4;
+    // SAFETY: mallopt(3) changes a setting of the allocator; there is one thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, HEAPS) };
+}
+
 /// Closes every descriptor but `kept` and the three standard ones.
 ///
 /// Values that own one of the others must not be used or dropped afterwards: for processes that were just forked and
