@@ -165,11 +165,12 @@ impl Jail {
         sys::limit_heaps();
         let zygote = sys::own_pidfd().map_err(step("opening the zygote's process"))?;
         rustix::thread::set_no_new_privs(true).map_err(step("forswearing privileges"))?;
-        let isolation = leave_namespaces()?;
-        let users = match isolation {
-            Isolation::Privileged => users(),
-            Isolation::UserNamespace | Isolation::None => Users::Unchanged,
-        };
+        let held = rustix::thread::capabilities(None).map_err(step("reading capabilities"))?.effective;
+        let isolation = leave_namespaces(held)?;
+        // A user namespace of an ordinary user has one user in it.
+        let choose = isolation != Isolation::UserNamespace
+            && held.contains(CapabilitySet::SETUID | CapabilitySet::SETGID);
+        let users = if choose { users() } else { Users::Unchanged };
         if isolation != Isolation::None {
             rustix::system::sethostname(b"machine").map_err(step("hiding the host's name"))?;
             enter_empty_root()?;
@@ -199,33 +200,32 @@ impl Jail {
 
     /// Everything that [`Jail::enter`] does but the filter, which the caller installs.
     pub fn confine(self, cell: &Cell, files: &[BorrowedFd<'_>]) -> Result<(Opened, Filter), JailError> {
+        let Jail { isolation, users, zygote, hypervisor, uffd: device, filter } = self;
         // Without the device only a capability gives a userfaultfd, so it comes before they go.
-        let uffd = if cell.lazy { Some(Uffd::from_device(&self.uffd?)?) } else { None };
-        if self.isolation != Isolation::None {
+        let uffd = cell.lazy.then(|| Uffd::from_device(&device?)).transpose()?;
+        if isolation != Isolation::None {
             sys::unshare(PER_MACHINE).map_err(step("leaving namespaces"))?;
         }
         sys::leave_keyring().map_err(step("leaving the session keyring"))?;
-        limit_resources(cell, self.users)?;
-        become_nobody(cell, self.users)?;
-        sys::bind_to_parent(&self.zygote).map_err(step("binding it to its parent"))?;
+        limit_resources(cell, users)?;
+        become_nobody(cell, users)?;
+        sys::bind_to_parent(&zygote).map_err(step("binding it to its parent"))?;
+        drop(zygote);
         let mut kept = files.to_vec();
-        kept.push(self.hypervisor.as_fd());
+        kept.push(hypervisor.as_fd());
         kept.extend(uffd.as_ref().map(Uffd::as_fd));
         sys::close_all_but(&kept).map_err(step("closing descriptors"))?;
-        // It was closed with the others.
-        std::mem::forget(self.zygote);
-        let filter = match self.filter {
+        let filter = match filter {
             Some(filter) => filter,
             None => Filter::new(rustix::process::getpid().as_raw_nonzero().get() as u32)?,
         };
-        Ok((Opened { hypervisor: self.hypervisor, uffd }, filter))
+        Ok((Opened { hypervisor, uffd }, filter))
     }
 }
 
 /// Leaves the host's namespaces for those of the fork.
-fn leave_namespaces() -> Result<Isolation, JailError> {
+fn leave_namespaces(held: CapabilitySet) -> Result<Isolation, JailError> {
     let needed = CapabilitySet::SYS_ADMIN | CapabilitySet::SETUID | CapabilitySet::SETGID;
-    let held = rustix::thread::capabilities(None).map_err(step("reading capabilities"))?.effective;
     if held.contains(needed) && sys::unshare(PER_FORK).is_ok() {
         return Ok(Isolation::Privileged);
     }

@@ -25,6 +25,9 @@ pub enum ForkError {
         /// Threads of this process.
         threads: usize,
     },
+    /// The same, where they cannot be counted.
+    #[error("fork(2) needs a single-threaded process, but this one has more threads")]
+    Threaded,
     /// The kernel refused.
     #[error("fork(2) failed")]
     Os(#[source] io::Error),
@@ -119,7 +122,7 @@ struct CloneArguments {
 /// As [`fork_process`], into another namespace or cgroup. Needs Linux 5.7.
 pub fn fork_confined(place: Place<'_>) -> Result<Confined, ForkError> {
     if !is_single_threaded() {
-        return Err(ForkError::Threads { threads: 2 });
+        return Err(ForkError::Threaded);
     }
     let mut pidfd: libc::c_int = -1;
     let mut arguments = CloneArguments {
