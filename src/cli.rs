@@ -448,6 +448,12 @@ pub struct ForkArgs {
     #[arg(long, value_name = "MODE", default_value = "none",
           value_parser = PossibleValuesParser::new(NetworkMode::NAMES).try_map(|name| name.parse::<NetworkMode>()))]
     pub net: NetworkMode,
+    /// The most memory each copy may take of this host, MiB [default: its own RAM and 64 more]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub memory_limit_mib: Option<u64>,
+    /// The most processors each copy may use, e.g. 0.5 [default: no limit]
+    #[arg(long, value_name = "F", value_parser = units::parse_cpus)]
+    pub cpus: Option<f64>,
     /// Leave the copies running and return
     #[arg(long)]
     pub detach: bool,

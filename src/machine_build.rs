@@ -10,6 +10,7 @@ use forkd_fs::trace::{PageRun, RegionTrace, Trace, TraceError};
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::generation::{Generation, GenerationError};
 use forkd_guest::protocol::{Answer, Status, WARM_PARAMETER, WarmCommand, WorkerState};
+use forkd_vmm::cgroup::Limits;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
@@ -17,7 +18,8 @@ use forkd_vmm::memory::{ImageId, MemoryError, MemoryLayout, PMEM_ALIGN, create_i
 use forkd_vmm::pager::{
     ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, PagerError, SourceFailure,
 };
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, SpawnError, Start, Zygote};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start};
+use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use std::collections::BTreeMap;
@@ -301,7 +303,7 @@ pub fn build(
     let (command_line, vcpus) = (command_line(request)?, request.vcpus);
     let start = Start::Boot { command_line, vcpus, initrd: initrd.is_some() };
     let scratch_bytes = request.scratch.bytes();
-    let spec = MachineSpec { layout, kind, record, mac: None, start, scratch_bytes };
+    let spec = MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes };
     let images = images(&layout, &ram, &root_disk);
     let machine = Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), request)?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
@@ -500,6 +502,13 @@ fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), us
     Trace { regions: images.map(region).collect() }
 }
 
+/// Limits of one more machine of this process.
+fn limits(layout: &MemoryLayout) -> Limits {
+    static MACHINES: AtomicUsize = AtomicUsize::new(0);
+    let number = MACHINES.fetch_add(1, Ordering::Relaxed);
+    Limits::of(format!("build-{}-{number}", std::process::id()), layout)
+}
+
 /// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
 fn record_touches(
     zygote: &Zygote,
@@ -519,8 +528,7 @@ fn record_touches(
     let record = identity::fresh("trial", 1, None, environment)?;
     let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
     let scratch_bytes = request.scratch.bytes();
-    let kind = configuration.kvm_kind;
-    let spec = MachineSpec { layout, kind, record, mac: None, start, scratch_bytes };
+    let spec = MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes };
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();

@@ -5,22 +5,27 @@
 //!                        control.sock    answers Query with one line of JSON
 //!                        <child>.vsock   the child's vsock (CONNECT port)
 //!                        <child>.console its console
+//!                        cgroups         path of the directory with the children's cgroups, where they have any
 //! ```
 //! Callers: `supervisor.rs`, and the commands that look at running children.
 
 use crate::network::NetworkStatus;
 use crate::paths::{Paths, PathsError};
+use forkd_vmm::cgroup::{self, CgroupError};
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const LOCK: &str = "lock";
 const CONTROL: &str = "control.sock";
+const CGROUPS: &str = "cgroups";
 /// Longest query or answer, bytes.
 const MESSAGE_MAX: u64 = 4 << 20;
 /// How long a supervisor may take to answer.
@@ -110,6 +115,9 @@ pub enum RunDirError {
     /// forkd's directories.
     #[error(transparent)]
     Paths(#[from] PathsError),
+    /// The cgroups of its children.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
     /// A file in it.
     #[error("{operation} {} failed", path.display())]
     File {
@@ -202,6 +210,12 @@ impl RunDir {
     /// Where a child's console goes.
     pub fn console(&self, child: &str) -> PathBuf {
         self.path.join(format!("{child}.console"))
+    }
+
+    /// Notes where the children's cgroups are, for whoever cleans up after a killed fork.
+    pub fn note_cgroups(&self, parent: &Path) -> Result<(), RunDirError> {
+        let path = self.path.join(CGROUPS);
+        fs::write(&path, parent.as_os_str().as_bytes()).map_err(file_error("writing", &path))
     }
 
     /// The control socket.
@@ -320,6 +334,10 @@ impl ForkDir {
     pub fn remove_if_dead(&self) -> Result<bool, RunDirError> {
         if self.is_alive() {
             return Ok(false);
+        }
+        if let Ok(parent) = fs::read(self.path.join(CGROUPS)) {
+            let parent = Path::new(OsStr::from_bytes(&parent));
+            cgroup::remove_dead(parent, &self.id)?;
         }
         match fs::remove_dir_all(&self.path) {
             Ok(()) => Ok(true),

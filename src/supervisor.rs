@@ -10,13 +10,13 @@ use crate::sandbox::Sandbox;
 use crate::scratch::Scratch;
 use crate::snapshot::SnapshotError;
 use crate::variables::Variables;
+use forkd_vmm::cgroup::Limits;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
-use forkd_vmm::kvm::KvmKind;
+use forkd_vmm::memory::MemoryLayout;
 use forkd_vmm::pager::{ClientId, PagerError};
-use forkd_vmm::process::{
-    MachineFiles, MachineProcess, MachineSpec, Report, SpawnError, Zygote, monotonic_ns,
-};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, monotonic_ns};
+use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::BTreeMap;
@@ -70,6 +70,48 @@ pub enum ForkError {
     /// The children's identities.
     #[error(transparent)]
     Identity(#[from] IdentityError),
+    /// A limit was asked for that this host cannot set.
+    #[error(
+        "{option} cannot be kept: this host has no cgroup (version 2) with a {controller} limit to hand on"
+    )]
+    NoLimit {
+        /// What was asked for.
+        option: &'static str,
+        /// What is missing.
+        controller: &'static str,
+    },
+}
+
+/// What each child may take of the host, where that was asked for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Allowance {
+    /// Memory, MiB; otherwise what its guest was promised, and a little more.
+    pub memory_mib: Option<u64>,
+    /// Processors; otherwise as many as it can get.
+    pub cpus: Option<f64>,
+}
+
+impl Allowance {
+    /// Nobody is to believe in a limit that is not there.
+    fn check(&self, zygote: &Zygote) -> Result<(), ForkError> {
+        let controllers = zygote.cgroups().map_or(&[][..], |cgroups| &cgroups.controllers);
+        let asked = [
+            (self.memory_mib.is_some(), "--memory-limit-mib", "memory"),
+            (self.cpus.is_some(), "--cpus", "cpu"),
+        ];
+        for (asked, option, controller) in asked {
+            if asked && !controllers.contains(&controller) {
+                return Err(ForkError::NoLimit { option, controller });
+            }
+        }
+        Ok(())
+    }
+
+    fn limits(&self, id: &str, layout: &MemoryLayout) -> Limits {
+        let limits = Limits::of(id.to_owned(), layout);
+        let memory_bytes = self.memory_mib.map_or(limits.memory_bytes, |mib| mib << 20);
+        Limits { memory_bytes, cpus: self.cpus, ..limits }
+    }
 }
 
 /// When something happened, and how much of the pack was there.
@@ -133,6 +175,8 @@ pub struct Plan {
     pub variables: Variables,
     /// Their networks.
     pub network: NetworkMode,
+    /// What each may take of the host.
+    pub allowance: Allowance,
 }
 
 /// The children of one fork.
@@ -156,8 +200,12 @@ impl Supervisor {
         pack: String,
         plan: &Plan,
     ) -> Result<Arc<Supervisor>, ForkError> {
+        plan.allowance.check(zygote)?;
         let networks = Networks::new(plan.network)?;
         let run_dir = RunDir::create(paths)?;
+        if let Some(cgroups) = zygote.cgroups() {
+            run_dir.note_cgroups(&cgroups.path)?;
+        }
         let listener = run_dir.listen()?;
         let children = Mutex::default();
         let spawning = AtomicBool::new(true);
@@ -170,7 +218,7 @@ impl Supervisor {
         std::thread::spawn(move || control.serve_control(&listener));
         let spawned = (1..=u64::from(plan.count)).try_for_each(|number| {
             let network = networks.of_child(number)?;
-            supervisor.spawn(zygote, number, network, plan.variables.of_child(number))
+            supervisor.spawn(zygote, plan, number, network)
         });
         supervisor.spawning.store(false, Ordering::Release);
         if spawned.is_err() {
@@ -183,14 +231,15 @@ impl Supervisor {
     fn spawn(
         &self,
         zygote: &Zygote,
+        plan: &Plan,
         number: u64,
         network: Option<ChildNetwork>,
-        environment: BTreeMap<String, String>,
     ) -> Result<(), ForkError> {
         let id = format!("{}-{number}", self.run_dir.id());
         let identity = network.as_ref().map(|network| network.identity);
-        let record = identity::fresh(&id, number, identity, environment)?;
-        let (process, socket) = self.start_machine(zygote, &id, record, network.as_ref())?;
+        let record = identity::fresh(&id, number, identity, plan.variables.of_child(number))?;
+        let limits = plan.allowance.limits(&id, &self.sandbox.configuration().layout);
+        let (process, socket) = self.start_machine(zygote, &id, record, limits, network.as_ref())?;
         self.children().push(Child {
             id,
             pid: process.pid,
@@ -213,6 +262,7 @@ impl Supervisor {
         zygote: &Zygote,
         id: &str,
         record: Vec<u8>,
+        limits: Limits,
         network: Option<&ChildNetwork>,
     ) -> Result<(MachineProcess, PathBuf), ForkError> {
         let failed = |operation, path: &Path| {
@@ -228,7 +278,7 @@ impl Supervisor {
         let disk = scratch.create()?;
         let spec = MachineSpec {
             layout: configuration.layout,
-            kind: KvmKind::detect(),
+            limits,
             record,
             mac: network.map(|network| network.identity.mac),
             start: self.sandbox.start(),

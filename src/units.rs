@@ -69,6 +69,12 @@ pub fn parse_size(text: &str) -> Result<u64, UnitError> {
     scaled(text, number, factor)
 }
 
+/// Processors, from 0.01 to 1024.
+pub fn parse_cpus(text: &str) -> Result<f64, UnitError> {
+    let cpus: f64 = text.trim().parse().map_err(|_| UnitError::Number(text.to_owned()))?;
+    if (0.01..=1024.0).contains(&cpus) { Ok(cpus) } else { Err(UnitError::Range(text.to_owned())) }
+}
+
 /// Bytes per second: a size with an optional `/s`; never zero.
 pub fn parse_rate(text: &str) -> Result<u64, UnitError> {
     match parse_size(text.trim().strip_suffix("/s").unwrap_or(text))? {

@@ -17,7 +17,7 @@ use forkd_fs::format::PACK_VERSION;
 use forkd_fs::manifest::{self, Manifest, Requires};
 use forkd_guest::protocol::WarmCommand;
 use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
-use forkd_vmm::process::{SpawnError, Zygote};
+use forkd_vmm::zygote::{SpawnError, Zygote};
 use serde::Serialize;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};

@@ -7,6 +7,7 @@ use crate::output::Output;
 use crate::paths::Paths;
 use crate::run_dir::ForkDir;
 use crate::snapshot;
+use forkd_vmm::cgroup::Groups;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -17,6 +18,7 @@ struct Cleaned {
     forks: Vec<String>,
     mounts: Vec<PathBuf>,
     drafts: Vec<PathBuf>,
+    cgroups: usize,
 }
 
 /// Runs the command.
@@ -28,7 +30,10 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
             forks.push(fork.id);
         }
     }
+    // Those of forks whose directory is gone, and of builds, are known by their emptiness only.
+    let cgroups = Groups::find().ok().and_then(|groups| groups.remove_empty().ok()).unwrap_or(0);
     let cleaned = Cleaned {
+        cgroups,
         forks,
         mounts: mounts::clear_dead(&paths).map_err(MountCommandError::from)?,
         drafts: snapshot::remove_dead_drafts(&paths)?,
@@ -37,10 +42,11 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
         let count =
             |number: usize, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });
         format!(
-            "removed {}, {} and {}\n",
+            "removed {}, {}, {} and {}\n",
             count(cleaned.forks.len(), "dead fork"),
             count(cleaned.mounts.len(), "dead mount"),
-            count(cleaned.drafts.len(), "unfinished snapshot")
+            count(cleaned.drafts.len(), "unfinished snapshot"),
+            count(cleaned.cgroups, "empty cgroup")
         )
     });
     Ok(ExitCode::SUCCESS)

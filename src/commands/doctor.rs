@@ -5,6 +5,8 @@ use crate::output::{Output, table};
 use crate::paths::Paths;
 use crate::units::show_size;
 use crate::{kernel, recipe, tools};
+use forkd_vmm::cgroup::Groups;
+use forkd_vmm::jail::{self, Isolation};
 use forkd_vmm::kvm::{Hypervisor, KvmKind};
 use forkd_vmm::uffd::Uffd;
 use serde::Serialize;
@@ -51,7 +53,7 @@ impl Check {
 /// Runs the command; exits with 1 when a check fails.
 pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
-    let mut checks = vec![kvm(), userfaultfd(), fuse(), guest_kernel(&paths), agent()];
+    let mut checks = vec![kvm(), userfaultfd(), jail(), limits(), fuse(), guest_kernel(&paths), agent()];
     checks.extend(BUILD_TOOLS.map(|(program, package)| build_tool(program, package)));
     checks.push(space("data", &paths.data));
     checks.push(space("cache", &paths.cache));
@@ -93,6 +95,43 @@ fn userfaultfd() -> Check {
             chain(&error),
             "run as root or open /dev/userfaultfd to this user; without it only `forkd fork --eager` and --tag work",
         ),
+    }
+}
+
+fn jail() -> Check {
+    let name = "jail";
+    match jail::try_out() {
+        Ok(Isolation::Privileged) => {
+            Check::pass(name, "each child: own user, namespaces, system call filter")
+        }
+        Ok(Isolation::UserNamespace) => {
+            Check::pass(name, "each child: own namespaces and system call filter, in a user namespace")
+        }
+        Ok(Isolation::None) => Check::warn(
+            name,
+            "children have a system call filter and no namespaces",
+            "run as root, or allow user namespaces (sysctl user.max_user_namespaces, \
+             kernel.apparmor_restrict_unprivileged_userns)",
+        ),
+        Err(error) => Check::fail(name, chain(&error), "run as root on Linux 5.10 or later"),
+    }
+}
+
+fn limits() -> Check {
+    let name = "cgroup limits";
+    let mend = "children have no limits but their guest's size; boot with cgroup version 2 (on systemd: \
+                systemd.unified_cgroup_hierarchy=1), or run forkd by \
+                `systemd-run --user --scope -p Delegate=yes forkd ...`";
+    match Groups::find() {
+        Ok(groups) => {
+            let found = format!("{} below {}", groups.controllers().join(", "), groups.path().display());
+            if groups.controllers().len() == Groups::ALL {
+                Check::pass(name, found)
+            } else {
+                Check::warn(name, found, mend)
+            }
+        }
+        Err(error) => Check::warn(name, chain(&error), mend),
     }
 }
 

@@ -13,13 +13,16 @@ use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::source::{self, OpenedSource};
-use crate::supervisor::{ForkError, Moment, Plan, Supervisor, milliseconds_since, process_start_ns};
+use crate::supervisor::{
+    Allowance, ForkError, Moment, Plan, Supervisor, milliseconds_since, process_start_ns,
+};
 use crate::variables::{Variables, VariablesError};
 use forkd_fs::store::ReadError;
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::protocol::{Answer, ExecRequest, Exit};
 use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
-use forkd_vmm::process::{SpawnError, Zygote, monotonic_ns};
+use forkd_vmm::process::monotonic_ns;
+use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::process::{Resource, Rlimit};
 use std::path::Path;
 use std::process::ExitCode;
@@ -136,7 +139,8 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
             }
         });
     }
-    let plan = Plan { count: args.count, variables, network: args.net };
+    let allowance = Allowance { memory_mib: args.memory_limit_mib, cpus: args.cpus };
+    let plan = Plan { count: args.count, variables, network: args.net, allowance };
     let children = Supervisor::start(&paths, &zygote, Arc::clone(&sandbox), name.clone(), &plan)
         .map_err(ForkCommandError::from)?;
     let supervisor = supervisor.get_or_init(|| children);

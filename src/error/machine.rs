@@ -28,6 +28,9 @@ pub(super) fn fork(error: &ForkCommandError) -> Row {
         ForkCommandError::Sandbox { source, .. } => sandbox(source),
         ForkCommandError::Download { .. } => row.hint("run it again: what was fetched is kept"),
         ForkCommandError::Fork(ForkError::Pager(error)) => pager(error),
+        ForkCommandError::Fork(ForkError::NoLimit { .. }) => {
+            row.hint("`forkd doctor` says what is missing; without the option there is no limit")
+        }
         ForkCommandError::Fork(ForkError::Paths(error)) => super::describe_paths(error),
         ForkCommandError::Variables(_) => Row::usage("give the children their environment", ""),
         ForkCommandError::Fork(ForkError::Network(error)) => network(error),

@@ -8,6 +8,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 use vmm_sys_util::errno;
 use vmm_sys_util::fam::FamStruct;
@@ -96,6 +97,13 @@ pub(crate) fn ioctl(name: &'static str) -> impl Fn(errno::Error) -> KvmError {
 pub struct Hypervisor {
     kvm: Kvm,
     kind: KvmKind,
+}
+
+impl AsFd for Hypervisor {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: `self` keeps the descriptor open, and the borrow is bound to it.
+        unsafe { BorrowedFd::borrow_raw(self.kvm.as_raw_fd()) }
+    }
 }
 
 impl Hypervisor {

@@ -8,9 +8,11 @@
 pub mod acpi;
 pub mod arch;
 pub mod boot;
+pub mod cgroup;
 pub mod channel;
 pub mod cpuid;
 pub mod devices;
+pub mod jail;
 #[allow(unsafe_code)]
 pub mod kvm;
 pub mod machine;
@@ -26,3 +28,4 @@ pub mod sys;
 pub mod uffd;
 pub mod vcpu;
 mod vcpu_loop;
+pub mod zygote;

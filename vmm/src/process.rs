@@ -1,22 +1,21 @@
-//! Machines as processes: a zygote, forked while forkd has no threads yet, forks one process a machine. Everything a
-//! machine needs comes as file descriptors; its process opens /dev/kvm and /dev/userfaultfd and no other path.
-//! Callers: the root crate's `supervisor.rs` and `machine_build.rs`.
+//! A machine's process, from both sides: what its owner tells it and hears from it, and what it does. Everything a machine
+//! needs comes as file descriptors; its process opens no path.
+//! Callers: `zygote.rs`, which forks it; the root crate's `supervisor.rs` and `machine_build.rs`.
 
 use crate::boot::BootFiles;
+use crate::cgroup::Limits;
 use crate::channel::{Channel, ChannelError};
 use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
 use crate::devices::virtio::block::ScratchDisk;
 use crate::devices::virtio::net::Link;
-use crate::kvm::{Hypervisor, KvmKind};
+use crate::jail::{Cell, Jail, JailError, Opened};
 use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
 use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
-use crate::sys::{self, ForkError, Forked, Lifetime};
+use crate::sys;
 use crate::uffd::{Uffd, UffdError};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, PidfdFlags, Resource, Rlimit};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Write};
@@ -50,8 +49,8 @@ pub enum Start {
 pub struct MachineSpec {
     /// Sizes of its memory.
     pub layout: MemoryLayout,
-    /// Kind of this host's KVM.
-    pub kind: KvmKind,
+    /// What it may take of the host.
+    pub limits: Limits,
     /// What the guest reads at its doorbell.
     pub record: Vec<u8>,
     /// The Ethernet address of its end of the tap that comes with it; none, and it has no link.
@@ -116,23 +115,6 @@ pub enum Order {
     Resume,
 }
 
-/// A machine could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum SpawnError {
-    /// fork(2) of the zygote.
-    #[error("the process that starts machines could not be created")]
-    Fork(#[from] ForkError),
-    /// The zygote is gone or confused.
-    #[error("the process that starts machines does not answer")]
-    Channel(#[from] ChannelError),
-    /// The zygote could not fork.
-    #[error("a machine's process could not be created: {error}")]
-    Refused {
-        /// Why.
-        error: String,
-    },
-}
-
 /// A running machine's process, seen from its owner.
 #[derive(Debug)]
 pub struct MachineProcess {
@@ -141,54 +123,7 @@ pub struct MachineProcess {
     /// Its reports, and the way for orders.
     pub channel: Channel,
     /// The process itself: its id may be another's by the time that it is to be killed.
-    pidfd: OwnedFd,
-}
-
-/// The process that forks machines.
-#[derive(Debug)]
-pub struct Zygote {
-    channel: Channel,
-}
-
-#[derive(Serialize, Deserialize)]
-enum Spawned {
-    Pid(i32),
-    Failed(String),
-}
-
-impl Zygote {
-    /// Forks the zygote. Must be called before this process starts any thread; the zygote and all machines end with it.
-    pub fn start() -> Result<Zygote, SpawnError> {
-        let (ours, theirs) = Channel::pair()?;
-        match sys::fork_process(Lifetime::BoundToParent)? {
-            Forked::Parent(_) => Ok(Zygote { channel: ours }),
-            Forked::Child => {
-                drop(ours);
-                serve_spawns(theirs);
-                sys::exit_now(0)
-            }
-        }
-    }
-
-    /// Starts a machine.
-    pub fn spawn(&self, spec: &MachineSpec, files: &MachineFiles<'_>) -> Result<MachineProcess, SpawnError> {
-        let (ours, theirs) = Channel::pair()?;
-        let mut fds = vec![theirs.as_fd(), files.start, files.console, files.vsock];
-        fds.extend(&files.initrd);
-        fds.extend(files.tap);
-        fds.extend(&files.images);
-        fds.extend(files.scratch);
-        self.channel.send(spec, &fds)?;
-        match self.channel.receive()?.0 {
-            Spawned::Pid(pid) => {
-                let gone = || SpawnError::Refused { error: "it ended at once".to_owned() };
-                let known = Pid::from_raw(pid).ok_or_else(gone)?;
-                let pidfd = rustix::process::pidfd_open(known, PidfdFlags::empty()).map_err(|_| gone())?;
-                Ok(MachineProcess { pid, channel: ours, pidfd })
-            }
-            Spawned::Failed(error) => Err(SpawnError::Refused { error }),
-        }
-    }
+    pub(crate) pidfd: OwnedFd,
 }
 
 impl MachineProcess {
@@ -199,46 +134,22 @@ impl MachineProcess {
     }
 }
 
-fn serve_spawns(channel: Channel) {
-    sys::ignore_child_signals();
-    // Whoever reads forkd's output waits until nobody can write to it any more; machines outlive that moment.
-    if let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()) {
-        let _ = rustix::stdio::dup2_stdin(&null);
-        let _ = rustix::stdio::dup2_stdout(&null);
-        let _ = rustix::stdio::dup2_stderr(&null);
-    }
-    // Ctrl-C reaches the whole terminal group; the owner decides when machines end.
-    let _ = rustix::process::setsid();
-    while let Ok((spec, fds)) = channel.receive::<MachineSpec>() {
-        let answer = match sys::fork_process(Lifetime::BoundToParent) {
-            Ok(Forked::Parent(pid)) => Spawned::Pid(pid.as_raw_nonzero().get()),
-            Ok(Forked::Child) => {
-                // A machine must not be able to ask for machines, or to take its siblings' descriptors.
-                drop(channel);
-                run_machine(spec, fds)
-            }
-            Err(error) => Spawned::Failed(describe(&error)),
-        };
-        if channel.send(&answer, &[]).is_err() {
-            return;
-        }
-    }
-}
-
-fn describe(error: &dyn std::error::Error) -> String {
+/// An error with its causes.
+pub(crate) fn describe(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
-fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>) -> ! {
-    // A core dump of a machine would hold the guest's memory.
-    let _ = rustix::process::setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) });
-    let _ = rustix::thread::set_no_new_privs(true);
+/// What a machine's process does, from its birth to its end. Nothing that a guest or a pack has a say in comes before
+/// it is in its jail.
+pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, cell: &Cell) -> ! {
+    let opened = jail.enter(cell, &fds.iter().map(AsFd::as_fd).collect::<Vec<_>>());
     let mut fds = fds.into_iter();
     let Some(channel) = fds.next().map(Channel::from_fd) else { sys::exit_now(1) };
     // Lives until the process ends, which no destructor survives: the vsock thread uses guest memory to the last, and
     // closing a VM takes tens of milliseconds.
-    let mut machine = MachineRun::new(spec, fds, &channel);
+    let mut machine =
+        opened.map_err(RunError::from).and_then(|opened| MachineRun::new(spec, opened, fds, &channel));
     let failure = machine.as_mut().map_or(None, |machine| machine.run(&channel).err());
     let (report, code) = match failure.as_ref().or(machine.as_ref().err()) {
         None => (Report::Ended, 0),
@@ -250,6 +161,8 @@ fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>) -> ! {
 
 #[derive(Debug, thiserror::Error)]
 enum RunError {
+    #[error(transparent)]
+    Jail(#[from] JailError),
     #[error("the message that started this machine lacks a file")]
     Files,
     #[error(transparent)]
@@ -282,6 +195,7 @@ struct MachineRun {
 impl MachineRun {
     fn new(
         spec: MachineSpec,
+        opened: Opened,
         mut fds: impl Iterator<Item = OwnedFd>,
         channel: &Channel,
     ) -> Result<MachineRun, RunError> {
@@ -296,13 +210,13 @@ impl MachineRun {
         let link = spec.mac.map(|mac| next().map(|tap| Link { tap, mac })).transpose()?;
         let mut images: Vec<OwnedFd> = fds.collect();
         let scratch = scratch_disk(&spec, &mut images)?;
-        let (mappings, uffd) = map_images(&spec, &images)?;
+        let Opened { hypervisor, uffd } = opened;
+        let mappings = map_images(&spec, images, uffd.as_ref())?;
         if let Some(uffd) = &uffd {
             let bases = mappings.iter().map(Mapping::address).collect();
             channel.send(&Report::Attached { bases }, &[uffd.as_fd()])?;
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
-        let hypervisor = Hypervisor::open(spec.kind).map_err(MachineError::Kvm)?;
         let peripherals = Peripherals { console: Some(console), record: spec.record, scratch, link };
         let machine = match &spec.start {
             Start::Boot { command_line, vcpus, .. } => {
@@ -313,6 +227,8 @@ impl MachineRun {
             Start::Restore { .. } => {
                 let mut bytes = Vec::new();
                 read_shared(&start, &mut bytes).map_err(RunError::ReadState)?;
+                // Closed before it is understood, for the reason that images are.
+                drop(start);
                 let state = MachineState::decode(&bytes)?;
                 if state.layout != spec.layout {
                     return Err(RunError::Layout);
@@ -376,22 +292,26 @@ fn scratch_disk(spec: &MachineSpec, fds: &mut Vec<OwnedFd>) -> Result<Option<Scr
     Ok(Some(ScratchDisk { file, bytes }))
 }
 
-fn map_images(spec: &MachineSpec, files: &[OwnedFd]) -> Result<(Vec<Mapping>, Option<Uffd>), RunError> {
+/// Maps a machine's images and closes them: its siblings have the same, and it must not be able to write to them.
+fn map_images(
+    spec: &MachineSpec,
+    files: Vec<OwnedFd>,
+    uffd: Option<&Uffd>,
+) -> Result<Vec<Mapping>, RunError> {
     let wanted: Vec<_> = ImageId::ALL.into_iter().filter(|id| spec.layout.image_bytes(*id) > 0).collect();
     if files.len() != wanted.len() {
         return Err(RunError::Files);
     }
-    let (sharing, lazy, zero_runs) = match &spec.start {
-        Start::Boot { .. } => (Sharing::Shared, false, &[][..]),
-        Start::Restore { lazy, zero_runs } => (Sharing::Private, *lazy, &zero_runs[..]),
+    let (sharing, zero_runs) = match &spec.start {
+        Start::Boot { .. } => (Sharing::Shared, &[][..]),
+        Start::Restore { zero_runs, .. } => (Sharing::Private, &zero_runs[..]),
     };
-    let uffd = lazy.then(Uffd::new).transpose()?;
     let mut mappings = Vec::new();
-    for (position, (id, file)) in wanted.into_iter().zip(files).enumerate() {
+    for (position, (id, file)) in wanted.into_iter().zip(&files).enumerate() {
         // No machine writes to a root disk, and its file may be one that must not change.
         let sharing = if id == ImageId::RootDisk { Sharing::Private } else { sharing };
         let mapping = Mapping::of_file(file, spec.layout.image_bytes(id), sharing)?;
-        if let Some(uffd) = &uffd {
+        if let Some(uffd) = uffd {
             uffd.register(&mapping)?;
         }
         let runs: Vec<_> =
@@ -399,5 +319,5 @@ fn map_images(spec: &MachineSpec, files: &[OwnedFd]) -> Result<(Vec<Mapping>, Op
         mapping.overlay_zero(&runs)?;
         mappings.push(mapping);
     }
-    Ok((mappings, uffd))
+    Ok(mappings)
 }

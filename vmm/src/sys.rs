@@ -1,11 +1,12 @@
-//! The few process primitives that safe crates do not offer. Callers: `process.rs` and the root crate's
+//! The few process primitives that safe crates do not offer. Callers: `zygote.rs`, `jail.rs` and the root crate's
 //! `--detach`, always before the first thread is started; `vcpu_loop.rs`; and of networks: the root crate's `network.rs`.
 
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal};
 use rustix::thread::UnshareFlags;
 use std::io;
+use std::os::fd::FromRawFd;
 
 /// Which side of [`fork_process`] the caller is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +26,9 @@ pub enum ForkError {
         /// Threads of this process.
         threads: usize,
     },
+    /// The same, where they cannot be counted.
+    #[error("fork(2) needs a single-threaded process, but this one has more threads")]
+    Threaded,
     /// The kernel refused.
     #[error("fork(2) failed")]
     Os(#[source] io::Error),
@@ -75,10 +79,163 @@ pub fn exit_now(code: i32) -> ! {
     unsafe { libc::_exit(code) }
 }
 
-/// Leaves SIGCHLD ignored, so the kernel reaps this process's children by itself.
-pub fn ignore_child_signals() {
-    // SAFETY: SIG_IGN installs no handler code; signal(2) with valid constants has no other preconditions.
-    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+/// Where [`fork_confined`] puts the new process.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Place<'a> {
+    /// As the first process of a new pid namespace.
+    pub pid_namespace: bool,
+    /// In this cgroup (v2), from its first instruction on. Moving a process later costs up to 8 ms: the kernel then
+    /// waits for all processors.
+    pub cgroup: Option<BorrowedFd<'a>>,
+}
+
+/// Which side of [`fork_confined`] the caller is on.
+#[derive(Debug)]
+pub enum Confined {
+    /// The original process.
+    Parent {
+        /// The new process's id in this process's namespace.
+        pid: Pid,
+        /// The new process itself.
+        pidfd: OwnedFd,
+    },
+    /// The new process. It is not bound to its parent yet: that survives no change of user.
+    Child,
+}
+
+/// Arguments of clone3(2) (`struct clone_args` of linux/sched.h, second revision).
+#[repr(C)]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+/// As [`fork_process`], into another namespace or cgroup. Needs Linux 5.7.
+pub fn fork_confined(place: Place<'_>) -> Result<Confined, ForkError> {
+    if !is_single_threaded() {
+        return Err(ForkError::Threaded);
+    }
+    let mut pidfd: libc::c_int = -1;
+    let mut arguments = CloneArguments {
+        flags: libc::CLONE_PIDFD as u64,
+        pidfd: &raw mut pidfd as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        ..CloneArguments::default()
+    };
+    if place.pid_namespace {
+        arguments.flags |= libc::CLONE_NEWPID as u64;
+    }
+    if let Some(cgroup) = place.cgroup {
+        arguments.flags |= CLONE_INTO_CGROUP;
+        arguments.cgroup = cgroup.as_raw_fd() as u64;
+    }
+    // SAFETY: the arguments have the layout and size that the kernel expects and outlive the call; neither CLONE_VM nor
+    // a stack is asked for, so this is fork(2). That is sound in a single-threaded process, which was checked above.
+    // What glibc's own fork would do beyond that concerns other threads only.
+    let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>()) };
+    match result {
+        0 => Ok(Confined::Child),
+        -1 => Err(ForkError::Os(io::Error::last_os_error())),
+        pid => {
+            // SAFETY: the kernel has just stored a new descriptor there, which nobody else owns.
+            let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+            match Pid::from_raw(pid as i32) {
+                Some(pid) => Ok(Confined::Parent { pid, pidfd }),
+                None => Err(ForkError::Os(io::Error::other("clone3(2) returned an impossible process id"))),
+            }
+        }
+    }
+}
+
+/// CLONE_INTO_CGROUP of linux/sched.h.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Asked of the kernel in a way that needs no /proc: unshare(2) of CLONE_THREAD does nothing in a process of one thread
+/// and is refused in others.
+fn is_single_threaded() -> bool {
+    // SAFETY: with this flag unshare(2) changes nothing.
+    unsafe { libc::unshare(libc::CLONE_THREAD) == 0 }
+}
+
+/// Leaves namespaces for new ones; with a user namespace, this process has every capability in it.
+pub fn unshare(namespaces: UnshareFlags) -> io::Result<()> {
+    assert!(!namespaces.contains(UnshareFlags::FILES), "descriptors are no namespace");
+    // SAFETY: unsound for the table of descriptors only, which was just excluded.
+    Ok(unsafe { rustix::thread::unshare_unsafe(namespaces) }?)
+}
+
+/// Gives this process a session keyring of its own, without a name and empty: that of whoever started forkd may hold
+/// secrets. Kernels without keyrings have nothing to hide.
+pub fn leave_keyring() -> io::Result<()> {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
+    // SAFETY: with a null name the call reads no memory of ours.
+    let joined =
+        unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<u8>()) };
+    let error = io::Error::last_os_error();
+    if joined >= 0 || error.raw_os_error() == Some(libc::ENOSYS) { Ok(()) } else { Err(error) }
+}
+
+/// Keeps the allocator to a few heaps. It would otherwise read from /sys how many processors there are, as soon as a
+/// thread finds all heaps busy.
+pub fn limit_heaps() {
+    const HEAPS: libc::c_int = 4;
+    // SAFETY: mallopt(3) changes a setting of the allocator; there is one thread.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, HEAPS) };
+}
+
+/// Closes every descriptor but `kept` and the three standard ones.
+///
+/// Values that own one of the others must not be used or dropped afterwards: for processes that were just forked and
+/// leave by [`exit_now`].
+pub fn close_all_but(kept: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut kept: Vec<_> = kept.iter().map(|fd| fd.as_raw_fd() as u32).chain([0, 1, 2]).collect();
+    kept.sort_unstable();
+    let ends = kept.iter().skip(1).map(|fd| fd.saturating_sub(1)).chain([u32::MAX]);
+    for (first, last) in kept.iter().map(|fd| fd + 1).zip(ends) {
+        if first > last {
+            continue;
+        }
+        // SAFETY: close_range(2) touches no memory; that nobody uses the closed descriptors is the caller's promise
+        // above, and a use would fail with EBADF.
+        if unsafe { libc::close_range(first, last, 0) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// A descriptor of this process itself, by which its children can tell whether it lives.
+pub fn own_pidfd() -> io::Result<OwnedFd> {
+    let own = rustix::process::getpid();
+    Ok(rustix::process::pidfd_open(own, rustix::process::PidfdFlags::empty())?)
+}
+
+/// Has this process killed when `parent`, which forked it, dies.
+pub fn bind_to_parent(parent: impl AsFd) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have died before the signal was armed; its id says nothing across pid namespaces.
+    let mut polled = [rustix::event::PollFd::new(&parent, rustix::event::PollFlags::IN)];
+    let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+    match rustix::event::poll(&mut polled, Some(&now))? {
+        0 => Ok(()),
+        _ => exit_now(1),
+    }
+}
+
+/// Has endings of this process's children kept until they are asked for, whatever this process inherited.
+pub fn default_child_signals() {
+    // SAFETY: SIG_DFL installs no handler code; signal(2) with valid constants has no other preconditions.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
 }
 
 /// Moves the calling thread, and no other, into a network namespace of its own, where there is nothing yet.

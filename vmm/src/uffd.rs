@@ -1,11 +1,11 @@
-//! userfaultfd as outcomes instead of errnos. Callers: `pager.rs` (filling and waking) and `process.rs`
-//! (registering a child's mappings). Semantics: ioctl_userfaultfd(2).
+//! userfaultfd as outcomes instead of errnos. Callers: `pager.rs` (filling and waking), `process.rs`
+//! (registering a child's mappings), `jail.rs` (the device, while it can be opened). Semantics: ioctl_userfaultfd(2).
 
 use crate::memory::{Mapping, PAGE_BYTES};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::OFlags;
 use rustix::io::{Errno, ReadWriteFlags};
-use std::io::IoSliceMut;
+use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, RawFd};
 use std::os::raw::c_void;
 use std::time::Duration;
@@ -31,6 +31,9 @@ pub enum UffdError {
     /// No userfaultfd may be created here.
     #[error("userfaultfd is not available (needs root or access to /dev/userfaultfd)")]
     Unavailable(#[source] userfaultfd::Error),
+    /// The device, or the kernel behind it, said no.
+    #[error("userfaultfd is not available (needs root or access to /dev/userfaultfd)")]
+    Refused(#[source] io::Error),
     /// Pages could not be put into a range.
     #[error("filling {bytes} bytes at offset {offset:#x} of an image failed")]
     Fill {
@@ -54,6 +57,39 @@ pub enum UffdError {
     /// The descriptor cannot be read any more.
     #[error("reading faults failed")]
     Read(#[source] Errno),
+}
+
+/// USERFAULTFD_IOC_NEW, UFFDIO_API and UFFD_API of linux/userfaultfd.h.
+const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
+const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
+const UFFD_API: u64 = 0xaa;
+/// The device that makes userfaultfds for those who may open it.
+const DEVICE: &str = "/dev/userfaultfd";
+
+/// `struct uffdio_api` of linux/userfaultfd.h.
+#[repr(C)]
+struct Handshake {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+/// An open /dev/userfaultfd, for processes that cannot reach it.
+#[derive(Debug)]
+pub struct UffdDevice {
+    /// `None` where the kernel has no such device (before Linux 6.1): there the system call is the only way.
+    file: Option<OwnedFd>,
+}
+
+impl UffdDevice {
+    /// Opens the device.
+    pub fn open() -> Result<UffdDevice, UffdError> {
+        match rustix::fs::open(DEVICE, OFlags::RDWR | OFlags::CLOEXEC, rustix::fs::Mode::empty()) {
+            Ok(file) => Ok(UffdDevice { file: Some(file) }),
+            Err(Errno::NOENT) => Ok(UffdDevice { file: None }),
+            Err(errno) => Err(UffdError::Refused(errno.into())),
+        }
+    }
 }
 
 /// What a userfaultfd told.
@@ -95,6 +131,25 @@ impl Uffd {
             .user_mode_only(false)
             .create()
             .map_err(UffdError::Unavailable)?;
+        Ok(Uffd { inner })
+    }
+
+    /// As [`Uffd::new`], from a device that was opened before: this process need not reach its path.
+    pub fn from_device(device: &UffdDevice) -> Result<Uffd, UffdError> {
+        let Some(device) = &device.file else { return Uffd::new() };
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        // SAFETY: USERFAULTFD_IOC_NEW takes its flags by value and reads no memory.
+        let raw = unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) };
+        if raw < 0 {
+            return Err(UffdError::Refused(io::Error::last_os_error()));
+        }
+        // SAFETY: the kernel has just made this descriptor, and nobody else owns it.
+        let inner = unsafe { userfaultfd::Uffd::from_raw_fd(raw) };
+        let mut api = Handshake { api: UFFD_API, features: 0, ioctls: 0 };
+        // SAFETY: UFFDIO_API reads and writes this struct, which has the kernel's layout, and nothing else.
+        if unsafe { libc::ioctl(raw, UFFDIO_API, &raw mut api) } < 0 {
+            return Err(UffdError::Refused(io::Error::last_os_error()));
+        }
         Ok(Uffd { inner })
     }
 

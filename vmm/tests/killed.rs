@@ -5,12 +5,13 @@ mod common;
 
 use bytes::Bytes;
 use common::{hashing_machine, layout, noise, printed, wrong_pages};
+use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
-use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, create_image};
 use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, Zygote};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start};
 use forkd_vmm::snapshot::MachineState;
+use forkd_vmm::zygote::Zygote;
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;
 use std::os::unix::net::UnixListener;
@@ -156,7 +157,7 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
     let console = tempfile::tempfile().unwrap();
     let spec = MachineSpec {
         layout: layout(),
-        kind: KvmKind::detect(),
+        limits: Limits::of(format!("killed{}-{number}", std::process::id()), &layout()),
         record: Vec::new(),
         start: Start::Restore { lazy: true, zero_runs: Vec::new() },
         scratch_bytes: 0,
