@@ -19,7 +19,6 @@ use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, mono
 use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixListener;

@@ -144,6 +144,6 @@ pub(super) fn run_dir(error: &RunDirError) -> Row {
             Row::failed("find the child", "").hint("`forkd ps` lists those that run")
         }
         RunDirError::Dead { .. } => row.hint("`forkd cleanup` removes what it left"),
-        RunDirError::File { .. } | RunDirError::Malformed { .. } => row,
+        RunDirError::File { .. } | RunDirError::Malformed { .. } | RunDirError::Cgroup(_) => row,
     }
 }
