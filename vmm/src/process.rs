@@ -35,6 +35,8 @@ pub enum Start {
         vcpus: u8,
         /// An initramfs comes with the kernel.
         initrd: bool,
+        /// It has a second console.
+        second_console: bool,
     },
     /// From a snapshot. Its images are mapped privately.
     Restore {
@@ -303,7 +305,9 @@ impl MachineRun {
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
         let hypervisor = Hypervisor::open(spec.kind).map_err(MachineError::Kvm)?;
-        let peripherals = Peripherals { console: Some(console), record: spec.record, scratch, link };
+        let second_console = matches!(spec.start, Start::Boot { second_console: true, .. });
+        let (console, record) = (Some(console), spec.record);
+        let peripherals = Peripherals { console, record, scratch, link, second_console };
         let machine = match &spec.start {
             Start::Boot { command_line, vcpus, .. } => {
                 let shape = Shape { layout: spec.layout, vcpus: *vcpus };
