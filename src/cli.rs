@@ -207,6 +207,9 @@ pub struct SnapshotArgs {
     /// Size of each copy's empty scratch disk (/dev/vda) in MiB; 0 for none
     #[arg(long, value_name = "MIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=65_536))]
     pub scratch: u32,
+    /// Give the machine a second console, /dev/hvc0, with the serial port's output
+    #[arg(long)]
+    pub second_console: bool,
     /// The command to start before the snapshot; it prints {"ready":true} when warm
     #[arg(long, value_name = "CMD")]
     pub warm: Option<String>,

@@ -71,6 +71,8 @@ pub struct Request<'a> {
     pub probe: Option<&'a Probe>,
     /// Scratch disk.
     pub scratch: Scratch<'a>,
+    /// A second console, /dev/hvc0.
+    pub second_console: bool,
     /// Ends the build when set.
     pub interrupt: &'a Interrupt,
 }
@@ -301,7 +303,8 @@ pub fn build(
     let initrd = request.initrd.map(open).transpose()?;
     let record = Generation::original().encode()?;
     let (command_line, vcpus) = (command_line(request)?, request.vcpus);
-    let start = Start::Boot { command_line, vcpus, initrd: initrd.is_some() };
+    let (initrd_comes, second_console) = (initrd.is_some(), request.second_console);
+    let start = Start::Boot { command_line, vcpus, initrd: initrd_comes, second_console };
     let scratch_bytes = request.scratch.bytes();
     let spec = MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes };
     let images = images(&layout, &ram, &root_disk);

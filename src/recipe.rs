@@ -1,7 +1,8 @@
 //! Recipes: what a warmed machine is made of, read from `recipe.toml` and believed only after checking.
 //!
 //! ```text
-//! RECIPE/recipe.toml     name, [base] suite and packages, [[files]], memory_mib, vcpus, scratch_mib, [warm], [readiness], [probe]
+//! RECIPE/recipe.toml     name, [base] suite and packages, [[files]], memory_mib, vcpus, scratch_mib, second_console,
+//!                        [warm], [readiness], [probe]
 //! RECIPE/...             files the recipe puts into the machine
 //! ```
 //!
@@ -140,6 +141,9 @@ pub struct Recipe {
     /// Size of each copy's empty scratch disk in MiB; none unless given.
     #[serde(default)]
     pub scratch_mib: u32,
+    /// Machines have a second console, /dev/hvc0, cheaper to print to than the serial port.
+    #[serde(default)]
+    pub second_console: bool,
     /// The warm worker.
     #[serde(default)]
     pub warm: Option<Warm>,

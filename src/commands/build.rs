@@ -100,6 +100,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
         ready_timeout: recipe.ready_timeout(),
         probe: recipe.probe.as_ref(),
         scratch: Scratch { dir: &paths.cache, mib: recipe.scratch_mib },
+        second_console: recipe.second_console,
         interrupt: &interrupt,
     };
     let base_image = format!("debian:{}", recipe.base.suite);
@@ -130,6 +131,7 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
         ready_timeout: READY_TIMEOUT,
         probe: None,
         scratch: Scratch { dir: &paths.cache, mib: args.scratch },
+        second_console: args.second_console,
         interrupt: &interrupt,
     };
     let about = About { tag: &args.tag, description: "", base_image: "", kernel: &args.kernel };

@@ -34,6 +34,8 @@ pub enum Start {
         vcpus: u8,
         /// An initramfs comes with the kernel.
         initrd: bool,
+        /// It has a second console.
+        second_console: bool,
     },
     /// From a snapshot. Its images are mapped privately.
     Restore {
@@ -217,7 +219,9 @@ impl MachineRun {
             channel.send(&Report::Attached { bases }, &[uffd.as_fd()])?;
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
-        let peripherals = Peripherals { console: Some(console), record: spec.record, scratch, link };
+        let second_console = matches!(spec.start, Start::Boot { second_console: true, .. });
+        let (console, record) = (Some(console), spec.record);
+        let peripherals = Peripherals { console, record, scratch, link, second_console };
         let machine = match &spec.start {
             Start::Boot { command_line, vcpus, .. } => {
                 let shape = Shape { layout: spec.layout, vcpus: *vcpus };

@@ -65,15 +65,17 @@ pub struct Peripherals {
     pub scratch: Option<ScratchDisk>,
     /// What its network device is connected to.
     pub link: Option<Link>,
+    /// A new machine has a second console, which costs a part of its boot (docs/ARCHITECTURE.md has figures).
+    pub second_console: bool,
 }
 
 /// The devices that a machine of this layout boots with.
 pub fn default_devices(layout: &MemoryLayout, peripherals: &Peripherals) -> Vec<DeviceKind> {
     let disk = (layout.root_disk_bytes > 0).then_some(DeviceKind::Pmem);
     let scratch = peripherals.scratch.as_ref().map(|_| DeviceKind::Block);
-    let always =
-        [DeviceKind::Vsock, DeviceKind::Rng, DeviceKind::Balloon, DeviceKind::Console, DeviceKind::Net];
-    always.into_iter().chain(disk).chain(scratch).collect()
+    let console = peripherals.second_console.then_some(DeviceKind::Console);
+    let always = [DeviceKind::Vsock, DeviceKind::Rng, DeviceKind::Balloon, DeviceKind::Net];
+    always.into_iter().chain(disk).chain(scratch).chain(console).collect()
 }
 
 /// A device and where it is reached.
@@ -129,7 +131,7 @@ impl Bus {
         kinds: &[DeviceKind],
         serial: Option<&SerialSnapshot>,
     ) -> Result<Bus, BusError> {
-        let Peripherals { console, record, scratch, link } = peripherals;
+        let Peripherals { console, record, scratch, link, .. } = peripherals;
         let console = Console::new(console);
         let gives_back = serial.is_none().then(|| memory.clone());
         let mut parts = Parts { console: console.clone(), scratch, link, gives_back };

@@ -185,7 +185,8 @@ pub fn peripherals(record: Vec<u8>) -> (Peripherals, File) {
     scratch.set_len(1 << 20).unwrap();
     let scratch = Some(ScratchDisk { file: scratch, bytes: 1 << 20 });
     let console_file = Some(console.try_clone().unwrap());
-    let peripherals = Peripherals { console: console_file, record, scratch, link: None };
+    let peripherals =
+        Peripherals { console: console_file, record, scratch, link: None, second_console: true };
     (peripherals, console)
 }
 
