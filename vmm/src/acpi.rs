@@ -10,6 +10,7 @@
 
 use crate::arch;
 use crate::devices::virtio::DeviceKind;
+use crate::sys;
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
     Scope,
@@ -20,8 +21,7 @@ use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
 use acpi_tables::{Aml, AmlSink};
-use rustix::io::Errno;
-use rustix::rand::{GetRandomFlags, getrandom};
+use std::io;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 const OEM: [u8; 6] = *b"FORKD ";
@@ -46,7 +46,7 @@ pub enum AcpiError {
     },
     /// No random bytes.
     #[error("no random bytes for the generation ID")]
-    Random(#[source] Errno),
+    Random(#[source] io::Error),
 }
 
 struct Bytecode(Vec<u8>);
@@ -101,9 +101,7 @@ pub fn write_tables(
 
 /// Gives the machine a generation of its own: before its first instruction, and again in every copy.
 pub fn write_generation(ram: &GuestMemoryMmap) -> Result<(), AcpiError> {
-    let mut id = [0; 16];
-    // Sixteen bytes are never cut short by a signal (getrandom(2)).
-    getrandom(&mut id[..], GetRandomFlags::empty()).map_err(AcpiError::Random)?;
+    let id: [u8; 16] = sys::random_bytes().map_err(AcpiError::Random)?;
     Ok(ram.write_slice(&id, GuestAddress(arch::GENERATION_PAGE))?)
 }
 

@@ -5,10 +5,11 @@ use crate::arch;
 use crate::kvm::KvmKind;
 use crate::memory::MemoryLayout;
 use crate::pvm;
+use crate::sys;
 use linux_loader::configurator::{BootConfigurator, BootParams, linux::LinuxBootConfigurator};
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 pub mod image;
@@ -54,7 +55,7 @@ pub enum BootError {
     #[error("the zero page could not be written")]
     ZeroPage(#[source] linux_loader::configurator::Error),
     /// No random bytes.
-    #[error("/dev/urandom could not be read")]
+    #[error("there are no random bytes to be had")]
     Entropy(#[source] io::Error),
 }
 
@@ -118,8 +119,7 @@ pub fn load(
 
 /// Entropy from the first moment: without it a guest whose CPU random instructions are masked waits for seconds.
 fn write_seed(ram: &GuestMemoryMmap) -> Result<(), BootError> {
-    let mut seed = [0; SEED_BYTES];
-    File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut seed)).map_err(BootError::Entropy)?;
+    let seed: [u8; SEED_BYTES] = sys::random_bytes().map_err(BootError::Entropy)?;
     // struct setup_data: next (u64), type (u32), len (u32), data.
     ram.write_obj(0_u64, GuestAddress(arch::SETUP_DATA))?;
     ram.write_obj(SETUP_RNG_SEED, GuestAddress(arch::SETUP_DATA + 8))?;

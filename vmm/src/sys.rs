@@ -264,6 +264,14 @@ pub fn create_tap(name: &str) -> io::Result<OwnedFd> {
     }
 }
 
+/// Random bytes of the kernel's. As few as callers ask for are never cut short by a signal (getrandom(2)).
+pub fn random_bytes<const N: usize>() -> io::Result<[u8; N]> {
+    const { assert!(N <= 256) };
+    let mut bytes = [0; N];
+    rustix::rand::getrandom(&mut bytes[..], rustix::rand::GetRandomFlags::empty())?;
+    Ok(bytes)
+}
+
 /// Signal that takes a vCPU's thread out of the guest: a real-time signal, which nothing else here uses.
 fn kick_signal() -> i32 {
     libc::SIGRTMIN()
