@@ -156,7 +156,10 @@ fn attack_beside<D: VirtioDevice>(
                 let address = 0x1000 + (at / 16) * 0x1000 + (at % 16) * 16;
                 ram.write_slice(bytes, GuestAddress(address)).unwrap();
             }
-            Act::Packet(at, bytes) => ram.write_slice(bytes, GuestAddress(*at)).unwrap(),
+            Act::Packet(at, bytes) => {
+                let room = bytes.len().min((RAM - at) as usize);
+                ram.write_slice(&bytes[..room], GuestAddress(*at)).unwrap();
+            }
             Act::Available(queue, index, ring) => {
                 let base = 0x1400 + queue * 0x1000;
                 ram.write_obj(*index, GuestAddress(base + 2)).unwrap();
