@@ -13,6 +13,9 @@ const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 const KVM_FEATURES: u32 = 0x4000_0001;
 /// KVM emulates this timer with its in-kernel APIC but does not list it.
 const TSC_DEADLINE: u32 = 1 << 24;
+/// The hypervisor's own leaves, from 0x4000_0000, can be read. KVM before Linux 6.14 leaves it to its callers to say so; a
+/// guest that is not told looks for no kvm-clock and measures its TSC with timers, which fails on a busy host.
+const HYPERVISOR: u32 = 1 << 31;
 /// Several logical processors in the package.
 const HYPER_THREADING: u32 = 1 << 28;
 /// Most of /proc/cpuinfo that is read, bytes: one processor takes two thousand.
@@ -27,7 +30,7 @@ pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
         match leaf.function {
             1 => {
                 leaf.ebx = leaf.ebx & 0xffff | id << 24 | vcpus << 16;
-                leaf.ecx |= TSC_DEADLINE;
+                leaf.ecx |= TSC_DEADLINE | HYPERVISOR;
                 leaf.edx = leaf.edx & !HYPER_THREADING | if vcpus > 1 { HYPER_THREADING } else { 0 };
             }
             4 => leaf.eax = leaf.eax & 0x3ff | (vcpus.next_power_of_two() - 1) << 26,
@@ -185,7 +188,8 @@ mod tests {
         let cpuid = for_vcpu(&supported, 2, 3);
         let shown = cpuid.as_slice();
         assert_eq!((shown[0].ebx >> 24, shown[0].ebx >> 16 & 0xff), (2, 3));
-        assert!(shown[0].edx & HYPER_THREADING != 0 && shown[0].ecx & TSC_DEADLINE != 0);
+        assert!(shown[0].edx & HYPER_THREADING != 0);
+        assert_eq!(shown[0].ecx & (TSC_DEADLINE | HYPERVISOR), TSC_DEADLINE | HYPERVISOR);
         assert_eq!((shown[1].eax, shown[1].ebx, shown[1].ecx, shown[1].edx), (0, 1, 0x100, 2));
         assert_eq!((shown[2].eax, shown[2].ebx, shown[2].ecx, shown[2].edx), (2, 3, 0x201, 2));
         assert_eq!((shown[3].ebx, shown[3].ecx), (0, 2));
