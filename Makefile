@@ -6,9 +6,10 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 TRIPLE := x86_64-unknown-linux-gnu
 FORKD := $(TARGET)/release/forkd
 PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse3 jq bsdextrautils \
-	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils git rsync attr python3
+	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils git rsync attr python3 \
+	qemu-system-x86 busybox-static cpio
 
-.PHONY: build deps machine quickstart test lint clean bench-mount fuzz soak
+.PHONY: build deps machine quickstart test lint clean bench-mount fuzz soak test-hwvirt
 
 ## forkd and, beside it, the guest's agent (static: it runs as the only program of a root disk)
 build:
@@ -33,6 +34,11 @@ quickstart: machine
 ## every test, the one on a real Linux guest among them
 test: machine
 	cargo nextest run --workspace --release --no-fail-fast
+
+## forkd on hardware virtualisation: kvm_amd of Debian's stock kernel on an emulated processor (tests/hwvirt/README.md)
+test-hwvirt: deps build
+	$(FORKD) kernel build
+	tests/hwvirt/run.sh $(FORKD) $(TARGET)/hwvirt
 
 ## sequential and random reads through the mount beside zstd -d, tar and ratarmount (which pip fetches)
 bench-mount: deps build
