@@ -4,6 +4,7 @@
 mod support;
 
 #[path = "soak/faulty.rs"]
+#[allow(dead_code, reason = "tests/linux_faults.rs uses the rest")]
 mod faulty;
 #[path = "soak/forks.rs"]
 mod forks;

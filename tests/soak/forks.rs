@@ -95,10 +95,12 @@ fn forks_one_after_the_other_are_right() {
     assert!(!bed.has_run_dirs(), "a run directory is left");
 }
 
-/// What a fork holds.
+/// What a fork holds. Connections to the hub and the threads of the runtime come and go by themselves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Held {
+    /// userfaultfds, pidfds and local sockets: what children cost.
     descriptors: usize,
+    all_descriptors: usize,
     threads: u64,
     /// Memory of its own, without the images.
     own_kib: u64,
@@ -111,8 +113,23 @@ impl Held {
             let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
             line.trim().trim_end_matches(" kB").parse().unwrap()
         };
-        let descriptors = fs::read_dir(format!("/proc/{process}/fd")).unwrap().count();
-        Held { descriptors, threads: number("Threads:"), own_kib: number("RssAnon:") }
+        let entries = fs::read_dir(format!("/proc/{process}/fd")).unwrap().flatten();
+        let links: Vec<_> = entries.filter_map(|entry| fs::read_link(entry.path()).ok()).collect();
+        let local = fs::read_to_string("/proc/net/unix").unwrap();
+        let local: BTreeSet<_> = local.lines().filter_map(|line| line.split_whitespace().nth(6)).collect();
+        let is_of_a_child = |link: &str| {
+            let inode = link.strip_prefix("socket:[").and_then(|rest| rest.strip_suffix(']'));
+            link.contains("userfaultfd")
+                || link.contains("pidfd")
+                || inode.is_some_and(|inode| local.contains(inode))
+        };
+        let of_children = links.iter().filter(|link| is_of_a_child(&link.to_string_lossy())).count();
+        Held {
+            descriptors: of_children,
+            all_descriptors: links.len(),
+            threads: number("Threads:"),
+            own_kib: number("RssAnon:"),
+        }
     }
 
     /// The same, once it does not change any more.
@@ -121,7 +138,7 @@ impl Held {
         wait_until(Duration::from_secs(10), || {
             std::thread::sleep(Duration::from_millis(300));
             let before = std::mem::replace(&mut held, Held::by(process));
-            (before.descriptors, before.threads) == (held.descriptors, held.threads)
+            before.descriptors == held.descriptors
         });
         held
     }
