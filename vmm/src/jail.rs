@@ -14,6 +14,7 @@ use crate::sys::{self, ForkError, Forked, Lifetime};
 use crate::uffd::{Uffd, UffdDevice, UffdError};
 use filter::{Filter, FilterError};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 use rustix::process::{DumpableBehavior, Gid, Resource, Rlimit, Uid, WaitId, WaitIdOptions};
 use rustix::thread::{CapabilitySet, CapabilitySets, UnshareFlags};
@@ -282,8 +283,17 @@ fn enter_empty_root() -> Result<(), JailError> {
     rustix::mount::mount(c"none", over, c"tmpfs", flags, c"size=4k,nr_inodes=1,mode=555")
         .map_err(step("mounting an empty root"))?;
     rustix::process::chdir(over).map_err(step("entering the empty root"))?;
-    rustix::process::pivot_root(c".", c".").map_err(step("changing the root"))?;
-    rustix::mount::unmount(c".", UnmountFlags::DETACH).map_err(step("detaching the host's files"))?;
+    match rustix::process::pivot_root(c".", c".") {
+        Ok(()) => {
+            rustix::mount::unmount(c".", UnmountFlags::DETACH).map_err(step("detaching the host's files"))?;
+        }
+        // The host runs from its initramfs, whose root cannot be left, only covered; nobody in here may look below.
+        Err(Errno::INVAL) => {
+            rustix::mount::mount_move(c".", c"/").map_err(step("covering the root"))?;
+            rustix::process::chroot(c".").map_err(step("changing the root"))?;
+        }
+        Err(errno) => return Err(step("changing the root")(errno)),
+    }
     rustix::process::chdir(c"/").map_err(step("entering the empty root"))
 }
 
