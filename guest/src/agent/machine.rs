@@ -29,6 +29,9 @@ const KERNEL_ENTROPY: usize = ENTROPY_LEN / 2;
 /// Before a snapshot, for the kernel's own work (closing connections, freeing memory) to come to rest, so that no copy
 /// starts with the remains of it.
 const SETTLE: Duration = Duration::from_millis(100);
+/// How far a copy's clock may be from its host's when it says that it is ready, and how often that is mended.
+const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
+const CLOCK_CORRECTIONS: u32 = 5;
 
 /// What the resumed work needs, opened beforehand: a path lookup costs milliseconds on kvm_pvm.
 pub struct Machine {
@@ -93,6 +96,7 @@ impl Machine {
             Ok(record) if record.generation != 0 => {
                 self.become_copy(&record, true);
                 become_copy(&hex(&record.entropy[KERNEL_ENTROPY..]), &record.environment);
+                correct_clock(&ports);
                 ports.ring(Command::Ready);
             }
             // The original, going on; or no doorbell, so no snapshot was taken either.
@@ -108,9 +112,7 @@ impl Machine {
     fn become_copy(&mut self, record: &Generation, credit: bool) {
         self.generation = record.generation;
         // First, as the time in the record grows old.
-        let seconds = i64::try_from(record.unix_time_ns / 1_000_000_000).unwrap_or(i64::MAX);
-        let time = Timespec { tv_sec: seconds, tv_nsec: (record.unix_time_ns % 1_000_000_000) as _ };
-        let clock = clock_settime(ClockId::Realtime, time).map_err(io::Error::from);
+        let clock = set_clock(record.unix_time_ns);
         let mut entropy = [0; KERNEL_ENTROPY];
         entropy.copy_from_slice(&record.entropy[..KERNEL_ENTROPY]);
         let entropy = sys::add_entropy(self.urandom.as_fd(), &entropy, credit);
@@ -126,11 +128,10 @@ impl Machine {
 
     /// Does the resumed work once with the present identity, so that every page it touches is mapped in the snapshot.
     fn rehearse(&mut self) -> io::Result<()> {
-        let now = clock_gettime(ClockId::Realtime);
         let uname = rustix::system::uname();
         let present = Generation {
             generation: self.generation,
-            unix_time_ns: now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned(),
+            unix_time_ns: clock_ns(),
             hostname: uname.nodename().to_string_lossy().into_owned(),
             ..Generation::original()
         };
@@ -164,6 +165,27 @@ impl Machine {
             self.machine_id.write_all_at(line.as_bytes(), 0)?;
         }
         Ok(())
+    }
+}
+
+fn set_clock(unix_time_ns: u64) -> io::Result<()> {
+    let tv_sec = i64::try_from(unix_time_ns / 1_000_000_000).unwrap_or(i64::MAX);
+    let time = Timespec { tv_sec, tv_nsec: (unix_time_ns % 1_000_000_000) as _ };
+    clock_settime(ClockId::Realtime, time).map_err(io::Error::from)
+}
+
+fn clock_ns() -> u64 {
+    let now = clock_gettime(ClockId::Realtime);
+    now.tv_sec.cast_unsigned() * 1_000_000_000 + now.tv_nsec.cast_unsigned()
+}
+
+/// A copy among many may have been put aside between reading the time and setting its clock.
+fn correct_clock(ports: &Ports) {
+    for _ in 0..CLOCK_CORRECTIONS {
+        let host = ports.host_time_ns();
+        if host.abs_diff(clock_ns()) < CLOCK_TOLERANCE_NS || set_clock(host).is_err() {
+            return;
+        }
     }
 }
 

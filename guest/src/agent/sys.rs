@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use forkd_guest::doorbell::{COMMAND_PORT, Command, DATA_PORT, FIRST_PORT, PORT_COUNT};
-use forkd_guest::generation::{HEAD_LEN, RECORD_MAX, record_len};
+use forkd_guest::generation::{AT_TIME, HEAD_LEN, RECORD_MAX, record_len};
 
 /// `RNDADDENTROPY` of linux/random.h: `_IOW('R', 3, int[2])`.
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;
@@ -158,6 +158,14 @@ impl Ports {
         let length = head.first_chunk().map_or(HEAD_LEN, record_len);
         self.read_data(&mut environment[..length - HEAD_LEN]);
         &buffer[..length]
+    }
+
+    /// The host's wall clock now, nanoseconds since 1970.
+    pub fn host_time_ns(&self) -> u64 {
+        self.ring(Command::Rewind);
+        let mut start = [0; AT_TIME + 8];
+        self.read_data(&mut start);
+        start.last_chunk().map_or(0, |time| u64::from_le_bytes(*time))
     }
 
     fn read_data(&self, into: &mut [u8]) {
