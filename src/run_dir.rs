@@ -32,6 +32,8 @@ const MESSAGE_MAX: u64 = 4 << 20;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// How directories are named while they are made; forks have hexadecimal names.
 const UNBORN_PREFIX: &str = ".new-";
+/// Age from which on one that has no lock will never have one.
+const UNBORN_AGE: Duration = Duration::from_secs(60);
 
 /// Where a child stands. Ordered: a child only ever moves on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -290,6 +292,26 @@ impl ForkDir {
             .collect();
         forks.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(forks)
+    }
+
+    /// Removes directories that were being made when their maker died. Returns how many there were.
+    pub fn remove_unborn(paths: &Paths) -> Result<usize, RunDirError> {
+        let parent = paths.runtime.join("forks");
+        let Ok(entries) = fs::read_dir(&parent) else { return Ok(0) };
+        let mut removed = 0;
+        for entry in
+            entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(UNBORN_PREFIX))
+        {
+            let fork = ForkDir { id: UNBORN_PREFIX.to_owned(), path: entry.path() };
+            let made = entry.metadata().and_then(|metadata| metadata.modified()).ok();
+            let old = made.and_then(|made| made.elapsed().ok()).is_some_and(|age| age > UNBORN_AGE);
+            // One without a lock yet may be about to get it.
+            let abandoned = if fork.path.join(LOCK).exists() { !fork.is_alive() } else { old };
+            if abandoned && fs::remove_dir_all(&fork.path).is_ok() {
+                removed += 1;
+            }
+        }
+        Ok(removed)
     }
 
     /// The fork of a child, which exists.

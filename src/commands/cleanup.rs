@@ -25,6 +25,7 @@ struct Cleaned {
 pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     let mut forks = Vec::new();
+    ForkDir::remove_unborn(&paths)?;
     for fork in ForkDir::all(&paths)? {
         if fork.remove_if_dead()? {
             forks.push(fork.id);

@@ -33,13 +33,21 @@ say() { echo "hwvirt: $*"; }
 # Downloads the kernel package that a metapackage names today and unpacks it. Prints its folder.
 fetch_kernel() {
     local meta=$1 package folder
+    [ -n "$(apt-cache depends "$meta" 2>/dev/null)" ] || apt-get update -q >&2
     package=$(apt-cache depends "$meta" | sed -n 's/^ *Depends: \(linux-image-[0-9][^ ]*\)$/\1/p' | head -n 1)
     [ -n "$package" ] || { say "apt knows no kernel package behind $meta" >&2; return 1; }
     folder=$cache/$package
     if [ ! -e "$folder/complete" ]; then
         rm -rf "$folder" "$folder.new"
         mkdir -p "$folder.new"
-        (cd "$folder.new" && apt-get download -q -o APT::Sandbox::User=root "$package" >&2)
+        # Lists that are days old name packages that are gone.
+        (cd "$folder.new" && apt-get download -q -o APT::Sandbox::User=root "$package" >&2) || {
+            [ "${2:-}" != again ] || return 1
+            apt-get update -q >&2
+            rm -rf "$folder.new"
+            fetch_kernel "$meta" again
+            return
+        }
         dpkg-deb -x "$folder.new"/*.deb "$folder.new/tree" >&2
         rm "$folder.new"/*.deb
         touch "$folder.new/complete"
@@ -118,13 +126,14 @@ make_layer1() {
     cc -shared -fPIC -O2 -Wall -Werror -o "$root/bin/tss.so" "$here/tss.c"
     copy_modules "$tree" "$root" kvm-amd
     copy_programs "$root" "$forkd" "$(command -v jq)"
+    # First: building tests puts an agent that is not static in the place of ours.
+    make_guest_disk
     mapfile -t test_binaries < <(cd "$here/../.." && cargo test -q --no-run --release --workspace --message-format json |
         jq -r 'select(.reason == "compiler-artifact" and .profile.test and .executable != null
             and (.package_id | test("forkd-vmm"))) | .executable')
     [ ${#test_binaries[@]} -gt 0 ] || { say "cargo names no test binary of forkd-vmm" >&2; return 1; }
     copy_programs "$root" "${test_binaries[@]}"
     (cd "$root/bin" && mv "${test_binaries[@]##*/}" ../tests/)
-    make_guest_disk
     make_guest_initramfs "$cloud"
     cp "$cache/guest-disk.erofs" "$cache/guest-initramfs.cpio" "$root/guest/"
     cp "${FORKD_GUEST_KERNEL:-$("$forkd" kernel path)}" "$root/guest/vmlinux"

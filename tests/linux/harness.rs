@@ -193,7 +193,11 @@ impl Hub {
         Hub { url: "127.0.0.1:0".to_owned(), dir, arguments, server: None }.start()
     }
 
-    fn start(mut self) -> Hub {
+    fn start(self) -> Hub {
+        self.start_within(10)
+    }
+
+    fn start_within(mut self, attempts: u32) -> Hub {
         let listen = self.url.trim_start_matches("http://").trim_end_matches('/').to_owned();
         let mut server = Command::new(FORKD)
             .args(["hub", "serve", self.dir.to_str().unwrap(), "--listen", &listen])
@@ -203,6 +207,12 @@ impl Hub {
             .unwrap();
         let mut line = String::new();
         BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        if line.is_empty() && attempts > 0 {
+            // Somebody else has the port for a moment, perhaps a client that connected to itself.
+            let _ = server.wait();
+            std::thread::sleep(Duration::from_millis(500));
+            return self.start_within(attempts - 1);
+        }
         self.url =
             line.trim().strip_prefix("listening on ").expect("the server says where it listens").to_owned();
         self.server = Some(server);

@@ -23,7 +23,9 @@ const PARENT: &str = "forkd";
 const CONTROLLERS: [&str; 3] = ["memory", "cpu", "pids"];
 /// File of a cgroup with the controllers that those below it have.
 const HANDED_DOWN: &str = "cgroup.subtree_control";
-/// What a machine's process takes beside its guest's memory, bytes: page tables, KVM's bookkeeping, vsock buffers.
+/// Page tables of the host and of KVM, and KVM's reverse maps: at most 26 bytes a page of guest memory, and some air.
+const PAGE_TABLES: u64 = 64;
+/// What a machine's process takes besides, bytes: its program, vsock buffers.
 const OVERHEAD: u64 = 64 << 20;
 /// Most threads of a machine, KVM's own among them.
 const THREADS: u64 = 64;
@@ -50,7 +52,8 @@ pub struct Limits {
 impl Limits {
     /// Enough memory for any guest of this layout.
     pub fn of(name: String, layout: &MemoryLayout) -> Limits {
-        Limits { name, memory_bytes: layout.ram_bytes() + OVERHEAD, cpus: None }
+        let ram = layout.ram_bytes();
+        Limits { name, memory_bytes: ram + ram / PAGE_TABLES + OVERHEAD, cpus: None }
     }
 }
 
@@ -105,14 +108,21 @@ impl Groups {
         let mount = mounts.lines().find_map(cgroup2_mount).ok_or(CgroupError::NotMounted)?;
         let own = mount.directory(&own);
         let places = own.ancestors().take_while(|path| path.starts_with(&mount.point));
-        let usable = places.filter(|place| !listed(place, "cgroup.controllers").is_empty());
-        let usable = usable.filter_map(|place| Groups::below(place).ok());
         // The nearest with all of them, or else the nearest with most.
-        let best = usable.fold(None::<Groups>, |best, next| match best {
-            Some(best) if best.controllers.len() >= next.controllers.len() => Some(best),
-            _ => Some(next),
-        });
-        best.filter(|groups| !groups.controllers.is_empty()).ok_or(CgroupError::NotDelegated { from: own })
+        let mut best = None::<Groups>;
+        for place in places.filter(|place| !listed(place, "cgroup.controllers").is_empty()) {
+            let Ok(next) = Groups::below(place) else { continue };
+            let most = best.as_ref().map_or(0, |best| best.controllers.len());
+            let worse = if next.controllers.len() > most { best.replace(next) } else { Some(next) };
+            if let Some(worse) = worse {
+                // Others may use it.
+                let _ = fs::remove_dir(&worse.path);
+            }
+            if best.as_ref().is_some_and(|best| best.controllers.len() == Groups::ALL) {
+                break;
+            }
+        }
+        best.ok_or(CgroupError::NotDelegated { from: own })
     }
 
     /// A place for machines' cgroups below a given one.
@@ -351,7 +361,7 @@ mod tests {
         let limits = Limits { cpus: Some(1.5), ..Limits::of("a-1".to_owned(), &layout) };
         let settings = groups.settings(&limits);
         let value = |file| settings.iter().find(|(name, _)| *name == file).map(|(_, value)| value.as_str());
-        assert_eq!(value("memory.max"), Some("603979776"));
+        assert_eq!(value("memory.max"), Some("612368384"));
         assert_eq!(value("cpu.max"), Some("150000 100000"));
         assert_eq!(value("pids.max"), Some("64"));
         let free = groups.settings(&Limits { cpus: None, ..limits });

@@ -3,7 +3,7 @@
 //! Leaves: Intel SDM volume 2, "CPUID"; KVM's: Documentation/virt/kvm/x86/cpuid.rst. Callers: `machine.rs`.
 
 use crate::kvm::{Hypervisor, KvmError, KvmKind};
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 
@@ -37,6 +37,7 @@ pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
             0xb | 0x1f => topology(leaf, id, vcpus, id_bits),
             KVM_FEATURES => leaf.eax &= !ASYNC_PAGE_FAULTS,
             0x8000_0008 => leaf.ecx = leaf.ecx & !0xf0ff | id_bits << 12 | (vcpus - 1),
+            0x8000_001d => leaf.eax &= !(0xfff << 14),
             0x8000_001e => {
                 leaf.eax = id;
                 leaf.ebx = id;
@@ -45,7 +46,23 @@ pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
             _ => {}
         }
     }
-    cpuid
+    with_core_level(cpuid, id, vcpus, id_bits)
+}
+
+/// KVM since Linux 6.2 lists only the first level of a topology leaf that it has.
+fn with_core_level(cpuid: CpuId, id: u32, vcpus: u32, id_bits: u32) -> CpuId {
+    let mut leaves = cpuid.as_slice().to_vec();
+    for function in [0xb, 0x1f] {
+        let levels = leaves.iter().filter(|leaf| leaf.function == function).count();
+        if levels == 1 {
+            let flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+            let mut cores = kvm_cpuid_entry2 { function, index: 1, flags, ..Default::default() };
+            topology(&mut cores, id, vcpus, id_bits);
+            leaves.push(cores);
+        }
+    }
+    // More than KVM takes are none: it has room for 256 and lists some forty.
+    CpuId::from_entries(&leaves).unwrap_or(cpuid)
 }
 
 /// One thread a core, all cores in one package.
@@ -193,6 +210,8 @@ mod tests {
         assert_eq!((shown[1].eax, shown[1].ebx, shown[1].ecx, shown[1].edx), (0, 1, 0x100, 2));
         assert_eq!((shown[2].eax, shown[2].ebx, shown[2].ecx, shown[2].edx), (2, 3, 0x201, 2));
         assert_eq!((shown[3].ebx, shown[3].ecx), (0, 2));
+        let listed = CpuId::from_entries(&[leaf(0xb, 0)]).unwrap();
+        assert_eq!(for_vcpu(&listed, 2, 3).as_slice()[1].ebx, 3, "the level of cores is added");
         let alone = for_vcpu(&supported, 0, 1);
         assert_eq!(alone.as_slice()[0].edx & HYPER_THREADING, 0);
     }

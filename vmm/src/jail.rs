@@ -163,7 +163,7 @@ impl Jail {
         let uffd = UffdDevice::open();
         // Where the kernel's clock lies in memory is looked up once, in a way that the filter forbids.
         let _ = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
-        sys::limit_heaps();
+        sys::keep_allocator_from_files();
         let zygote = sys::own_pidfd().map_err(step("opening the zygote's process"))?;
         rustix::thread::set_no_new_privs(true).map_err(step("forswearing privileges"))?;
         let held = rustix::thread::capabilities(None).map_err(step("reading capabilities"))?.effective;

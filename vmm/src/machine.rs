@@ -92,6 +92,9 @@ pub enum MachineError {
         /// How.
         exit: String,
     },
+    /// A vCPU does not come to the end of an instruction.
+    #[error("a vCPU could not be stopped between two instructions")]
+    Unfinished,
     /// KVM_RUN failed.
     #[error("KVM_RUN failed")]
     Run(#[source] vmm_sys_util::errno::Error),
@@ -243,7 +246,12 @@ impl Machine {
 
     /// Runs the guest until `on_ring` stops it or it resets itself; its first vCPU on this thread.
     pub fn run(&mut self, on_ring: impl FnMut(Ring) -> Flow + Send) -> Result<Stop, MachineError> {
-        vcpu_loop::run(&mut self.vcpus, &self.bus, self.memory.ram(), self.hypervisor.kind(), on_ring)
+        self.bus.freeze(false);
+        let stopped =
+            vcpu_loop::run(&mut self.vcpus, &self.bus, self.memory.ram(), self.hypervisor.kind(), on_ring);
+        // Devices' own threads go on, but may not touch memory that is about to be saved.
+        self.bus.freeze(true);
+        stopped
     }
 
     /// Everything about the stopped machine except its memory.

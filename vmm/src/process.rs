@@ -9,6 +9,7 @@ use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
 use crate::devices::virtio::block::ScratchDisk;
 use crate::devices::virtio::net::Link;
+use crate::jail::filter::Filter;
 use crate::jail::{Cell, Jail, JailError, Opened};
 use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
@@ -142,16 +143,17 @@ pub(crate) fn describe(error: &dyn std::error::Error) -> String {
     causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
-/// What a machine's process does, from its birth to its end. Nothing that a guest or a pack has a say in comes before
-/// it is in its jail.
+/// What a machine's process does, from its birth to its end. Nothing that a guest or a pack has a say in is looked at before
+/// it is in its jail; the images' sizes, which are, the owner has checked.
 pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, cell: &Cell) -> ! {
-    let opened = jail.enter(cell, &fds.iter().map(AsFd::as_fd).collect::<Vec<_>>());
+    let confined = jail.confine(cell, &fds.iter().map(AsFd::as_fd).collect::<Vec<_>>());
     let mut fds = fds.into_iter();
     let Some(channel) = fds.next().map(Channel::from_fd) else { sys::exit_now(1) };
+    end_on_panic(&channel);
     // Lives until the process ends, which no destructor survives: the vsock thread uses guest memory to the last, and
     // closing a VM takes tens of milliseconds.
     let mut machine =
-        opened.map_err(RunError::from).and_then(|opened| MachineRun::new(spec, opened, fds, &channel));
+        confined.map_err(RunError::from).and_then(|confined| MachineRun::new(spec, confined, fds, &channel));
     let failure = machine.as_mut().map_or(None, |machine| machine.run(&channel).err());
     let (report, code) = match failure.as_ref().or(machine.as_ref().err()) {
         None => (Report::Ended, 0),
@@ -159,6 +161,16 @@ pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, cell
     };
     let _ = channel.send(&report, &[]);
     sys::exit_now(code)
+}
+
+/// A thread that panics would leave the machine half running; and a report of it on stderr would be for nobody.
+fn end_on_panic(channel: &Channel) {
+    let Ok(channel) = channel.as_fd().try_clone_to_owned().map(Channel::from_fd) else { return };
+    std::panic::set_hook(Box::new(move |panic| {
+        let error = format!("the monitor has a defect: {panic}");
+        let _ = channel.send(&Report::Failed { error }, &[]);
+        sys::exit_now(1)
+    }));
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -197,7 +209,7 @@ struct MachineRun {
 impl MachineRun {
     fn new(
         spec: MachineSpec,
-        opened: Opened,
+        (opened, filter): (Opened, Filter),
         mut fds: impl Iterator<Item = OwnedFd>,
         channel: &Channel,
     ) -> Result<MachineRun, RunError> {
@@ -214,6 +226,8 @@ impl MachineRun {
         let scratch = scratch_disk(&spec, &mut images)?;
         let Opened { hypervisor, uffd } = opened;
         let mappings = map_images(&spec, images, uffd.as_ref())?;
+        // From here on nobody can change what the userfaultfd watches.
+        filter.install().map_err(JailError::from)?;
         if let Some(uffd) = &uffd {
             let bases = mappings.iter().map(Mapping::address).collect();
             channel.send(&Report::Attached { bases }, &[uffd.as_fd()])?;
@@ -253,9 +267,15 @@ impl MachineRun {
         if let Some(backend) = self.machine.net_backend()? {
             std::thread::spawn(move || backend.run());
         }
+        let mut rung = Vec::new();
         loop {
             let mut lost = None;
             let stop = self.machine.run(|ring| {
+                // A guest can ring as often as it likes; only the first of each kind is news.
+                if ring != Ring::SnapshotHere && rung.contains(&ring) {
+                    return Flow::Continue;
+                }
+                rung.push(ring);
                 let report = Report::Rang { ring, at_ns: monotonic_ns() };
                 lost = channel.send(&report, &[]).err();
                 if ring == Ring::SnapshotHere || lost.is_some() { Flow::Stop } else { Flow::Continue }

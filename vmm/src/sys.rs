@@ -185,12 +185,15 @@ pub fn leave_keyring() -> io::Result<()> {
     if joined >= 0 || error.raw_os_error() == Some(libc::ENOSYS) { Ok(()) } else { Err(error) }
 }
 
-/// Keeps the allocator to a few heaps. It would otherwise read from /sys how many processors there are, as soon as a
-/// thread finds all heaps busy.
-pub fn limit_heaps() {
+/// Keeps the allocator from opening files: it would read from /sys how many processors there are as soon as a thread finds
+/// all heaps busy, and from /proc how memory is promised as soon as it gives a part of a heap back.
+pub fn keep_allocator_from_files() {
     const HEAPS: libc::c_int = 4;
-    // SAFETY: mallopt(3) changes a setting of the allocator; there is one thread.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, HEAPS) };
+    // SAFETY: mallopt(3) changes settings of the allocator; there is one thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, HEAPS);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+    }
 }
 
 /// Closes every descriptor but `kept` and the three standard ones.

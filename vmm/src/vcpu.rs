@@ -3,7 +3,7 @@
 //! Order matters: SET_REGS clears the pending exceptions that VCPU_EVENTS restores; SREGS carries the APIC base that the
 //! LAPIC needs; a TSC deadline set before the TSC never fires. See Documentation/virt/kvm/api.rst of Linux.
 
-use crate::kvm::{Hypervisor, KvmError, ioctl, restore_xsave, save_xsave};
+use crate::kvm::{Hypervisor, KvmError, KvmKind, ioctl, restore_xsave, save_xsave};
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs,
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -32,6 +32,16 @@ pub enum VcpuError {
         found: usize,
         /// Allowed.
         max: usize,
+    },
+    /// The guest's clock would run at another speed.
+    #[error(
+        "the snapshot's time stamp counter runs at {needs} kHz, this host's at {has} kHz, and this processor cannot scale it"
+    )]
+    TscRate {
+        /// The snapshot's rate, kHz.
+        needs: u32,
+        /// This host's, kHz.
+        has: u32,
     },
     /// This host refuses a register value.
     #[error("this host's KVM refuses the value {value:#x} for MSR {index:#x}")]
@@ -83,11 +93,14 @@ impl VcpuState {
 
     /// Gives the state to a new vCPU of `vm`, whose memory must answer already: setting the kvm-clock MSR writes to it.
     pub fn restore(&self, hypervisor: &Hypervisor, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), VcpuError> {
-        // Scaling needs hardware help; without it the guest keeps the host's rate, which is all there is.
-        if let Some(khz) = self.tsc_khz
-            && hypervisor.kvm().check_extension(Cap::TscControl)
-        {
-            vcpu.set_tsc_khz(khz).map_err(ioctl("KVM_SET_TSC_KHZ"))?;
+        if let Some(khz) = self.tsc_khz {
+            let here = vcpu.get_tsc_khz().unwrap_or(khz);
+            // Scaling needs the hardware's help. kvm_pvm's guests do not live by this counter (see `pvm.rs`).
+            if hypervisor.kvm().check_extension(Cap::TscControl) {
+                vcpu.set_tsc_khz(khz).map_err(ioctl("KVM_SET_TSC_KHZ"))?;
+            } else if hypervisor.kind() == KvmKind::Hardware && !same_rate(khz, here) {
+                return Err(VcpuError::TscRate { needs: khz, has: here });
+            }
         }
         let max = KVM_MAX_CPUID_ENTRIES;
         let cpuid = CpuId::from_entries(&self.cpuid).map_err(|_| VcpuError::TooMany {
@@ -127,6 +140,11 @@ impl VcpuState {
     pub fn instruction_pointer(&self) -> u64 {
         self.regs.rip
     }
+}
+
+/// Whether two rates (kHz) are the same by what a clock discipline makes up for: 250 parts in a million, as Linux' KVM has it.
+fn same_rate(one: u32, other: u32) -> bool {
+    u64::from(one.abs_diff(other)) * 1_000_000 <= 250 * u64::from(one)
 }
 
 fn save_msrs(hypervisor: &Hypervisor, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, VcpuError> {

@@ -87,9 +87,15 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
         self.kick_others();
     }
 
-    /// The first outcome counts: what other vCPUs run into while they stop is a consequence.
+    /// The first outcome counts, as what other vCPUs run into while they stop is a consequence; but a machine that could not
+    /// be stopped in good order has not stopped.
     fn conclude(&self, outcome: Result<Stop, MachineError>) {
-        lock(&self.outcome).get_or_insert(outcome);
+        let mut known = lock(&self.outcome);
+        match (&*known, &outcome) {
+            (None, _) | (Some(Ok(_)), Err(_)) => *known = Some(outcome),
+            _ => {}
+        }
+        drop(known);
         self.stopping.store(true, Ordering::Release);
     }
 
@@ -138,10 +144,13 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
     /// KVM completes an I/O instruction only when it is entered again; this enters it until nothing is left to complete.
     fn finish_instruction(&self, vcpu: &mut VcpuFd) -> Result<(), MachineError> {
         vcpu.set_kvm_immediate_exit(1);
-        let mut finished = Ok(());
+        let mut finished = Err(MachineError::Unfinished);
         for _ in 0..COMPLETIONS_MAX {
             match vcpu.run() {
-                Err(_) => break,
+                Err(_) => {
+                    finished = Ok(());
+                    break;
+                }
                 Ok(VcpuExit::IoIn(port, bytes)) => self.bus.port_read(port, bytes),
                 Ok(VcpuExit::MmioRead(address, bytes)) => self.bus.mmio_read(address, bytes),
                 Ok(VcpuExit::MmioWrite(address, bytes)) => self.bus.mmio_write(address, bytes),

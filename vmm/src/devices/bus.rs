@@ -236,6 +236,13 @@ impl Bus {
         Ok(())
     }
 
+    /// Stops devices from working on the guest's memory on the host's behalf, or lets them again.
+    pub fn freeze(&self, frozen: bool) {
+        for slot in &self.slots {
+            lock(&slot.window).freeze(frozen);
+        }
+    }
+
     /// Tells the guest's kernel that it is a copy (see `acpi.rs`).
     pub fn announce_generation(&self) {
         if let Err(error) = self.generation.write(1) {

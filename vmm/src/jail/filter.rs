@@ -92,13 +92,16 @@ const SELF: &[c_long] = &[
     libc::SYS_exit_group,
 ];
 
+/// Calls that the C library makes and does without, so they are no reason to end anybody. clone3(2): its flags lie in memory,
+/// which a filter cannot read; threads are then started with clone(2). mremap(2): memory that is moved loses its
+/// userfaultfd, and the kernel would fill what is missing of it with zeros, in the image that siblings share.
+const MISSING: &[c_long] = &[libc::SYS_clone3, libc::SYS_mremap];
+
 /// clone(2) flags of glibc's pthread_create: VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID,
 /// CHILD_CLEARTID. A process, or a namespace, is made with others.
 const THREAD_FLAGS: u64 = 0x3d_0f00;
 /// KVM's ioctls (KVMIO of linux/kvm.h).
 const KVM: u32 = 0xae;
-/// UFFDIO_REGISTER of linux/userfaultfd.h. Filling and waking are the pager's.
-const UFFDIO_REGISTER: u64 = 0xc020_aa00;
 
 const fn none(number: u32) -> u64 {
     ioctl_expr(_IOC_NONE, KVM, number, 0)
@@ -129,7 +132,6 @@ const REQUESTS: &[u64] = &[
     read::<kvm::kvm_vcpu_events>(0x9f), // KVM_GET_PIT2 has the same number and another size
     write::<kvm::kvm_vcpu_events>(0xa0),
     libc::FIONBIO as u64,
-    UFFDIO_REGISTER,
     none(0x00), // KVM_GET_API_VERSION
     none(0x01), // KVM_CREATE_VM
     both::<kvm::kvm_msr_list>(0x02),
@@ -189,10 +191,9 @@ impl Filter {
     pub fn new(own_pid: u32) -> Result<Filter, FilterError> {
         let kill = SeccompAction::KillProcess;
         let allowed = compile(rules(own_pid).map_err(FilterError::Rules)?, kill, SeccompAction::Allow)?;
-        // Its flags lie in memory, which a filter cannot read. glibc then starts threads with clone(2).
         let missing = SeccompAction::Errno(libc::ENOSYS as u32);
-        let refused =
-            compile(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), SeccompAction::Allow, missing)?;
+        let calls = MISSING.iter().map(|call| (*call, Vec::new())).collect();
+        let refused = compile(calls, SeccompAction::Allow, missing)?;
         Ok(Filter { allowed, refused })
     }
 

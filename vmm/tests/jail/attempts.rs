@@ -136,6 +136,10 @@ pub const ATTEMPTS: &[Attempt] = &[
             _ => Ok(()),
         }
     }),
+    once("move memory", |_| {
+        let address = map(libc::PROT_READ | libc::PROT_WRITE)?;
+        only(libc::SYS_mremap, &[address, 4096, 8192, libc::MREMAP_MAYMOVE as usize])
+    }),
     twice("execute /bin/sh", |_| only(libc::SYS_execve, &[text(c"/bin/sh"), 0, 0])),
     once("map memory as code", |_| map(libc::PROT_READ | libc::PROT_EXEC).map(|_| ())),
     once("turn memory into code", |_| {

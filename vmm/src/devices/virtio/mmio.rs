@@ -28,6 +28,8 @@ pub trait Window: Send {
     fn restore(&mut self, state: &WindowState) -> Result<(), RestoreError>;
     /// The restored machine is about to run.
     fn resume(&mut self);
+    /// The machine has stopped, or goes on: while it is stopped its host side does not touch its memory.
+    fn freeze(&mut self, frozen: bool);
 }
 
 /// A window's state does not fit its device.
@@ -106,13 +108,14 @@ pub struct Transport<D> {
     ram: GuestMemoryMmap,
     interrupt: EventFd,
     state: WindowState,
+    frozen: bool,
 }
 
 impl<D: VirtioDevice> Transport<D> {
     /// A window that raises `interrupt`.
     pub fn new(device: D, ram: GuestMemoryMmap, interrupt: EventFd) -> Transport<D> {
         let queues = fresh_queues(&device);
-        Transport { device, queues, ram, interrupt, state: WindowState::default() }
+        Transport { device, queues, ram, interrupt, state: WindowState::default(), frozen: false }
     }
 
     /// The device.
@@ -125,7 +128,7 @@ impl<D: VirtioDevice> Transport<D> {
         &mut self,
         work: impl FnOnce(&mut D, &mut [Queue], &GuestMemoryMmap) -> (R, Result<bool, super::VirtioError>),
     ) -> R {
-        let active = self.state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0;
+        let active = self.state.status & VIRTIO_CONFIG_S_DRIVER_OK != 0 && !self.frozen;
         let queues = if active { &mut self.queues[..] } else { &mut [] };
         let (result, outcome) = work(&mut self.device, queues, &self.ram);
         self.conclude(outcome);
@@ -315,6 +318,18 @@ impl<D: VirtioDevice> Window for Transport<D> {
             self.config_changed();
         }
         self.with_device(|device, queues, ram| ((), device.resume(queues, ram)));
+        // One that was on its way when the machine was saved may not have arrived.
+        if self.state.interrupt_status != 0 {
+            self.raise(0);
+        }
+    }
+
+    fn freeze(&mut self, frozen: bool) {
+        let thaws = std::mem::replace(&mut self.frozen, frozen) && !frozen;
+        if thaws {
+            // What the host side had for the driver meanwhile.
+            self.with_device(|device, queues, ram| ((), device.resume(queues, ram)));
+        }
     }
 }
 
