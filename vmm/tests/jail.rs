@@ -20,6 +20,7 @@ const TESTS: &[(&str, fn(), bool)] = &[
     ("its_threads_and_vsock_work_and_it_is_not_anybody", machines::is_nobody, false),
     ("the_owner_hears_that_the_filter_ended_it", machines::filtered, false),
     ("machines_end_with_a_killed_owner", machines::orphaned, false),
+    ("machines_run_where_there_are_no_namespaces", machines::fewer_privileges, false),
     ("a_machine_is_born_in_its_cgroup", machines::grouped, false),
     ("what_the_jail_costs", machines::cost, true),
 ];

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use forkd_vmm::cgroup::{self, Groups, Limits};
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
+use forkd_vmm::jail::{self, Cell, FILE_BYTES, Isolation, Jail};
 use forkd_vmm::memory::{ImageId, create_image};
 use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, monotonic_ns};
@@ -14,6 +15,7 @@ use forkd_vmm::zygote::Zygote;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use rustix::thread::{CapabilitySet, UnshareFlags};
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -307,30 +309,123 @@ pub fn grouped() {
     fs::remove_dir(own).unwrap();
 }
 
-/// Prints how long machines take to their first instruction, all memory there: processes, jail and KVM.
+/// Less privileged hosts: a root that may not make namespaces, and one that nobody may make namespaces on.
+pub fn fewer_privileges() {
+    let without_admin = || {
+        let mut sets = rustix::thread::capabilities(None).unwrap();
+        sets.effective.remove(CapabilitySet::SYS_ADMIN);
+        sets.permitted.remove(CapabilitySet::SYS_ADMIN);
+        rustix::thread::set_capabilities(None, sets).unwrap();
+    };
+    let in_process =
+        |prepare: &dyn Fn(), expected: Isolation| match sys::fork_process(Lifetime::BoundToParent) {
+            Ok(Forked::Child) => {
+                prepare();
+                assert_eq!(jail::try_out().unwrap(), expected);
+                runs();
+                sys::exit_now(0)
+            }
+            Ok(Forked::Parent(child)) => {
+                let ended = rustix::process::waitid(WaitId::Pid(child), WaitIdOptions::EXITED).unwrap();
+                assert_eq!(ended.and_then(|ended| ended.exit_status()), Some(0), "{expected:?}");
+            }
+            Err(error) => panic!("{error}"),
+        };
+    in_process(&without_admin, Isolation::UserNamespace);
+    let without_namespaces = || {
+        sys::unshare(UnshareFlags::NEWUSER).unwrap();
+        fs::write("/proc/self/setgroups", "deny").unwrap();
+        fs::write("/proc/self/uid_map", "0 0 1").unwrap();
+        fs::write("/proc/self/gid_map", "0 0 1").unwrap();
+        fs::write("/proc/sys/user/max_user_namespaces", "0").unwrap();
+        without_admin();
+    };
+    in_process(&without_namespaces, Isolation::None);
+}
+
+/// Prints what the jail adds to a process, and how long machines take to their first instruction in it.
 pub fn cost() {
+    match sys::fork_process(Lifetime::BoundToParent).unwrap() {
+        Forked::Child => {
+            let started = monotonic_ns();
+            let mut jail = Some(Jail::build().unwrap());
+            println!("building the jail: {:.2} ms", ms_since(started));
+            for count in [1, 100] {
+                let mut median =
+                    |jailed| median((0..11).map(|_| processes(&mut jail, count, jailed)).collect());
+                let (plain, jailed) = (median(false), median(true));
+                println!(
+                    "{count} processes: {plain:.2} ms plain, {jailed:.2} ms in the jail (medians of 11)"
+                );
+            }
+            sys::exit_now(0)
+        }
+        Forked::Parent(child) => {
+            let ended = rustix::process::waitid(WaitId::Pid(child), WaitIdOptions::EXITED).unwrap();
+            assert_eq!(ended.and_then(|ended| ended.exit_status()), Some(0));
+        }
+    }
+    let bed = Bed::new();
     for (count, rounds) in [(1_u64, 20), (100, 5)] {
-        let mut rounds: Vec<_> = (0..rounds).map(|_| round(count)).collect();
-        rounds.sort_by(|a, b| a.1.total_cmp(&b.1));
-        let (spawned, ran) = rounds[rounds.len() / 2];
+        let times = (0..rounds).map(|round| machines(&bed, round * count + count * 1000, count));
         println!(
-            "{count} machines: spawned {spawned:.2} ms, all at the first instruction {ran:.2} ms (medians)"
+            "{count} machines: {:.2} ms to the last first instruction (median)",
+            median(times.collect())
         );
     }
 }
 
-fn round(count: u64) -> (f64, f64) {
-    let bed = Bed::new();
+fn median(mut times: Vec<f64>) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+fn ms_since(start_ns: u64) -> f64 {
+    (monotonic_ns() - start_ns) as f64 / 1e6
+}
+
+/// Time until `count` new processes have said that they are where they should be.
+fn processes(jail: &mut Option<Jail>, count: u32, jailed: bool) -> f64 {
     let started = monotonic_ns();
-    let mut children: Vec<_> = (1..=count).map(|number| bed.spawn(number, false)).collect();
-    let spawned = monotonic_ns();
-    for (number, child) in (1..).zip(&mut children) {
+    let (said, say) = rustix::pipe::pipe().unwrap();
+    let mut born = Vec::new();
+    for number in 0..count {
+        let place = jail.as_ref().filter(|_| jailed).map(|jail| jail.place(None)).unwrap_or_default();
+        match sys::fork_confined(place).unwrap() {
+            Confined::Child => {
+                let cell = Cell { number, file_bytes: FILE_BYTES, lazy: true };
+                let entered = jail.take().filter(|_| jailed).map(|jail| jail.enter(&cell, &[say.as_fd()]));
+                let _opened = entered.transpose().unwrap();
+                let _ = rustix::io::write(&say, b"x");
+                loop {
+                    std::thread::sleep(PATIENCE);
+                }
+            }
+            Confined::Parent { pidfd, .. } => born.push(pidfd),
+        }
+    }
+    for _ in 0..count {
+        assert_eq!(rustix::io::read(&said, &mut [0]), Ok(1));
+    }
+    let time = ms_since(started);
+    for pidfd in born {
+        rustix::process::pidfd_send_signal(&pidfd, Signal::KILL).unwrap();
+        rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED).unwrap();
+    }
+    time
+}
+
+fn machines(bed: &Bed, first: u64, count: u64) -> f64 {
+    let started = monotonic_ns();
+    let numbers = first..first + count;
+    let mut children: Vec<_> = numbers.clone().map(|number| bed.spawn(number, false)).collect();
+    for (number, child) in numbers.zip(&mut children) {
         bed.follow(child, number, Ring::Resumed);
     }
     let last = children.iter().flat_map(|child| &child.rung).map(|(_, at)| *at).max().unwrap();
     for child in &children {
         child.process.kill();
-        let _ = child.process.channel.receive::<Report>();
+        while child.process.channel.receive::<Report>().is_ok() {}
     }
-    ((spawned - started) as f64 / 1e6, (last - started) as f64 / 1e6)
+    (last - started) as f64 / 1e6
 }
