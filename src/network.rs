@@ -169,10 +169,9 @@ fn make(identity: &NetworkIdentity) -> Result<(OwnedFd, File), NetworkError> {
     sys::leave_network().map_err(failed("a network namespace"))?;
     let namespace = File::open("/proc/thread-self/ns/net").map_err(failed("opening a network namespace"))?;
     for (setting, value) in SETTINGS {
-        match fs::write(setting, value) {
-            // A host without IPv6, or with a /proc of its own ideas.
-            Err(error) => tracing::debug!(setting, %error, "a setting of a child's network stays as it is"),
-            Ok(()) => {}
+        // A host may be without IPv6, or have a /proc of its own ideas.
+        if let Err(error) = fs::write(setting, value) {
+            tracing::debug!(setting, %error, "a setting of a child's network stays as it is");
         }
     }
     let tap = sys::create_tap(TAP).map_err(failed("/dev/net/tun"))?;
@@ -197,8 +196,10 @@ mod tests {
         let all: Vec<_> = (1..=1000).map(|number| networks.identity(number).unwrap()).collect();
         let mut macs: Vec<_> = all.iter().map(|identity| identity.mac).collect();
         let mut addresses: Vec<_> = all.iter().map(|identity| identity.address).collect();
-        (macs.sort_unstable(), addresses.sort_unstable());
-        (macs.dedup(), addresses.dedup());
+        macs.sort_unstable();
+        macs.dedup();
+        addresses.sort_unstable();
+        addresses.dedup();
         assert_eq!((macs.len(), addresses.len()), (1000, 1000));
         for identity in &all {
             let (address, gateway) = (u32::from(identity.address), u32::from(identity.gateway.unwrap()));
