@@ -3,7 +3,6 @@
 //! and root, for the network.
 
 #[path = "linux/harness.rs"]
-#[allow(dead_code)]
 mod harness;
 
 use harness::{Bed, Hub, distinct};

@@ -1,7 +1,6 @@
 //! The network of a real Linux guest: who can be reached, and who cannot. Needs what `linux.rs` needs, and root.
 
 #[path = "linux/harness.rs"]
-#[allow(dead_code)]
 mod harness;
 
 use harness::{Bed, Hub, alive, wait_until};
