@@ -131,7 +131,7 @@ const REQUESTS: &[u64] = &[
     both::<kvm::kvm_translation>(0x85),
     read::<kvm::kvm_vcpu_events>(0x9f), // KVM_GET_PIT2 has the same number and another size
     write::<kvm::kvm_vcpu_events>(0xa0),
-    libc::FIONBIO as u64,
+    libc::FIONBIO,
     none(0x00), // KVM_GET_API_VERSION
     none(0x01), // KVM_CREATE_VM
     both::<kvm::kvm_msr_list>(0x02),
