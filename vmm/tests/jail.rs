@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         let matches = |pattern: &&String| {
             if given("--exact") { name == pattern.as_str() } else { name.contains(pattern.as_str()) }
         };
-        names.is_empty() || names.iter().any(|pattern| matches(pattern))
+        names.is_empty() || names.iter().any(matches)
     };
     let any = given("--include-ignored");
     let chosen: Vec<_> = TESTS
