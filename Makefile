@@ -48,6 +48,7 @@ bench-mount: deps build
 soak:
 	FORKD_SOAK=full cargo test --release --workspace --test soak -- --nocapture --test-threads 1
 	FORKD_SOAK=full cargo test --release --test linux_copies -- --nocapture --test-threads 1
+	FORKD_SOAK=full cargo test --release --test linux kills -- --nocapture
 
 ## every parser of outside input under libFuzzer, SECONDS each; finds land in fuzz/artifacts (needs a nightly toolchain)
 SECONDS ?= 60

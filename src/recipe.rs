@@ -135,7 +135,7 @@ pub struct Recipe {
     /// Guest RAM in MiB.
     #[serde(default = "default_memory_mib")]
     pub memory_mib: u32,
-    /// Processors. forkd's machines have one.
+    /// Processors, 1 to 8.
     #[serde(default = "default_vcpus")]
     pub vcpus: u32,
     /// Size of each copy's empty scratch disk in MiB; none unless given.
