@@ -25,8 +25,8 @@ const BAD: [Fault; 4] = [Fault::Reset, Fault::ServerError, Fault::ShortBody, Fau
 #[test]
 fn memory_from_a_failing_hub_through_a_stopped_fork_is_the_snapshots() {
     let bed = Bed::new();
-    // The index and what is fetched with it come; from then on nothing does.
-    let faulty = Faulty::start_with(Hub::publish(&bed), 100, &AWAY, 2);
+    // The registry, the index and what is fetched with it come; from then on nothing does.
+    let faulty = Faulty::start_with(Hub::publish(&bed), 100, &AWAY, 4);
     let hub = Hub::at(faulty.url());
     let local = bed.json(&hub, &["fork", "--tag", "python-numpy", "--eval", PAGES]);
     let local = Pages::parse(local["children"][0]["answer"].as_str().unwrap());
