@@ -228,7 +228,11 @@ impl Machine {
     pub fn renew_generation(&self) -> Result<(), MachineError> {
         if self.described {
             acpi::write_generation(self.memory.ram())?;
-            self.bus.announce_generation();
+            // Emulated, the kernel's way from the interrupt to its random numbers takes longer than all else that a copy does
+            // before it is ready. The agent reseeds them in any case.
+            if self.hypervisor.kind() == KvmKind::Hardware {
+                self.bus.announce_generation();
+            }
         }
         Ok(())
     }
