@@ -306,7 +306,8 @@ pub fn build(
     let (initrd_comes, second_console) = (initrd.is_some(), request.second_console);
     let start = Start::Boot { command_line, vcpus, initrd: initrd_comes, second_console };
     let scratch_bytes = request.scratch.bytes();
-    let spec = MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes };
+    let spec =
+        MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
     let images = images(&layout, &ram, &root_disk);
     let machine = Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), request)?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
@@ -531,7 +532,8 @@ fn record_touches(
     let record = identity::fresh("trial", 1, None, environment)?;
     let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
     let scratch_bytes = request.scratch.bytes();
-    let spec = MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes };
+    let spec =
+        MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();

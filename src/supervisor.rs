@@ -15,22 +15,25 @@ use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::MemoryLayout;
 use forkd_vmm::pager::{ClientId, PagerError};
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, monotonic_ns};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Order, Report, monotonic_ns};
 use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;
 use std::io;
+use std::num::NonZero;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How often the supervisor looks for failed chunks while nothing else happens.
 const TICK: Duration = Duration::from_millis(200);
 /// The same while children are being spawned, whose channels are not polled yet.
 const SPAWN_TICK: Duration = Duration::from_millis(1);
+/// How long children that are at their first instruction wait for others that are not.
+const HOLD_MAX: Duration = Duration::from_secs(1);
 /// A child that waits longer than this for one chunk counts as stalled.
 const STALLED_AFTER: Duration = Duration::from_secs(1);
 
@@ -188,6 +191,9 @@ pub struct Supervisor {
     children: Mutex<Vec<Child>>,
     /// More children are coming.
     spawning: AtomicBool,
+    /// There are more children than processors, so each waits at its first instruction for the last one to be there: guests
+    /// that run already would take the time of those that start.
+    held: bool,
 }
 
 impl Supervisor {
@@ -208,8 +214,9 @@ impl Supervisor {
         let listener = run_dir.listen()?;
         let children = Mutex::default();
         let spawning = AtomicBool::new(true);
+        let held = plan.count as usize > std::thread::available_parallelism().map_or(1, NonZero::get);
         let cache = paths.cache.clone();
-        let supervisor = Arc::new(Supervisor { run_dir, cache, sandbox, pack, children, spawning });
+        let supervisor = Arc::new(Supervisor { run_dir, cache, sandbox, pack, children, spawning, held });
         // The first child must not wait for its memory until the last one is spawned.
         let reports = Arc::clone(&supervisor);
         std::thread::spawn(move || reports.follow());
@@ -282,6 +289,7 @@ impl Supervisor {
             mac: network.map(|network| network.identity.mac),
             start: self.sandbox.start(),
             scratch_bytes: scratch.bytes(),
+            held: self.held,
         };
         let files = MachineFiles {
             images: self.sandbox.images(),
@@ -353,7 +361,7 @@ impl Supervisor {
 
     /// Reads the children's reports until all are over.
     fn follow(&self) {
-        let mut known = 0;
+        let (mut known, mut held_since) = (0, self.held.then_some(None::<Instant>));
         let mut open: Vec<(usize, Arc<MachineProcess>)> = Vec::new();
         loop {
             let spawning = self.spawning.load(Ordering::Acquire);
@@ -391,6 +399,25 @@ impl Supervisor {
                 }
             });
             self.end_children_without_memory();
+            if !spawning && let Some(since) = &mut held_since {
+                let since = *since.get_or_insert_with(Instant::now);
+                if self.all_have_run() || since.elapsed() > HOLD_MAX {
+                    self.release(&open);
+                    held_since = None;
+                }
+            }
+        }
+    }
+
+    /// Whether every child that lives has executed its first instruction.
+    fn all_have_run(&self) -> bool {
+        self.children().iter().all(|child| child.first_instruction.is_some() || child.state.is_over())
+    }
+
+    fn release(&self, machines: &[(usize, Arc<MachineProcess>)]) {
+        for (_, process) in machines {
+            // One that is gone is noticed by its reports.
+            let _ = process.channel.send(&Order::Resume, &[]);
         }
     }
 

@@ -11,8 +11,10 @@ use crate::devices::virtio::block::ScratchDisk;
 use crate::devices::virtio::net::Link;
 use crate::jail::filter::Filter;
 use crate::jail::{Cell, Jail, JailError, Opened};
+use crate::kvm::KvmKind;
 use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
+use crate::pvm;
 use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
 use crate::sys;
 use crate::uffd::{Uffd, UffdError};
@@ -62,6 +64,8 @@ pub struct MachineSpec {
     pub start: Start,
     /// Size of its scratch disk, whose file comes last; 0 without one.
     pub scratch_bytes: u64,
+    /// After its first instruction it waits for [`Order::Resume`].
+    pub held: bool,
 }
 
 /// The files of a machine.
@@ -110,7 +114,7 @@ pub enum Report {
     },
 }
 
-/// What a machine's process is asked for after it reported a snapshot.
+/// What a machine's process is told when it waits: after a snapshot, or held at its first instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Order {
@@ -202,6 +206,7 @@ enum RunError {
 struct MachineRun {
     machine: Machine,
     vsock: UnixListener,
+    held: bool,
     /// Kept open: were the last descriptor closed, missing pages would become zero pages.
     _uffd: Option<Uffd>,
 }
@@ -226,6 +231,9 @@ impl MachineRun {
         let scratch = scratch_disk(&spec, &mut images)?;
         let Opened { hypervisor, uffd } = opened;
         let mappings = map_images(&spec, images, uffd.as_ref())?;
+        if hypervisor.kind() == KvmKind::Pvm {
+            pvm::lengthen_turns();
+        }
         // From here on nobody can change what the userfaultfd watches.
         filter.install().map_err(JailError::from)?;
         if let Some(uffd) = &uffd {
@@ -256,7 +264,7 @@ impl MachineRun {
                 machine
             }
         };
-        Ok(MachineRun { machine, vsock, _uffd: uffd })
+        Ok(MachineRun { machine, vsock, held: spec.held, _uffd: uffd })
     }
 
     fn run(&mut self, channel: &Channel) -> Result<(), RunError> {
@@ -267,7 +275,7 @@ impl MachineRun {
         if let Some(backend) = self.machine.net_backend()? {
             std::thread::spawn(move || backend.run());
         }
-        let mut rung = Vec::new();
+        let (mut rung, held) = (Vec::new(), self.held);
         loop {
             let mut lost = None;
             let stop = self.machine.run(|ring| {
@@ -278,6 +286,9 @@ impl MachineRun {
                 rung.push(ring);
                 let report = Report::Rang { ring, at_ns: monotonic_ns() };
                 lost = channel.send(&report, &[]).err();
+                if held && ring == Ring::Resumed && lost.is_none() {
+                    lost = channel.receive::<Order>().err();
+                }
                 if ring == Ring::SnapshotHere || lost.is_some() { Flow::Stop } else { Flow::Continue }
             })?;
             if let Some(error) = lost {

@@ -11,10 +11,12 @@
 //!   when it switches tasks: the C library and numpy are told not to use them.
 
 use crate::kvm::{KvmError, internal_suberror, ioctl};
+use crate::sys;
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
+use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 /// Extra kernel command line. The last three are no kernel parameters: the kernel hands them to PID 1 as environment.
@@ -74,6 +76,17 @@ pub enum PvmError {
         /// Address of the handler.
         handler: u64,
     },
+}
+
+/// How long the calling thread, a vCPU's, runs before another has its turn.
+const TURN: Duration = Duration::from_millis(50);
+
+/// A guest that was away for longer than its timer's period has a tick to serve when its turn comes, 2.4 ms of emulated
+/// code: most of what the host gives to each of many busy threads by itself.
+pub fn lengthen_turns() {
+    if let Err(error) = sys::set_time_slice(TURN) {
+        tracing::debug!(%error, "guests' turns stay as short as they are");
+    }
 }
 
 /// Asks for an exit when the guest sets LSTAR, the moment at which the stub can be installed.

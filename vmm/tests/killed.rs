@@ -161,6 +161,7 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
         record: Vec::new(),
         start: Start::Restore { lazy: true, zero_runs: Vec::new() },
         scratch_bytes: 0,
+        held: false,
         mac: None,
     };
     let files = MachineFiles {

@@ -93,6 +93,7 @@ impl Bed {
             record: Vec::new(),
             mac: None,
             scratch_bytes: 0,
+            held: false,
             start: Start::Restore { lazy, zero_runs: Vec::new() },
         };
         let files = MachineFiles {
