@@ -75,6 +75,10 @@ def main():
             line = line[replies.write(line) :]
 
     names = {"__name__": "__main__", "numpy": numpy, "np": numpy}
+    # Once before the snapshot, so that no copy has to map code it runs first: a page costs it 1 ms where KVM emulates the
+    # guest's kernel.
+    reseed(os.urandom(64))
+    answer("numpy.random.rand()", dict(names))
     # What is imported stays: a collection in a copy that walked all of it would make every page of it private.
     gc.collect()
     gc.freeze()
