@@ -30,6 +30,7 @@ pub mod snapshot;
 pub mod source;
 pub mod supervisor;
 pub mod tools;
+pub mod turns;
 pub mod units;
 pub mod variables;
 

@@ -9,10 +9,12 @@ use crate::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir, RunDirError};
 use crate::sandbox::Sandbox;
 use crate::scratch::Scratch;
 use crate::snapshot::SnapshotError;
+use crate::turns::Turns;
 use crate::variables::Variables;
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
+use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::MemoryLayout;
 use forkd_vmm::pager::{ClientId, PagerError};
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Order, Report, monotonic_ns};
@@ -21,7 +23,6 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;
 use std::io;
-use std::num::NonZero;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,8 +33,8 @@ use std::time::{Duration, Instant};
 const TICK: Duration = Duration::from_millis(200);
 /// The same while children are being spawned, whose channels are not polled yet.
 const SPAWN_TICK: Duration = Duration::from_millis(1);
-/// How long children that are at their first instruction wait for others that are not.
-const HOLD_MAX: Duration = Duration::from_secs(1);
+/// The same while children wait for their turns.
+const TURN_TICK: Duration = Duration::from_millis(50);
 /// A child that waits longer than this for one chunk counts as stalled.
 const STALLED_AFTER: Duration = Duration::from_secs(1);
 
@@ -142,6 +143,8 @@ pub struct Child {
     pub error: Option<String>,
     /// Its first instruction after the snapshot.
     pub first_instruction: Option<Moment>,
+    /// It has executed its first instruction and does not wait for its turn.
+    pub goes_on: bool,
     /// When it was unique and ready for requests.
     pub ready: Option<Moment>,
     /// How it is reached on its network, if it has one.
@@ -191,10 +194,12 @@ pub struct Supervisor {
     children: Mutex<Vec<Child>>,
     /// More children are coming.
     spawning: AtomicBool,
-    /// There are more children than processors, so each waits at its first instruction for the last one to be there: guests
-    /// that run already would take the time of those that start.
-    held: bool,
+    turns: Option<Mutex<Turns>>,
+    watcher: Mutex<Watcher>,
 }
+
+/// Is told which child goes on, got ready or is over.
+type Watcher = Box<dyn Fn(usize) + Send>;
 
 impl Supervisor {
     /// Starts children of `sandbox`, which `pack` names for people.
@@ -214,9 +219,11 @@ impl Supervisor {
         let listener = run_dir.listen()?;
         let children = Mutex::default();
         let spawning = AtomicBool::new(true);
-        let held = plan.count as usize > std::thread::available_parallelism().map_or(1, NonZero::get);
+        let watcher = Mutex::new(Box::new(|_| {}) as Watcher);
+        let turns = Turns::of(plan.count, KvmKind::detect()).map(Mutex::new);
         let cache = paths.cache.clone();
-        let supervisor = Arc::new(Supervisor { run_dir, cache, sandbox, pack, children, spawning, held });
+        let supervisor =
+            Arc::new(Supervisor { run_dir, cache, sandbox, pack, children, spawning, turns, watcher });
         // The first child must not wait for its memory until the last one is spawned.
         let reports = Arc::clone(&supervisor);
         std::thread::spawn(move || reports.follow());
@@ -254,6 +261,7 @@ impl Supervisor {
             state: ChildState::Starting,
             error: None,
             first_instruction: None,
+            goes_on: self.turns.is_none(),
             ready: None,
             network: network.as_ref().map(ChildNetwork::status),
             namespace: network.map(|network| network.namespace),
@@ -289,7 +297,7 @@ impl Supervisor {
             mac: network.map(|network| network.identity.mac),
             start: self.sandbox.start(),
             scratch_bytes: scratch.bytes(),
-            held: self.held,
+            held: self.turns.is_some(),
         };
         let files = MachineFiles {
             images: self.sandbox.images(),
@@ -306,6 +314,17 @@ impl Supervisor {
     /// The children; short-lived lock.
     pub fn children(&self) -> MutexGuard<'_, Vec<Child>> {
         self.children.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `watcher` told from now on, instead of the one before, which child goes on, got ready or
+    /// is over. It must not ask for
+    /// the children: their lock may be held.
+    pub fn watch(&self, watcher: impl Fn(usize) + Send + 'static) {
+        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Box::new(watcher);
+    }
+
+    fn tell(&self, at: usize) {
+        self.watcher.lock().unwrap_or_else(PoisonError::into_inner)(at);
     }
 
     /// The sandbox they were forked from.
@@ -361,7 +380,7 @@ impl Supervisor {
 
     /// Reads the children's reports until all are over.
     fn follow(&self) {
-        let (mut known, mut held_since) = (0, self.held.then_some(None::<Instant>));
+        let mut known = 0;
         let mut open: Vec<(usize, Arc<MachineProcess>)> = Vec::new();
         loop {
             let spawning = self.spawning.load(Ordering::Acquire);
@@ -374,7 +393,11 @@ impl Supervisor {
             if open.is_empty() && !spawning {
                 return;
             }
-            let tick = if spawning { SPAWN_TICK } else { TICK };
+            let tick = match (spawning, self.are_turns_awaited()) {
+                (true, _) => SPAWN_TICK,
+                (false, true) => TURN_TICK,
+                (false, false) => TICK,
+            };
             let timeout = Timespec { tv_sec: 0, tv_nsec: tick.subsec_nanos().into() };
             let mut polled: Vec<_> =
                 open.iter().map(|(_, process)| PollFd::new(&process.channel, PollFlags::IN)).collect();
@@ -399,26 +422,40 @@ impl Supervisor {
                 }
             });
             self.end_children_without_memory();
-            if !spawning && let Some(since) = &mut held_since {
-                let since = *since.get_or_insert_with(Instant::now);
-                if self.all_have_run() || since.elapsed() > HOLD_MAX {
-                    self.release(&open);
-                    held_since = None;
-                }
+            self.take_turns(&mut self.children());
+        }
+    }
+
+    /// Lets children go on whose turn it is.
+    fn take_turns(&self, children: &mut [Child]) {
+        let Some(turns) = &self.turns else { return };
+        let mut turns = turns.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.spawning.load(Ordering::Acquire) {
+            let there = |child: &Child| child.first_instruction.is_some() || child.state.is_over();
+            turns.gather(children.iter().all(there), Instant::now());
+        }
+        while let Some(at) = turns.next(Instant::now()) {
+            children[at].goes_on = true;
+            if let Some(process) = &children[at].process {
+                // One that is gone is noticed by its reports.
+                let _ = process.channel.send(&Order::Resume, &[]);
             }
+            self.tell(at);
         }
     }
 
-    /// Whether every child that lives has executed its first instruction.
-    fn all_have_run(&self) -> bool {
-        self.children().iter().all(|child| child.first_instruction.is_some() || child.state.is_over())
+    /// What the child was wanted for is done: others may go on.
+    pub fn end_turn(&self, at: usize) {
+        let Some(turns) = &self.turns else { return };
+        let mut children = self.children();
+        turns.lock().unwrap_or_else(PoisonError::into_inner).end(at);
+        self.take_turns(&mut children);
     }
 
-    fn release(&self, machines: &[(usize, Arc<MachineProcess>)]) {
-        for (_, process) in machines {
-            // One that is gone is noticed by its reports.
-            let _ = process.channel.send(&Order::Resume, &[]);
-        }
+    fn are_turns_awaited(&self) -> bool {
+        let awaited =
+            |turns: &Mutex<Turns>| turns.lock().unwrap_or_else(PoisonError::into_inner).are_awaited();
+        self.turns.as_ref().is_some_and(awaited)
     }
 
     fn note(&self, at: usize, report: Report, mut fds: Vec<OwnedFd>) {
@@ -437,12 +474,17 @@ impl Supervisor {
                 let moment = Moment { at_ns, fetched: self.sandbox.progress().bytes_fetched };
                 match ring {
                     Ring::Resumed => {
+                        let first = child.first_instruction.is_none();
                         child.first_instruction.get_or_insert(moment);
+                        if let (true, Some(turns)) = (first, &self.turns) {
+                            turns.lock().unwrap_or_else(PoisonError::into_inner).wait(at);
+                        }
                         child.state = child.state.max(ChildState::Running);
                     }
                     Ring::Ready => {
                         child.ready.get_or_insert(moment);
                         child.state = child.state.max(ChildState::Ready);
+                        self.tell(at);
                     }
                     Ring::SnapshotHere | Ring::Booted => {}
                 }
@@ -475,6 +517,7 @@ impl Supervisor {
             child.error.get_or_insert(why);
             child.state = ChildState::Failed;
         }
+        self.tell(at);
     }
 
     /// Children that wait for a chunk which will not come would sleep forever.

@@ -34,9 +34,9 @@ use tokio::signal::unix::{SignalKind, signal};
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
 /// Most output of an `--exec` that is kept, bytes.
 const OUTPUT_MAX: usize = 1 << 20;
-/// Pause between two looks at children.
+/// Pause between two looks at a child that does not answer.
 const POLL: Duration = Duration::from_millis(5);
-/// Looks at a child that does not answer, until its connection's failure is taken for the reason.
+/// Looks at it, until its connection's failure is taken for the reason.
 const FAILURE_POLLS: u32 = 60;
 
 /// `forkd fork` failed.
@@ -243,34 +243,61 @@ async fn end_on_signal(supervisor: Arc<OnceLock<Arc<Supervisor>>>) {
     std::process::exit(code);
 }
 
+/// What [`ask_all`] waits for.
+enum Event {
+    /// A child goes on, got ready or is over.
+    Changed(usize),
+    Answered(usize, Outcome),
+}
+
 /// Asks every child at the same time, and waits until each has answered or is over.
 fn ask_all(supervisor: &Arc<Supervisor>, work: &Work, output: &Output) -> Vec<Outcome> {
-    let sockets: Vec<_> = supervisor.children().iter().map(|child| child.socket.clone()).collect();
-    let bar = Progress::steps(output, "children", sockets.len() as u64);
-    let (sender, answers) = std::sync::mpsc::channel();
-    for (at, socket) in sockets.iter().enumerate() {
-        let (sender, supervisor, socket, work) =
-            (sender.clone(), Arc::clone(supervisor), socket.clone(), work.clone());
-        std::thread::spawn(move || {
-            // Nobody listens any more when the child was found to be over first.
-            let _ = sender.send((at, ask(&supervisor, at, &socket, &work)));
-        });
-    }
-    let mut outcomes: Vec<Option<Outcome>> = sockets.iter().map(|_| None).collect();
+    let (sender, events) = std::sync::mpsc::channel();
+    let changes = sender.clone();
+    // Nobody listens any more when all have answered.
+    supervisor.watch(move |at| drop(changes.send(Event::Changed(at))));
+    let count = supervisor.children().len();
+    let bar = Progress::steps(output, "children", count as u64);
+    let mut asked = vec![false; count];
+    let mut outcomes: Vec<Option<Outcome>> = asked.iter().map(|_| None).collect();
+    let mut known: std::collections::VecDeque<_> = (0..count).map(Event::Changed).collect();
     while outcomes.iter().any(Option::is_none) {
-        match answers.recv_timeout(POLL) {
-            Ok((at, outcome)) => outcomes[at] = Some(outcome),
-            Err(_) => {
+        let Some(event) = known.pop_front().or_else(|| events.recv().ok()) else { break };
+        let (Event::Changed(concerned) | Event::Answered(concerned, _)) = event;
+        match event {
+            Event::Answered(at, outcome) => outcomes[at] = Some(outcome),
+            Event::Changed(at) if outcomes[at].is_none() => {
                 // A machine that is gone refuses connections just like one that still starts; the state tells.
-                for (at, outcome) in outcomes.iter_mut().enumerate().filter(|(_, outcome)| outcome.is_none())
-                {
-                    *outcome = over(supervisor, at);
+                outcomes[at] = over(supervisor, at).or_else(|| without_asking(supervisor, at, work));
+                if outcomes[at].is_none() && !asked[at] && may_be_asked(supervisor, at, work) {
+                    asked[at] = true;
+                    let (sender, supervisor, work) = (sender.clone(), Arc::clone(supervisor), work.clone());
+                    std::thread::spawn(move || {
+                        drop(sender.send(Event::Answered(at, ask(&supervisor, at, &work))));
+                    });
                 }
             }
+            Event::Changed(_) => {}
+        }
+        if outcomes[concerned].is_some() {
+            supervisor.end_turn(concerned);
         }
         bar.to(outcomes.iter().flatten().count() as u64);
     }
+    supervisor.watch(|_| {});
     outcomes.into_iter().flatten().collect()
+}
+
+/// Where nothing is asked for, being ready is the answer.
+fn without_asking(supervisor: &Supervisor, at: usize, work: &Work) -> Option<Outcome> {
+    let ready = supervisor.children()[at].ready.filter(|_| matches!(work, Work::Nothing));
+    ready.map(|at| Outcome { answer: None, error: None, exit_code: None, at })
+}
+
+/// A request that is there before the machine is ready saves it an interrupt; but one whose turn it is not would be asked
+/// again and again.
+fn may_be_asked(supervisor: &Supervisor, at: usize, work: &Work) -> bool {
+    !matches!(work, Work::Nothing) && supervisor.children()[at].goes_on
 }
 
 /// The outcome of a child that is over without an answer.
@@ -294,11 +321,12 @@ fn failed(supervisor: &Supervisor, error: String) -> Outcome {
     Outcome { answer: None, error: Some(error), exit_code: None, at: now(supervisor) }
 }
 
-fn ask(supervisor: &Supervisor, at: usize, socket: &Path, work: &Work) -> Outcome {
+fn ask(supervisor: &Supervisor, at: usize, work: &Work) -> Outcome {
+    let socket = supervisor.children()[at].socket.clone();
     let asked = match work {
-        Work::Nothing => return wait_until_ready(supervisor, at),
-        Work::Eval(code) => eval(supervisor, socket, code),
-        Work::Exec(command) => exec(supervisor, socket, command),
+        Work::Nothing => return failed(supervisor, "it was asked nothing".to_owned()),
+        Work::Eval(code) => eval(supervisor, &socket, code),
+        Work::Exec(command) => exec(supervisor, &socket, command),
     };
     asked.unwrap_or_else(|error| {
         // When its machine failed, that is why it does not answer; the report of that may be a moment behind.
@@ -310,19 +338,6 @@ fn ask(supervisor: &Supervisor, at: usize, socket: &Path, work: &Work) -> Outcom
         }
         failed(supervisor, chain(&error))
     })
-}
-
-fn wait_until_ready(supervisor: &Supervisor, at: usize) -> Outcome {
-    loop {
-        let ready = supervisor.children()[at].ready;
-        if let Some(outcome) = ready
-            .map(|at| Outcome { answer: None, error: None, exit_code: None, at })
-            .or_else(|| over(supervisor, at))
-        {
-            return outcome;
-        }
-        std::thread::sleep(POLL);
-    }
 }
 
 fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<Outcome, ClientError> {
