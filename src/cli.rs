@@ -8,9 +8,10 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use clap::{Args, CommandFactory, Parser, Subcommand};
+use clap::{ArgGroup, Args, CommandFactory, Parser, Subcommand};
 
 use crate::network::NetworkMode;
+use crate::source::Wanted;
 use crate::units;
 use crate::variables::{self, Variable, Varied};
 
@@ -82,6 +83,8 @@ pub enum Verb {
     Cache(CacheVerb),
     /// Start copies of a snapshot
     Fork(ForkArgs),
+    /// Keep a snapshot's image in memory, so that forks of it start at once
+    Warm(WarmArgs),
     /// List running children
     Ps,
     /// Run a command in a running child
@@ -469,6 +472,50 @@ pub struct ForkArgs {
     /// The cache.
     #[command(flatten)]
     pub cache: CacheArgs,
+}
+
+impl ForkArgs {
+    /// What is to be forked.
+    pub fn wanted(&self) -> Wanted<'_> {
+        Wanted { target: self.target.as_deref(), tag: self.tag.as_deref(), hub: self.hub.hub.as_deref() }
+    }
+}
+
+/// `forkd warm`.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("warmed").args(["target", "tag", "list", "all"]).required(true)))]
+pub struct WarmArgs {
+    /// A name of the hub (owner/name[@version]) or a pack file, named as `forkd fork` will name it
+    #[arg(value_name = "REF|PATH")]
+    pub target: Option<String>,
+    /// A local snapshot
+    #[arg(long)]
+    pub tag: Option<String>,
+    /// List what is kept
+    #[arg(long, conflicts_with = "stop")]
+    pub list: bool,
+    /// Keep it no longer; copies that run go on
+    #[arg(long)]
+    pub stop: bool,
+    /// With --stop: all that is kept
+    #[arg(long, requires = "stop")]
+    pub all: bool,
+    /// Stay in the foreground
+    #[arg(long)]
+    pub foreground: bool,
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+}
+
+impl WarmArgs {
+    /// What is to be kept.
+    pub fn wanted(&self) -> Wanted<'_> {
+        Wanted { target: self.target.as_deref(), tag: self.tag.as_deref(), hub: self.hub.hub.as_deref() }
+    }
 }
 
 /// `forkd exec`.

@@ -22,6 +22,7 @@ use crate::commands::pack::PackError;
 use crate::commands::pull::PullError;
 use crate::commands::repack::RepackError;
 use crate::commands::unpack::UnpackCommandError;
+use crate::commands::warm::WarmCommandError;
 use crate::hub::publish::PublishError;
 use crate::hub::serve::ServeError;
 use crate::kernel::KernelError;
@@ -89,6 +90,9 @@ pub enum CommandError {
     /// `forkd mount` and `forkd umount`.
     #[error(transparent)]
     Mount(#[from] MountCommandError),
+    /// `forkd warm`.
+    #[error(transparent)]
+    Warm(Box<WarmCommandError>),
     /// The async runtime could not be started.
     #[error("the async runtime does not start")]
     Runtime(#[source] std::io::Error),
@@ -98,6 +102,12 @@ pub enum CommandError {
 impl From<ForkCommandError> for CommandError {
     fn from(error: ForkCommandError) -> CommandError {
         CommandError::Fork(Box::new(error))
+    }
+}
+
+impl From<WarmCommandError> for CommandError {
+    fn from(error: WarmCommandError) -> CommandError {
+        CommandError::Warm(Box::new(error))
     }
 }
 
@@ -147,6 +157,7 @@ fn describe(error: &CommandError) -> Row {
         CommandError::RunDir(error) => machine::run_dir(error),
         CommandError::Build(error) => machine::build(error),
         CommandError::Fork(error) => machine::fork(error),
+        CommandError::Warm(error) => machine::warm(error),
         CommandError::Snapshot(error) => packs::snapshot(error),
         CommandError::Reference(error) => packs::reference(error),
         CommandError::Registry(error) => packs::registry(error),

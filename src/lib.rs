@@ -33,6 +33,7 @@ pub mod tools;
 pub mod turns;
 pub mod units;
 pub mod variables;
+pub mod warm;
 
 use std::ffi::OsString;
 use std::process::ExitCode;

@@ -62,6 +62,17 @@ impl Progress {
         self.bar.tick();
     }
 
+    /// Waits for `work` and shows `done` meanwhile.
+    pub async fn follow<T>(&self, work: impl Future<Output = T>, done: impl Fn() -> u64) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            match tokio::time::timeout(Progress::INTERVAL, &mut work).await {
+                Ok(result) => return result,
+                Err(_) => self.to(done()),
+            }
+        }
+    }
+
     /// How often a caller that polls should call [`Progress::to`].
     pub const INTERVAL: Duration = Duration::from_millis(100);
 }

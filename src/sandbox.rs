@@ -26,6 +26,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
 
+mod resident;
+
+pub use resident::Resident;
+
 /// Largest small file that is read whole: vmstate and trace stay well below.
 const SMALL_FILE_MAX: u64 = 8 << 20;
 /// Largest `hotset` that is used, bytes: a working set beyond that is better fetched by chunks.

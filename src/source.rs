@@ -1,6 +1,6 @@
 //! What a command's REF, PATH or `--tag` leads to: an opened pack or a snapshot's directory. Callers: commands.
 
-use crate::cli::ForkArgs;
+use crate::cli::CacheArgs;
 use crate::mounts;
 use crate::packs;
 use crate::paths::Paths;
@@ -72,19 +72,38 @@ pub enum Origin {
     Directory(Held),
 }
 
-/// Opens what `args` name. `reached` is called as stages are done.
+/// What a command names: a local snapshot's tag or a target.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    /// A name of the hub, or a path.
+    pub target: Option<&'a str>,
+    /// A local snapshot.
+    pub tag: Option<&'a str>,
+    /// The hub, if one is named.
+    pub hub: Option<&'a str>,
+}
+
+impl<'a> Wanted<'a> {
+    /// As it was named.
+    pub fn name(&self) -> &'a str {
+        self.tag.or(self.target).unwrap_or_default()
+    }
+}
+
+/// Opens what is wanted. `reached` is called as stages are done.
 pub async fn open(
     paths: &Paths,
-    args: &ForkArgs,
+    wanted: &Wanted<'_>,
+    cache: &CacheArgs,
     mut reached: impl FnMut(Stage),
 ) -> Result<OpenedSource, SourceError> {
-    let Some(target) = &args.target else {
-        let tag = args.tag.clone().unwrap_or_default();
-        let held = Held::find(paths, &tag)?;
-        return Ok(OpenedSource { name: tag, origin: Origin::Directory(held), cache: None });
+    let Some(target) = wanted.target else {
+        let tag = wanted.tag.unwrap_or_default();
+        let held = Held::find(paths, tag)?;
+        return Ok(OpenedSource { name: tag.to_owned(), origin: Origin::Directory(held), cache: None });
     };
     let http = packs::http_client();
-    let hub = args.hub.hub.clone();
+    let hub = wanted.hub.map(str::to_owned);
     let named = match as_path(target)? {
         Some(path) if path.is_dir() => match mounts::pack_behind(paths, &path) {
             // The fork reads the pack itself, without a detour through FUSE.
@@ -92,7 +111,7 @@ pub async fn open(
             None if path.join(snapshot::CONFIGURATION).exists() => {
                 let held = Held::open(&path).map_err(file_error("opening", &path))?;
                 return Ok(OpenedSource {
-                    name: target.clone(),
+                    name: target.to_owned(),
                     origin: Origin::Directory(held),
                     cache: None,
                 });
@@ -113,12 +132,12 @@ pub async fn open(
     let options = StoreOptions {
         demand_deadline: OPEN_DEADLINE,
         head_bytes: HEAD_BYTES,
-        ..packs::store_options(paths, &args.cache, &http)
+        ..packs::store_options(paths, cache, &http)
     };
     let cache = options.cache.clone();
     let store = Store::open(location, options).await?;
     reached(Stage::Index);
-    Ok(OpenedSource { name: target.clone(), origin: Origin::Pack(store), cache })
+    Ok(OpenedSource { name: target.to_owned(), origin: Origin::Pack(store), cache })
 }
 
 /// `target` as a path: when it looks like one it must exist, otherwise only when it does and is no name.

@@ -139,7 +139,7 @@ mod tests {
         let now = Instant::now();
         let mut turns = gathered(1, 0..3, now);
         assert_eq!(all(&mut turns, now), [0]);
-        assert_eq!(all(&mut turns, now + TURN_MAX), []);
+        assert_eq!(all(&mut turns, now + TURN_MAX), [0; 0]);
         assert_eq!(all(&mut turns, now + TURN_MAX * 2), [1]);
     }
 

@@ -8,6 +8,8 @@ mod harness;
 mod hostile_guests;
 #[path = "linux/kills.rs"]
 mod kills;
+#[path = "linux/warm.rs"]
+mod warm;
 
 use harness::{Bed, Hub, alive, distinct, wait_until};
 use serde_json::Value;

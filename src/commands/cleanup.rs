@@ -7,6 +7,7 @@ use crate::output::Output;
 use crate::paths::Paths;
 use crate::run_dir::ForkDir;
 use crate::snapshot;
+use crate::warm::Address;
 use forkd_vmm::cgroup::Groups;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -19,6 +20,8 @@ struct Cleaned {
     mounts: Vec<PathBuf>,
     drafts: Vec<PathBuf>,
     cgroups: usize,
+    /// Sockets of dead `forkd warm`.
+    warm: usize,
 }
 
 /// Runs the command.
@@ -35,6 +38,7 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
     let cgroups = Groups::find().ok().and_then(|groups| groups.remove_empty().ok()).unwrap_or(0);
     let cleaned = Cleaned {
         cgroups,
+        warm: Address::all(&paths).iter().filter(|address| address.remove_if_dead()).count(),
         forks,
         mounts: mounts::clear_dead(&paths).map_err(MountCommandError::from)?,
         drafts: snapshot::remove_dead_drafts(&paths)?,

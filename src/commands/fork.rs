@@ -17,6 +17,7 @@ use crate::supervisor::{
     Allowance, ForkError, Moment, Plan, Supervisor, milliseconds_since, process_start_ns,
 };
 use crate::variables::{Variables, VariablesError};
+use crate::warm::Address;
 use forkd_fs::store::ReadError;
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::protocol::{Answer, ExecRequest, Exit};
@@ -118,15 +119,22 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
 
     let mut timeline = Timeline::default();
     let since_start = || milliseconds_since(started_ns, monotonic_ns());
-    let opening = source::open(&paths, args, |at| match at {
-        source::Stage::Registry => timeline.registry_ms = Some(since_start()),
-        source::Stage::Index => timeline.index_ms = Some(since_start()),
-    });
-    let OpenedSource { name, origin, cache } = runtime.block_on(opening).map_err(ForkCommandError::from)?;
-    let sandbox = open_sandbox(&runtime, &name, origin, args.eager, output)?;
+    let wanted = args.wanted();
+    let (sandbox, name, cache) = match resident(&paths, args) {
+        Some(sandbox) => (sandbox, wanted.name().to_owned(), None),
+        None => {
+            let opening = source::open(&paths, &wanted, &args.cache, |at| match at {
+                source::Stage::Registry => timeline.registry_ms = Some(since_start()),
+                source::Stage::Index => timeline.index_ms = Some(since_start()),
+            });
+            let OpenedSource { name, origin, cache } =
+                runtime.block_on(opening).map_err(ForkCommandError::from)?;
+            (open_sandbox(&runtime, &name, origin, args.eager, output)?, name, cache)
+        }
+    };
     timeline.vmstate_ms = Some(since_start());
 
-    let (sandbox, name) = (Arc::new(sandbox), name);
+    let sandbox = Arc::new(sandbox);
     // What no child has asked for is fetched after the answers: it would only be in their way.
     let (rest_wanted, wanted) = tokio::sync::oneshot::channel::<()>();
     if !args.eager {
@@ -177,6 +185,16 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
     Ok(exit)
 }
 
+/// What `forkd warm` holds of it. Without, or when its daemon does not answer, everything is opened as always.
+fn resident(paths: &Paths, args: &ForkArgs) -> Option<Sandbox> {
+    let address = Address::of(paths, &args.wanted()).filter(|_| !args.eager)?;
+    let found = address.image().unwrap_or_else(|error| {
+        tracing::warn!(error = chain(&error), "the warm image is not used");
+        None
+    });
+    found.and_then(|(resident, files)| Sandbox::from_resident(resident, files))
+}
+
 fn open_sandbox(
     runtime: &tokio::runtime::Runtime,
     name: &str,
@@ -195,16 +213,8 @@ fn open_sandbox(
             store.set_demand_deadline(source::DEMAND_DEADLINE);
             if eager {
                 let bar = Progress::bytes(output, "downloading", sandbox.progress().bytes_total);
-                let mut filling = runtime.spawn(sandbox.fill(std::future::ready(())));
-                let filled = loop {
-                    match runtime
-                        .block_on(async { tokio::time::timeout(Progress::INTERVAL, &mut filling).await })
-                    {
-                        Ok(Ok(filled)) => break filled,
-                        Ok(Err(_)) => break Err(ReadError::Stopped),
-                        Err(_) => bar.to(sandbox.progress().bytes_fetched),
-                    }
-                };
+                let filling = sandbox.fill(std::future::ready(()));
+                let filled = runtime.block_on(bar.follow(filling, || sandbox.progress().bytes_fetched));
                 let filled = filled.map_err(|error| ForkCommandError::Download {
                     name: name.to_owned(),
                     source: Box::new(error),

@@ -28,6 +28,7 @@ pub mod repack;
 pub mod snapshots;
 pub mod umount;
 pub mod unpack;
+pub mod warm;
 
 /// Runs the command. The exit code is 0 unless the command has one of its own to pass on (`forkd exec`).
 pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
@@ -54,6 +55,7 @@ pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
         Verb::Cache(CacheVerb::Verify) => cache::verify(output),
         Verb::Cache(CacheVerb::Gc(args)) => cache::gc(&args, output),
         Verb::Fork(args) => fork::run(&args, output),
+        Verb::Warm(args) => warm::run(&args, output),
         Verb::Ps => children::ps(output),
         Verb::Exec(args) => children::exec(&args, output),
         Verb::Eval(args) => children::eval(&args, output),

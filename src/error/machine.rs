@@ -4,6 +4,7 @@ use super::{Row, packs};
 use crate::commands::build::BuildCommandError;
 use crate::commands::children::ChildrenError;
 use crate::commands::fork::ForkCommandError;
+use crate::commands::warm::WarmCommandError;
 use crate::host::HostError;
 use crate::machine_build::BuildError;
 use crate::network::NetworkError;
@@ -11,6 +12,7 @@ use crate::run_dir::RunDirError;
 use crate::sandbox::SandboxError;
 use crate::source::SourceError;
 use crate::supervisor::ForkError;
+use crate::warm::WarmError;
 use forkd_vmm::kvm::KvmError;
 use forkd_vmm::pager::PagerError;
 use forkd_vmm::uffd::UffdError;
@@ -35,6 +37,23 @@ pub(super) fn fork(error: &ForkCommandError) -> Row {
         ForkCommandError::Variables(_) => Row::usage("give the children their environment", ""),
         ForkCommandError::Fork(ForkError::Network(error)) => network(error),
         ForkCommandError::Fork(_) => row.hint("`forkd cleanup` removes what dead forks left"),
+    }
+}
+
+pub(super) fn warm(error: &WarmCommandError) -> Row {
+    let row = Row::failed("keep the image in memory", "");
+    match error {
+        WarmCommandError::Warm(WarmError::Paths(error)) => super::describe_paths(error),
+        WarmCommandError::Warm(_) => row.hint("`forkd cleanup` removes what dead processes left"),
+        WarmCommandError::Detach(_) => {
+            row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
+        }
+        WarmCommandError::Source(error) => source(error),
+        WarmCommandError::Sandbox { source, .. } => sandbox(source),
+        WarmCommandError::Download { .. } => row.hint("run it again: what was fetched is kept"),
+        WarmCommandError::Incomplete { .. } => row.hint("check the free memory of this host"),
+        WarmCommandError::NotFixed { .. } => Row::usage("keep the image in memory", ""),
+        WarmCommandError::NotWarm { .. } => row.hint("`forkd warm --list` shows what is"),
     }
 }
 

@@ -1,0 +1,207 @@
+//! `forkd warm`: keeps an image in memory, so that forks of it open no pack, decode nothing and wait for no page.
+
+use crate::cli::WarmArgs;
+use crate::commands::runtime;
+use crate::detach::{DetachError, Detached, Handover, split};
+use crate::error::CommandError;
+use crate::output::{Output, table};
+use crate::paths::Paths;
+use crate::progress::Progress;
+use crate::sandbox::{Sandbox, SandboxError};
+use crate::source::{self, OpenedSource, Origin, SourceError};
+use crate::units::show_size;
+use crate::warm::{Address, Daemon, WarmError, WarmStatus};
+use forkd_fs::store::ReadError;
+use forkd_vmm::kvm::KvmKind;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// `forkd warm` failed.
+#[derive(Debug, thiserror::Error)]
+pub enum WarmCommandError {
+    /// The daemon.
+    #[error(transparent)]
+    Warm(#[from] WarmError),
+    /// Going to the background.
+    #[error("going to the background failed")]
+    Detach(#[from] DetachError),
+    /// The pack or snapshot.
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    /// Opening the machine.
+    #[error("{name}")]
+    Sandbox {
+        /// What was to be loaded.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<SandboxError>,
+    },
+    /// Downloading it.
+    #[error("{name}")]
+    Download {
+        /// What was to be loaded.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<ReadError>,
+    },
+    /// Chunks could not be put in place.
+    #[error("{name}: there is not enough memory for the whole image")]
+    Incomplete {
+        /// What was to be loaded.
+        name: String,
+    },
+    /// A path that may be another image the next time.
+    #[error("{} cannot be kept in memory: name a pack's file, a package of the hub or, with --tag, a snapshot", path.display())]
+    NotFixed {
+        /// What was named.
+        path: PathBuf,
+    },
+    /// `--stop` of something that is not warm.
+    #[error("{name} is not warm")]
+    NotWarm {
+        /// What was named.
+        name: String,
+    },
+}
+
+/// Runs the command.
+pub fn run(args: &WarmArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    let paths = Paths::from_env()?;
+    if args.list {
+        return list(&paths, output);
+    }
+    if args.stop && args.all {
+        return stop(&Address::all(&paths), output);
+    }
+    let wanted = args.wanted();
+    let not_fixed = || WarmCommandError::NotFixed { path: PathBuf::from(wanted.name()) };
+    let address = Address::of(&paths, &wanted).ok_or_else(not_fixed)?;
+    if args.stop {
+        if address.status().map_err(WarmCommandError::from)?.is_none() {
+            return Err(WarmCommandError::NotWarm { name: wanted.name().to_owned() }.into());
+        }
+        return stop(&[address], output);
+    }
+    let handover = if args.foreground {
+        None
+    } else {
+        match split().map_err(WarmCommandError::from)? {
+            Detached::Foreground(exit) => return Ok(exit),
+            Detached::Background(handover) => Some(handover),
+        }
+    };
+    hold(args, &paths, address, handover, output)
+}
+
+/// Loads the image and serves it until told to stop.
+fn hold(
+    args: &WarmArgs,
+    paths: &Paths,
+    address: Address,
+    handover: Option<Handover>,
+    output: &Output,
+) -> Result<ExitCode, CommandError> {
+    let runtime = runtime()?;
+    let wanted = args.wanted();
+    let opening = source::open(paths, &wanted, &args.cache, |_| {});
+    let OpenedSource { name, origin, cache } = runtime.block_on(opening).map_err(WarmCommandError::from)?;
+    let sandbox = load(&runtime, &name, origin, output)?;
+    if let Some(cache) = cache {
+        cache.flush();
+    }
+    // The name of a replaced snapshot leads elsewhere by now; what was opened is what is served, under what it was asked for.
+    let mut daemon =
+        Daemon::start(paths, address, name, sandbox.resident_bytes()).map_err(WarmCommandError::from)?;
+    runtime.spawn(end_on_signal(daemon.remover()));
+    output.report(daemon.status(), |status| {
+        format!(
+            "{} is warm: {} in memory, held by process {}\n",
+            status.name,
+            show_size(status.resident_bytes),
+            status.pid
+        )
+    });
+    if let Some(handover) = handover {
+        handover.finish(0);
+    }
+    daemon.serve(&sandbox).map_err(WarmCommandError::from)?;
+    runtime.shutdown_background();
+    Ok(ExitCode::SUCCESS)
+}
+
+fn load(
+    runtime: &tokio::runtime::Runtime,
+    name: &str,
+    origin: Origin,
+    output: &Output,
+) -> Result<Sandbox, WarmCommandError> {
+    let kind = KvmKind::detect();
+    let failed = |source| WarmCommandError::Sandbox { name: name.to_owned(), source: Box::new(source) };
+    let store = match origin {
+        Origin::Directory(held) => {
+            return Sandbox::open_local(&held.path(), kind).and_then(Sandbox::into_memory).map_err(failed);
+        }
+        Origin::Pack(store) => store,
+    };
+    let opening = Sandbox::open_pack(store.clone(), runtime.handle().clone(), kind);
+    let mut sandbox = runtime.block_on(opening).map_err(failed)?;
+    store.set_demand_deadline(source::DEMAND_DEADLINE);
+    let bar = Progress::bytes(output, "loading", sandbox.progress().bytes_total);
+    let filled = runtime
+        .block_on(bar.follow(sandbox.fill(std::future::ready(())), || sandbox.progress().bytes_fetched));
+    match filled {
+        Ok(true) => sandbox.set_complete(),
+        Ok(false) => return Err(WarmCommandError::Incomplete { name: name.to_owned() }),
+        Err(error) => {
+            return Err(WarmCommandError::Download { name: name.to_owned(), source: Box::new(error) });
+        }
+    }
+    Ok(sandbox)
+}
+
+async fn end_on_signal(remove_socket: impl Fn()) {
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = kinds.map(signal) else { return };
+    let code = tokio::select! {
+        _ = interrupt.recv() => 130,
+        _ = terminate.recv() => 143,
+        _ = hangup.recv() => 129,
+    };
+    remove_socket();
+    std::process::exit(code);
+}
+
+fn list(paths: &Paths, output: &Output) -> Result<ExitCode, CommandError> {
+    let mut held = Vec::new();
+    for address in Address::all(paths) {
+        held.extend(address.status().map_err(WarmCommandError::from)?);
+    }
+    held.sort_by(|a, b| a.name.cmp(&b.name));
+    output.report(&held, |held: &Vec<WarmStatus>| {
+        let mut rows = vec![["NAME", ">MEMORY", ">FORKS", ">PID"].map(str::to_owned).to_vec()];
+        rows.extend(held.iter().map(|held| {
+            vec![
+                held.name.clone(),
+                show_size(held.resident_bytes),
+                held.forks.to_string(),
+                held.pid.to_string(),
+            ]
+        }));
+        table(&rows)
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+fn stop(addresses: &[Address], output: &Output) -> Result<ExitCode, CommandError> {
+    let mut stopped = Vec::new();
+    for address in addresses {
+        stopped.extend(address.stop().map_err(WarmCommandError::from)?);
+    }
+    output.report(&stopped, |stopped: &Vec<WarmStatus>| {
+        stopped.iter().map(|held| format!("{} is no longer warm\n", held.name)).collect()
+    });
+    Ok(ExitCode::SUCCESS)
+}

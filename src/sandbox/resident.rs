@@ -1,0 +1,188 @@
+//! A sandbox whose images are whole and in memory, on its way from one process to another. Callers: `warm.rs`,
+//! `commands/{warm,fork}.rs`.
+
+use super::{Images, Sandbox, SandboxError, images_of};
+use crate::snapshot::{Configuration, file_error};
+use forkd_vmm::memory::{create_image, longest_runs};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io;
+use std::path::Path;
+
+/// Most bytes that one call copies.
+const COPY_BYTES: u64 = 64 << 20;
+
+/// What is said of a resident image; its vmstate and images come with it as files.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Resident {
+    configuration: Configuration,
+    /// Per image, ranges (start and end, bytes) known to be zero.
+    zero_runs: Vec<Vec<(u64, u64)>>,
+}
+
+impl Sandbox {
+    /// The same sandbox with its images in memory of their own: files on disk come and go in the page cache.
+    pub fn into_memory(mut self) -> Result<Sandbox, SandboxError> {
+        if let Images::Local { files } = &mut self.images {
+            self.zero_runs.clear();
+            for (id, file) in images_of(&self.configuration).zip(files) {
+                let bytes = self.configuration.layout.image_bytes(id);
+                let memory = create_image(Sandbox::image_name(id), bytes)?;
+                let failed = file_error("loading", Path::new(Sandbox::image_name(id)));
+                self.zero_runs.push(copy_data(file, &memory, bytes).map_err(|errno| failed(errno.into()))?);
+                *file = memory;
+            }
+        }
+        Ok(self)
+    }
+
+    /// Bytes of memory that the images take.
+    pub fn resident_bytes(&self) -> u64 {
+        let blocks =
+            |file: &BorrowedFd<'_>| rustix::fs::fstat(file).map_or(0, |found| found.st_blocks as u64 * 512);
+        self.images().iter().map(blocks).sum()
+    }
+
+    /// What another process needs to fork from this sandbox: descriptors that nobody can write through.
+    pub fn resident(&self) -> io::Result<(Resident, Vec<OwnedFd>)> {
+        let resident = Resident { configuration: self.configuration, zero_runs: self.zero_runs.clone() };
+        let read_only = |file: BorrowedFd<'_>| {
+            let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+            Ok(OwnedFd::from(File::open(path)?))
+        };
+        let files = std::iter::once(self.vmstate()).chain(self.images()).map(read_only);
+        Ok((resident, files.collect::<io::Result<_>>()?))
+    }
+
+    /// A sandbox that another process of this user holds. `None` when what came is not that of a whole machine.
+    pub fn from_resident(
+        Resident { configuration, zero_runs }: Resident,
+        mut files: Vec<OwnedFd>,
+    ) -> Option<Sandbox> {
+        if files.is_empty() {
+            return None;
+        }
+        let vmstate = files.remove(0);
+        let wanted: Vec<_> =
+            images_of(&configuration).map(|id| configuration.layout.image_bytes(id)).collect();
+        // Reading past the end of a mapped file kills the reader.
+        let sizes = files.iter().map(|file| rustix::fs::fstat(file).map_or(0, |found| found.st_size as u64));
+        let fits = |(runs, bytes): (&Vec<(u64, u64)>, &u64)| {
+            runs.iter().all(|(start, end)| start <= end && end <= bytes)
+        };
+        let whole = sizes.eq(wanted.iter().copied())
+            && zero_runs.len() == wanted.len()
+            && zero_runs.iter().zip(&wanted).all(fits);
+        whole.then(|| Sandbox {
+            configuration,
+            vmstate,
+            images: Images::Local { files },
+            zero_runs,
+            complete: true,
+        })
+    }
+}
+
+/// Copies what a sparse file stores, and returns the longest holes.
+fn copy_data(from: &OwnedFd, to: &OwnedFd, bytes: u64) -> Result<Vec<(u64, u64)>, Errno> {
+    let (mut at, mut holes) = (0, Vec::new());
+    while at < bytes {
+        let start = match rustix::fs::seek(from, SeekFrom::Data(at)) {
+            Ok(start) => start,
+            // No more data.
+            Err(Errno::NXIO) => bytes,
+            Err(errno) => return Err(errno),
+        };
+        if start > at {
+            holes.push(at..start);
+        }
+        if start >= bytes {
+            break;
+        }
+        at = rustix::fs::seek(from, SeekFrom::Hole(start))?.min(bytes);
+        copy_range(from, to, start, at)?;
+    }
+    Ok(longest_runs(holes).into_iter().map(|run| (run.start, run.end)).collect())
+}
+
+fn copy_range(from: &OwnedFd, to: &OwnedFd, mut start: u64, end: u64) -> Result<(), Errno> {
+    rustix::fs::seek(to, SeekFrom::Start(start))?;
+    while start < end {
+        let length = (end - start).min(COPY_BYTES) as usize;
+        match rustix::fs::sendfile(to.as_fd(), from.as_fd(), Some(&mut start), length) {
+            // The file was cut short under us.
+            Ok(0) => return Err(Errno::IO),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use forkd_vmm::kvm::KvmKind;
+    use forkd_vmm::memory::{ImageId, MemoryLayout};
+    use std::os::unix::fs::FileExt;
+
+    const BYTES: u64 = 4 << 20;
+
+    fn sparse() -> OwnedFd {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(BYTES).unwrap();
+        file.write_all_at(&[7; 8192], 1 << 20).unwrap();
+        file.write_all_at(&[9; 4096], (3 << 20) + 4096).unwrap();
+        file.into()
+    }
+
+    fn content(file: OwnedFd) -> Vec<u8> {
+        let mut bytes = vec![0; BYTES as usize];
+        File::from(file).read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_copy_has_the_data_and_keeps_the_holes() {
+        let (from, to) = (sparse(), create_image("copy", BYTES).unwrap());
+        let holes = copy_data(&from, &to, BYTES).unwrap();
+        assert_eq!(holes, [(0, 1 << 20), ((1 << 20) + 8192, (3 << 20) + 4096), ((3 << 20) + 8192, BYTES)]);
+        assert_eq!(rustix::fs::fstat(&to).unwrap().st_blocks * 512, 12288);
+        assert!(content(from) == content(to));
+        let empty = OwnedFd::from(tempfile::tempfile().unwrap());
+        rustix::fs::ftruncate(&empty, BYTES).unwrap();
+        assert_eq!(copy_data(&empty, &create_image("none", BYTES).unwrap(), BYTES).unwrap(), [(0, BYTES)]);
+    }
+
+    #[test]
+    fn a_file_that_is_cut_short_is_an_error() {
+        let from = sparse();
+        assert_eq!(
+            copy_range(&from, &create_image("copy", 2 * BYTES).unwrap(), BYTES, BYTES + 1),
+            Err(Errno::IO)
+        );
+    }
+
+    #[test]
+    fn only_a_whole_machine_is_taken() {
+        let layout = MemoryLayout::new(64, 0).unwrap();
+        let configuration = Configuration::new(layout, 1, KvmKind::Pvm, 0);
+        let ram = layout.image_bytes(ImageId::Ram);
+        let files = |bytes: &[u64]| bytes.iter().map(|bytes| create_image("file", *bytes).unwrap()).collect();
+        let take = |runs: &[Vec<(u64, u64)>], bytes: &[u64]| {
+            Sandbox::from_resident(Resident { configuration, zero_runs: runs.to_vec() }, files(bytes))
+                .is_some()
+        };
+        assert!(take(&[vec![(0, ram)]], &[100, ram]));
+        assert!(!take(&[vec![]], &[]));
+        assert!(!take(&[vec![]], &[100]));
+        assert!(!take(&[vec![]], &[100, ram - 4096]));
+        assert!(!take(&[vec![]], &[100, ram, ram]));
+        assert!(!take(&[], &[100, ram]));
+        assert!(!take(&[vec![(0, ram + 4096)]], &[100, ram]));
+        assert!(!take(&[vec![(8192, 4096)]], &[100, ram]));
+    }
+}

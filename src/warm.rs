@@ -1,0 +1,275 @@
+//! Images that stay in memory between forks: one small daemon an image, which hands its files to every `forkd fork` of the
+//! same name that asks. Such a fork opens no pack, decodes nothing and waits for no page.
+//!
+//! ```text
+//! <runtime>/warm/<key>.sock    SOCK_SEQPACKET; the key says what was loaded from where
+//! ```
+//! Whoever can reach the socket is the same user: the directory is private. Callers: `commands/{warm,fork,cleanup}.rs`.
+
+use crate::paths::{Paths, PathsError};
+use crate::sandbox::{Resident, Sandbox};
+use crate::source::Wanted;
+use forkd_vmm::channel::{Channel, ChannelError};
+use rustix::fd::{AsFd, OwnedFd};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::fs;
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+const SUFFIX: &str = ".sock";
+/// How long a daemon may take to answer; a fork does better without it than waiting for it.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long somebody who connected may take to ask.
+const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+/// Connections that wait.
+const BACKLOG: i32 = 128;
+
+/// A daemon cannot be started or reached.
+#[derive(Debug, thiserror::Error)]
+pub enum WarmError {
+    /// forkd's directories.
+    #[error(transparent)]
+    Paths(#[from] PathsError),
+    /// The socket.
+    #[error("{operation} {} failed", path.display())]
+    Socket {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A daemon that answers nonsense, or nothing.
+    #[error("the warm image's process behind {} does not answer", path.display())]
+    Silent {
+        /// Its socket.
+        path: PathBuf,
+        /// Why, where that is known.
+        #[source]
+        source: Option<ChannelError>,
+    },
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Request {
+    /// The image, to fork from it.
+    Image,
+    Status,
+    Stop,
+}
+
+/// What a daemon holds, as `forkd warm --list` shows it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct WarmStatus {
+    /// What it was loaded from.
+    pub name: String,
+    /// The daemon.
+    pub pid: u32,
+    /// Bytes of memory that its images take.
+    pub resident_bytes: u64,
+    /// When it was loaded, seconds since 1970.
+    pub since_unix: u64,
+    /// Forks it was handed to.
+    pub forks: u64,
+}
+
+/// Where the daemon of one image listens, or would.
+#[derive(Debug, Clone)]
+pub struct Address(PathBuf);
+
+impl Address {
+    /// Of what a command names. `None` for what is no fixed image: a folder of a mount, or a path with nothing there.
+    pub fn of(paths: &Paths, wanted: &Wanted<'_>) -> Option<Address> {
+        let mut key = Sha256::new();
+        let mut add = |part: &[u8]| {
+            key.update((part.len() as u64).to_le_bytes());
+            key.update(part);
+        };
+        let on_disk = match (wanted.tag, wanted.target) {
+            (Some(tag), _) => Some(paths.snapshot(tag).ok()?),
+            (None, Some(target)) => Some(PathBuf::from(target)).filter(|path| path.exists()),
+            (None, None) => return None,
+        };
+        if let Some(path) = on_disk {
+            let found = fs::metadata(&path).ok()?;
+            if wanted.tag.is_none() && !found.is_file() {
+                return None;
+            }
+            // A file or a snapshot that is replaced is another one.
+            let number =
+                [found.dev(), found.ino(), found.size(), found.mtime() as u64, found.mtime_nsec() as u64];
+            add(b"disk");
+            number.iter().for_each(|number| add(&number.to_le_bytes()));
+        } else {
+            add(b"hub");
+            // Without a hub's name that of the working directory is used.
+            let here = std::env::current_dir().unwrap_or_default();
+            add(wanted.hub.map_or(here.as_os_str().as_encoded_bytes(), str::as_bytes));
+            add(wanted.target?.as_bytes());
+        }
+        let key: String = key.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
+        Some(Address(directory(paths).join(key + SUFFIX)))
+    }
+
+    /// All that may have a daemon.
+    pub fn all(paths: &Paths) -> Vec<Address> {
+        let entries = fs::read_dir(directory(paths)).into_iter().flatten().flatten();
+        let sockets = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()));
+        sockets.map(|entry| Address(entry.path())).collect()
+    }
+
+    fn connect(&self) -> Result<Option<Channel>, WarmError> {
+        let failed = |errno: Errno| self.failed("connecting to", errno.into());
+        let address = SocketAddrUnix::new(&self.0).map_err(failed)?;
+        let socket = seqpacket().map_err(failed)?;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => Ok(Some(Channel::from_fd(socket))),
+            Err(Errno::NOENT | Errno::CONNREFUSED) => Ok(None),
+            Err(errno) => Err(failed(errno)),
+        }
+    }
+
+    fn ask<A: for<'a> Deserialize<'a>>(
+        &self,
+        request: &Request,
+    ) -> Result<Option<(A, Vec<OwnedFd>)>, WarmError> {
+        let silent = |source| WarmError::Silent { path: self.0.clone(), source };
+        let Some(channel) = self.connect()? else { return Ok(None) };
+        let sent = channel.send(request, &[]);
+        match sent.and_then(|()| channel.receive_until(Instant::now() + ANSWER_TIMEOUT)) {
+            Ok(Some(answer)) => Ok(Some(answer)),
+            Ok(None) => Err(silent(None)),
+            // It is on its way out.
+            Err(ChannelError::Closed) => Ok(None),
+            Err(error) => Err(silent(Some(error))),
+        }
+    }
+
+    /// The image, if a daemon holds it.
+    pub fn image(&self) -> Result<Option<(Resident, Vec<OwnedFd>)>, WarmError> {
+        self.ask(&Request::Image)
+    }
+
+    /// What the daemon holds, if there is one.
+    pub fn status(&self) -> Result<Option<WarmStatus>, WarmError> {
+        Ok(self.ask(&Request::Status)?.map(|(status, _)| status))
+    }
+
+    /// Ends the daemon. Forks of its image go on. Returns what it held.
+    pub fn stop(&self) -> Result<Option<WarmStatus>, WarmError> {
+        Ok(self.ask(&Request::Stop)?.map(|(status, _)| status))
+    }
+
+    /// Removes the socket of a daemon that is dead. Returns whether it was.
+    pub fn remove_if_dead(&self) -> bool {
+        matches!(self.connect(), Ok(None)) && fs::remove_file(&self.0).is_ok()
+    }
+
+    fn failed(&self, operation: &'static str, source: io::Error) -> WarmError {
+        WarmError::Socket { operation, path: self.0.clone(), source }
+    }
+}
+
+fn directory(paths: &Paths) -> PathBuf {
+    paths.runtime.join("warm")
+}
+
+fn seqpacket() -> Result<OwnedFd, Errno> {
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+}
+
+/// The daemon's side.
+pub struct Daemon {
+    address: Address,
+    listener: OwnedFd,
+    /// Of the socket's file: another daemon may take its place.
+    inode: u64,
+    status: WarmStatus,
+}
+
+impl Daemon {
+    /// Listens in the place of whoever held the image before, who is ended. From now on forks find it.
+    pub fn start(
+        paths: &Paths,
+        address: Address,
+        name: String,
+        resident_bytes: u64,
+    ) -> Result<Daemon, WarmError> {
+        paths.create_runtime(Path::new("warm"))?;
+        let listener = seqpacket().map_err(|errno| address.failed("making", errno.into()))?;
+        let unborn = Address(address.0.with_extension(format!("new{}", std::process::id())));
+        // Left by a dead process with our number.
+        let _ = fs::remove_file(&unborn.0);
+        let bound = SocketAddrUnix::new(&unborn.0)
+            .and_then(|at| rustix::net::bind(&listener, &at))
+            .and_then(|()| rustix::net::listen(&listener, BACKLOG));
+        bound.map_err(|errno| unborn.failed("listening on", errno.into()))?;
+        let inode = fs::metadata(&unborn.0).map_err(|error| unborn.failed("reading", error))?.ino();
+        let before = address.connect().ok().flatten();
+        fs::rename(&unborn.0, &address.0).map_err(|error| address.failed("creating", error))?;
+        if let Some(before) = before {
+            // It may be on its way out already.
+            let _ = before.send(&Request::Stop, &[]);
+        }
+        let since_unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let status = WarmStatus { name, pid: std::process::id(), resident_bytes, since_unix, forks: 0 };
+        Ok(Daemon { address, listener, inode, status })
+    }
+
+    /// What is held.
+    pub fn status(&self) -> &WarmStatus {
+        &self.status
+    }
+
+    /// Hands `sandbox` out until told to stop.
+    pub fn serve(&mut self, sandbox: &Sandbox) -> Result<(), WarmError> {
+        let (resident, files) =
+            sandbox.resident().map_err(|error| self.address.failed("opening the images for", error))?;
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        loop {
+            let peer = match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
+                Ok(peer) => Channel::from_fd(peer),
+                Err(Errno::INTR | Errno::CONNABORTED) => continue,
+                Err(errno) => return Err(self.address.failed("accepting on", errno.into())),
+            };
+            // Who asks and does not wait for the answer, or says nothing, is none of ours to care for.
+            let Ok(Some((request, _))) = peer.receive_until(Instant::now() + ASK_TIMEOUT) else { continue };
+            match request {
+                Request::Image => {
+                    self.status.forks += u64::from(peer.send(&resident, &fds).is_ok());
+                }
+                Request::Status => drop(peer.send(&self.status, &[])),
+                Request::Stop => {
+                    self.remove_socket();
+                    drop(peer.send(&self.status, &[]));
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Removes the socket, unless a successor has its place.
+    pub fn remove_socket(&self) {
+        remove_socket(&self.address.0, self.inode);
+    }
+
+    /// What removes the socket from wherever the process is ended.
+    pub fn remover(&self) -> impl Fn() + Send + 'static {
+        let (path, inode) = (self.address.0.clone(), self.inode);
+        move || remove_socket(&path, inode)
+    }
+}
+
+fn remove_socket(path: &Path, inode: u64) {
+    if fs::metadata(path).is_ok_and(|found| found.ino() == inode) {
+        let _ = fs::remove_file(path);
+    }
+}

@@ -1,0 +1,103 @@
+//! `forkd warm`: forks from an image that a daemon holds in memory, and what happens when the daemon is not there any more.
+
+use super::harness::{Bed, Hub, alive, wait_until};
+use serde_json::Value;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+const PACK: &str = "deeplethe/python-numpy";
+const SOON: Duration = Duration::from_secs(10);
+
+fn sockets(bed: &Bed) -> Vec<PathBuf> {
+    let entries = fs::read_dir(bed.path("run/forkd/warm")).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).collect()
+}
+
+fn warm(bed: &Bed, hub: &Hub, what: &[&str]) -> Value {
+    bed.json(hub, &[&["warm"], what].concat())
+}
+
+fn kill(pid: &Value, signal: rustix::process::Signal) {
+    let pid = pid.as_i64().unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+    assert!(wait_until(SOON, || !alive(pid)));
+}
+
+#[test]
+fn forks_of_a_warm_pack_need_no_hub_and_share_nothing_they_write() {
+    let bed = Bed::new();
+    let hub = Hub::serve(&bed, &[]);
+    let held = warm(&bed, &hub, &[PACK]);
+    assert!(held["resident_bytes"].as_u64().unwrap() > 10 << 20, "{held}");
+    let hub = hub.stop();
+    let write = "globals().update(mark=globals().get('mark', 0) + 1, big=numpy.ones(1 << 20)) or mark";
+    for _ in 0..2 {
+        let report = bed.json(&hub, &["fork", PACK, "-n", "3", "--eval", write]);
+        for child in report["children"].as_array().unwrap() {
+            assert_eq!(child["answer"], "1", "what another child wrote is seen: {child}");
+        }
+        assert_eq!(report["pack"]["bytes_fetched"], 0, "{report}");
+        assert!(report["timeline"]["registry_ms"].is_null(), "{report}");
+    }
+    assert_eq!(bed.json(&hub, &["warm", "--list"])[0]["forks"], 2);
+
+    kill(&held["pid"], rustix::process::Signal::KILL);
+    assert_eq!(bed.json(&hub, &["warm", "--list"]), serde_json::json!([]));
+    let hub = hub.start_again();
+    let report = bed.json(&hub, &["fork", PACK, "--eval", "6 * 7"]);
+    assert_eq!(report["children"][0]["answer"], "42", "a dead daemon is in nobody's way");
+    assert_eq!(bed.json(&hub, &["cleanup"])["warm"], 1);
+    assert!(sockets(&bed).is_empty());
+}
+
+#[test]
+fn daemons_follow_each_other_and_leave_nothing() {
+    let bed = Bed::new();
+    let hub = Hub::at("http://127.0.0.1:9/".to_owned());
+    let first = warm(&bed, &hub, &["--tag", "python-numpy"]);
+    let second = warm(&bed, &hub, &["--tag", "python-numpy"]);
+    assert!(wait_until(SOON, || !alive(first["pid"].as_i64().unwrap())), "the first holds its image on");
+    assert_eq!(sockets(&bed).len(), 1);
+    let listed = bed.json(&hub, &["warm", "--list"]);
+    assert_eq!((listed.as_array().unwrap().len(), &listed[0]["pid"]), (1, &second["pid"]));
+    let fork =
+        bed.json(&hub, &["fork", "--tag", "python-numpy", "--detach", "--eval", "numpy.zeros(2).tolist()"]);
+    assert_eq!(fork["children"][0]["answer"], "[0.0, 0.0]");
+    let child = fork["children"][0]["id"].as_str().unwrap();
+
+    bed.run(&hub, &["warm", "--stop", "--tag", "python-numpy"]).success();
+    assert!(wait_until(SOON, || !alive(second["pid"].as_i64().unwrap())));
+    assert!(sockets(&bed).is_empty());
+    assert_eq!(
+        bed.json(&hub, &["eval", child, "numpy.ones(2).tolist()"])["answer"],
+        "[1.0, 1.0]",
+        "its forks go on"
+    );
+    bed.run(&hub, &["kill", child]).success();
+    let again = bed.run(&hub, &["warm", "--stop", "--tag", "python-numpy"]).failure();
+    assert!(again.contains("is not warm"), "{again}");
+
+    let third = warm(&bed, &hub, &["--tag", "python-numpy"]);
+    kill(&third["pid"], rustix::process::Signal::TERM);
+    assert!(sockets(&bed).is_empty(), "SIGTERM leaves the socket");
+    bed.assert_nothing_left(
+        fork["children"].as_array().unwrap().iter().map(|child| child["pid"].as_i64().unwrap()),
+    );
+}
+
+#[test]
+fn what_cannot_be_kept_is_said() {
+    let bed = Bed::new();
+    let hub = Hub::at("http://127.0.0.1:9/".to_owned());
+    for (arguments, says) in [
+        (&["warm", "--tag", "nothing"][..], "nothing"),
+        (&["warm", "/nowhere"], "/nowhere"),
+        (&["warm", "/tmp"], "cannot be kept in memory"),
+        (&["warm", "deeplethe/python-numpy"], "127.0.0.1:9"),
+    ] {
+        let said = bed.run(&hub, arguments).failure();
+        assert!(said.contains(says), "{arguments:?}: {said}");
+    }
+    assert!(sockets(&bed).is_empty());
+}
