@@ -10,7 +10,7 @@ forkd=$1 cache=$2
 shift 2
 here=$(cd "$(dirname "$0")" && pwd)
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(vmm-tests our-kernel debian-kernel)
+[ ${#stages[@]} -gt 0 ] || stages=(vmm-tests our-kernel debian-kernel limits)
 
 # A layer 1 that says nothing for this long has hung, seconds. Its heartbeat comes every 3.
 SILENCE=40
@@ -124,7 +124,7 @@ make_layer1() {
     install -m 755 "$here/layer1.init" "$root/init"
     cp "$here/layer1.stages" "$root/stages"
     cc -shared -fPIC -O2 -Wall -Werror -o "$root/bin/tss.so" "$here/tss.c"
-    copy_modules "$tree" "$root" kvm-amd
+    copy_modules "$tree" "$root" kvm-amd tun
     copy_programs "$root" "$forkd" "$(command -v jq)"
     # First: building tests puts an agent that is not static in the place of ours.
     make_guest_disk
