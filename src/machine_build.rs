@@ -1,12 +1,12 @@
 //! Makes a snapshot: boots a kernel on a root disk, waits until the machine is warm, probes it, saves it, and restores
 //! the result once to record which pages a fork touches. Callers: `commands/build.rs`, `commands/snapshot.rs`.
 
-use crate::identity::{self, IdentityError};
+use crate::identity::IdentityError;
 use crate::recipe::Probe;
 use crate::scratch::Scratch;
 use crate::snapshot::{self, Configuration, SnapshotError, file_error};
 use crate::tools::{Interrupt, ToolError};
-use forkd_fs::trace::{PageRun, RegionTrace, Trace, TraceError};
+use forkd_fs::trace::TraceError;
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::generation::{Generation, GenerationError};
 use forkd_guest::protocol::{Answer, Status, WARM_PARAMETER, WarmCommand, WorkerState};
@@ -15,32 +15,26 @@ use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryError, MemoryLayout, PMEM_ALIGN, create_image};
-use forkd_vmm::pager::{
-    ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, PagerError, SourceFailure,
-};
+use forkd_vmm::pager::PagerError;
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start};
 use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
+
+mod trials;
 
 /// Unit in which a recorded restore is traced, bytes.
 const PAGE: u64 = forkd_vmm::memory::PAGE_BYTES;
 /// The snapshot's file behind each image.
 const IMAGE_NAMES: [&str; 2] = [snapshot::MEMORY, snapshot::ROOT_DISK];
-/// Phases of a restore that are told apart: up to the first instruction, up to ready, up to the answer.
-const PHASES: usize = 3;
-/// Trial restores. No two touch quite the same pages, and a page that is missing costs a fork a round trip.
-const TRIALS: usize = 3;
 /// How long a kernel may take from its first instruction to the agent. kvm_pvm needs 15 s when it is alone.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long a request that should be quick may take.
@@ -240,8 +234,12 @@ impl<'a> Rig<'a> {
         lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n")
     }
 
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("vsock.sock")
+    }
+
     fn agent(&self, doing: &'static str) -> Result<AgentClient, BuildError> {
-        AgentClient::connect(&self.dir.path().join("vsock.sock"), REQUEST_TIMEOUT)
+        AgentClient::connect(&self.socket(), REQUEST_TIMEOUT)
             .map_err(|source| BuildError::Agent { doing, source })
     }
 
@@ -316,7 +314,7 @@ pub fn build(
     wait_until_warm(&machine, request.ready_timeout)?;
     if let Some(probe) = request.probe {
         step(Step::Probe);
-        run_probe(&machine, probe)?;
+        run_probe(machine.agent("probing")?, probe)?;
     }
 
     step(Step::Save);
@@ -336,18 +334,7 @@ pub fn build(
     save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
     step(Step::Trace);
-    let mut touched = BTreeMap::new();
-    for _ in 0..TRIALS {
-        for (image, phase, page) in record_touches(zygote, &configuration, into, request)? {
-            let first = touched.entry((image, page)).or_insert(phase);
-            *first = phase.min(*first);
-        }
-    }
-    let trace = trace_of(&configuration, &touched);
-    let path = into.join(snapshot::TRACE);
-    std::fs::write(&path, trace.encode()?).map_err(file_error("writing", &path))?;
-    let path = into.join(snapshot::HOTSET);
-    write_hotset(&trace, into, &path).map_err(file_error("writing", &path))?;
+    trials::record_trace(zygote, &configuration, into, request)?;
     Ok(configuration)
 }
 
@@ -355,22 +342,6 @@ fn command_line(request: &Request<'_>) -> Result<String, BuildError> {
     let Some(warm) = request.warm else { return Ok(String::new()) };
     let parameter = warm.to_parameter().map_err(BuildError::WarmCommand)?;
     Ok(format!("{WARM_PARAMETER}={parameter}"))
-}
-
-/// Writes the traced pages one behind the other: a fork gets them in one go instead of by whole chunks.
-fn write_hotset(trace: &Trace, dir: &Path, to: &Path) -> io::Result<()> {
-    let files = trace
-        .regions
-        .iter()
-        .map(|region| File::open(dir.join(&region.file)))
-        .collect::<Result<Vec<_>, _>>()?;
-    let mut target = io::BufWriter::new(File::create(to)?);
-    let mut bytes = [0; PAGE as usize];
-    for (region, page) in trace.pages() {
-        files[region].read_exact_at(&mut bytes, u64::from(page) * PAGE)?;
-        target.write_all(&bytes)?;
-    }
-    target.flush()
 }
 
 fn open(path: &Path) -> Result<File, SnapshotError> {
@@ -402,9 +373,8 @@ fn wait_until_warm(machine: &Rig<'_>, timeout: Duration) -> Result<(), BuildErro
     }
 }
 
-fn run_probe(machine: &Rig<'_>, probe: &Probe) -> Result<(), BuildError> {
-    let answer = machine
-        .agent("probing")?
+fn run_probe(agent: AgentClient, probe: &Probe) -> Result<(), BuildError> {
+    let answer = agent
         .eval(&probe.code, REQUEST_TIMEOUT)
         .map_err(|source| BuildError::Agent { doing: "probing", source })?;
     let found = show_answer(&answer);
@@ -464,99 +434,9 @@ fn copy_sparse(from: &File, to: &Path, unit: u64) -> io::Result<()> {
     target.set_len(length.next_multiple_of(unit))
 }
 
-/// Serves pages of a snapshot's files one by one and notes which were asked for, in which phase.
-struct Recorder {
-    files: Vec<File>,
-    phase: AtomicUsize,
-    touched: Mutex<Vec<(ImageId, usize, u32)>>,
-}
-
-impl PageSource for Recorder {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
-        let phase = self.phase.load(Ordering::Relaxed);
-        let touch = (chunk.image, phase, chunk.chunk as u32);
-        self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(touch);
-        let mut page = vec![0; PAGE as usize];
-        self.files[chunk.image.index()].read_exact_at(&mut page, chunk.chunk * PAGE)?;
-        let zero = page.iter().all(|byte| *byte == 0);
-        Ok(if zero { ChunkContent::Zero } else { ChunkContent::Data(page.into()) })
-    }
-
-    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
-        tracing::error!(
-            ?chunk,
-            error = crate::error::chain(&*failure),
-            "a page of the new snapshot cannot be read"
-        );
-    }
-}
-
-/// The trace of pages and the earliest phase in which each was touched.
-fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), usize>) -> Trace {
-    let region = |id: ImageId| RegionTrace {
-        file: IMAGE_NAMES[id.index()].to_owned(),
-        buckets: (0..PHASES)
-            .map(|phase| {
-                let pages = touched.iter().filter(|((image, _), first)| *image == id && **first == phase);
-                PageRun::from_pages(pages.map(|((_, page), _)| *page))
-            })
-            .collect(),
-    };
-    let images = ImageId::ALL.into_iter().filter(|id| configuration.layout.image_bytes(*id) > 0);
-    Trace { regions: images.map(region).collect() }
-}
-
 /// Limits of one more machine of this process.
 fn limits(layout: &MemoryLayout) -> Limits {
     static MACHINES: AtomicUsize = AtomicUsize::new(0);
     let number = MACHINES.fetch_add(1, Ordering::Relaxed);
     Limits::of(format!("build-{}-{number}", std::process::id()), layout)
-}
-
-/// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
-fn record_touches(
-    zygote: &Zygote,
-    configuration: &Configuration,
-    dir: &Path,
-    request: &Request<'_>,
-) -> Result<Vec<(ImageId, usize, u32)>, BuildError> {
-    let layout = configuration.layout;
-    let ids: Vec<_> = ImageId::ALL.into_iter().filter(|id| layout.image_bytes(*id) > 0).collect();
-    let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
-    let files = paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
-    let recorder = Arc::new(Recorder { files, phase: AtomicUsize::new(0), touched: Mutex::default() });
-    let shape = |id: &ImageId| ImageShape { bytes: layout.image_bytes(*id), chunk_bytes: PAGE };
-    let shapes: Vec<_> = ids.iter().map(|id| (*id, shape(id))).collect();
-    let pager = Pager::new(&shapes, recorder.clone(), 1)?;
-    let environment = BTreeMap::from([("FORKD_TRIAL".to_owned(), "1".to_owned())]);
-    let record = identity::fresh("trial", 1, None, environment)?;
-    let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
-    let scratch_bytes = request.scratch.bytes();
-    let spec =
-        MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
-    let vmstate = open(&dir.join(snapshot::VMSTATE))?;
-    let images =
-        ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
-    let images: Vec<_> = images.iter().collect();
-    let machine = Rig::spawn(zygote, &spec, &images, &vmstate, None, request)?;
-    let doing = "restoring the new snapshot";
-    let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
-        Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
-        _ => None,
-    })?;
-    pager.attach(ClientId(0), uffd, bases)?;
-    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
-    recorder.phase.store(1, Ordering::Relaxed);
-    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
-    recorder.phase.store(2, Ordering::Relaxed);
-    match request.probe {
-        Some(probe) => run_probe(&machine, probe)?,
-        None => {
-            let pinged = machine.agent(doing)?.ping(REQUEST_TIMEOUT);
-            pinged.map_err(|source| BuildError::Agent { doing, source })?;
-        }
-    }
-    drop(machine);
-    let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
-    Ok(touched)
 }

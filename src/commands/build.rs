@@ -159,7 +159,7 @@ fn finish(
             Step::Warm => "waiting until the warm command is ready",
             Step::Probe => "probing the warm state",
             Step::Save => "saving memory and state",
-            Step::Trace => "restoring it three times to record what a fork touches",
+            Step::Trace => "restoring it a few times to record what a fork touches",
         };
         output.note(format_args!("{:>6.1} s  {text}", started.elapsed().as_secs_f64()));
     })

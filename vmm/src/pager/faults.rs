@@ -107,6 +107,7 @@ impl Shared {
             let served = match *message {
                 Message::Fault { address } => {
                     self.counters.faults.fetch_add(1, Ordering::Relaxed);
+                    tracing::trace!(?id, address, ?bases, "a machine waits for a page");
                     match self.locate(&bases, address) {
                         Some(chunk) => self.want(id, chunk, &uffd, &bases),
                         None => Err(Misconduct::Outside { address }),

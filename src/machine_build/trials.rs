@@ -1,0 +1,199 @@
+//! Restores of a new snapshot that are only watched: which pages a fork touches up to its first answer becomes the snapshot's
+//! trace and hot set. Callers: `machine_build.rs`.
+
+use super::{BuildError, IMAGE_NAMES, PAGE, REQUEST_TIMEOUT, Request, Rig, limits, open, run_probe};
+use crate::identity;
+use crate::snapshot::{self, Configuration, file_error};
+use forkd_fs::trace::{PageRun, RegionTrace, Trace};
+use forkd_guest::client::AgentClient;
+use forkd_vmm::devices::doorbell::Ring;
+use forkd_vmm::memory::ImageId;
+use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::process::{MachineSpec, Report, Start};
+use forkd_vmm::zygote::Zygote;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Phases of a restore that are told apart: up to the first instruction, up to ready, up to the answer.
+const PHASES: usize = 3;
+/// Trial restores. No two touch quite the same pages, and a page that is missing costs a fork a round trip. A guest that
+/// waits for its pages, or for its first request, sees time go by and does what it does once a second.
+/// Copies with variables of their own and copies without differ, too.
+const TRIALS: [Trial; 4] = [
+    Trial { page_delay: Duration::ZERO, before_probe: Duration::ZERO, variable: false },
+    Trial { page_delay: Duration::ZERO, before_probe: Duration::from_millis(1500), variable: true },
+    Trial { page_delay: Duration::from_millis(2), before_probe: Duration::ZERO, variable: true },
+    Trial { page_delay: Duration::from_millis(10), before_probe: Duration::ZERO, variable: false },
+];
+
+/// Records what forks of the snapshot in `into` touch, and writes its trace and hot set.
+pub(super) fn record_trace(
+    zygote: &Zygote,
+    configuration: &Configuration,
+    into: &Path,
+    request: &Request<'_>,
+) -> Result<(), BuildError> {
+    let mut touched = BTreeMap::new();
+    for trial in &TRIALS {
+        for (image, phase, page) in record_touches(zygote, configuration, into, request, trial)? {
+            // What a held up guest does before its first instruction others do later, and it would make the first bucket,
+            // which each fork waits for, too large for its place beside the index.
+            let phase = if trial.page_delay.is_zero() { phase } else { phase.max(1) };
+            let first = touched.entry((image, page)).or_insert(phase);
+            *first = phase.min(*first);
+        }
+    }
+    let trace = trace_of(configuration, &touched);
+    let path = into.join(snapshot::TRACE);
+    std::fs::write(&path, trace.encode()?).map_err(file_error("writing", &path))?;
+    let path = into.join(snapshot::HOTSET);
+    write_hotset(&trace, into, &path).map_err(file_error("writing", &path))?;
+    Ok(())
+}
+
+/// Writes the traced pages one behind the other: a fork gets them in one go instead of by whole chunks.
+fn write_hotset(trace: &Trace, dir: &Path, to: &Path) -> io::Result<()> {
+    let files = trace
+        .regions
+        .iter()
+        .map(|region| File::open(dir.join(&region.file)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut target = io::BufWriter::new(File::create(to)?);
+    let mut bytes = [0; PAGE as usize];
+    for (region, page) in trace.pages() {
+        files[region].read_exact_at(&mut bytes, u64::from(page) * PAGE)?;
+        target.write_all(&bytes)?;
+    }
+    target.flush()
+}
+
+/// How a trial restore is held up.
+struct Trial {
+    /// What each page takes.
+    page_delay: Duration,
+    /// From ready to the probe.
+    before_probe: Duration,
+    /// It gets a variable for its environment.
+    variable: bool,
+}
+
+/// Serves pages of a snapshot's files one by one and notes which were asked for, in which phase.
+struct Recorder {
+    files: Vec<File>,
+    page_delay: Duration,
+    phase: AtomicUsize,
+    touched: Mutex<Vec<(ImageId, usize, u32)>>,
+}
+
+impl PageSource for Recorder {
+    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+        let phase = self.phase.load(Ordering::Relaxed);
+        let touch = (chunk.image, phase, chunk.chunk as u32);
+        self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(touch);
+        std::thread::sleep(self.page_delay);
+        let mut page = vec![0; PAGE as usize];
+        self.files[chunk.image.index()].read_exact_at(&mut page, chunk.chunk * PAGE)?;
+        let zero = page.iter().all(|byte| *byte == 0);
+        Ok(if zero { ChunkContent::Zero } else { ChunkContent::Data(page.into()) })
+    }
+
+    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
+        tracing::error!(
+            ?chunk,
+            error = crate::error::chain(&*failure),
+            "a page of the new snapshot cannot be read"
+        );
+    }
+}
+
+/// The trace of pages and the earliest phase in which each was touched.
+fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), usize>) -> Trace {
+    let region = |id: ImageId| RegionTrace {
+        file: IMAGE_NAMES[id.index()].to_owned(),
+        buckets: (0..PHASES)
+            .map(|phase| {
+                let pages = touched.iter().filter(|((image, _), first)| *image == id && **first == phase);
+                PageRun::from_pages(pages.map(|((_, page), _)| *page))
+            })
+            .collect(),
+    };
+    let images = ImageId::ALL.into_iter().filter(|id| configuration.layout.image_bytes(*id) > 0);
+    Trace { regions: images.map(region).collect() }
+}
+
+/// Connects while the machine starts, as a fork does that is asked something.
+fn connect_early(machine: &Rig<'_>, doing: &'static str) -> Receiver<Result<AgentClient, BuildError>> {
+    let (sender, connected) = mpsc::channel();
+    let socket = machine.socket();
+    std::thread::spawn(move || {
+        let client = AgentClient::connect(&socket, REQUEST_TIMEOUT);
+        // Nobody waits any more when the trial failed.
+        drop(sender.send(client.map_err(|source| BuildError::Agent { doing, source })));
+    });
+    connected
+}
+
+/// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
+fn record_touches(
+    zygote: &Zygote,
+    configuration: &Configuration,
+    dir: &Path,
+    request: &Request<'_>,
+    trial: &Trial,
+) -> Result<Vec<(ImageId, usize, u32)>, BuildError> {
+    let layout = configuration.layout;
+    let ids: Vec<_> = ImageId::ALL.into_iter().filter(|id| layout.image_bytes(*id) > 0).collect();
+    let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
+    let files = paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
+    let page_delay = trial.page_delay;
+    let recorder =
+        Arc::new(Recorder { files, page_delay, phase: AtomicUsize::new(0), touched: Mutex::default() });
+    let shape = |id: &ImageId| ImageShape { bytes: layout.image_bytes(*id), chunk_bytes: PAGE };
+    let shapes: Vec<_> = ids.iter().map(|id| (*id, shape(id))).collect();
+    let pager = Pager::new(&shapes, recorder.clone(), 1)?;
+    let variable = trial.variable.then(|| ("FORKD_TRIAL".to_owned(), "1".to_owned()));
+    let environment = BTreeMap::from_iter(variable);
+    let record = identity::fresh("trial", 1, None, environment)?;
+    let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
+    let scratch_bytes = request.scratch.bytes();
+    let spec =
+        MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
+    let vmstate = open(&dir.join(snapshot::VMSTATE))?;
+    let images =
+        ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
+    let images: Vec<_> = images.iter().collect();
+    let machine = Rig::spawn(zygote, &spec, &images, &vmstate, None, request)?;
+    let doing = "restoring the new snapshot";
+    let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
+        Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
+        _ => None,
+    })?;
+    pager.attach(ClientId(0), uffd, bases)?;
+    let early = trial.before_probe.is_zero().then(|| connect_early(&machine, doing));
+    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
+    recorder.phase.store(1, Ordering::Relaxed);
+    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
+    recorder.phase.store(2, Ordering::Relaxed);
+    std::thread::sleep(trial.before_probe);
+    let agent = match early {
+        Some(early) => early.recv().unwrap_or_else(|_| machine.agent(doing)),
+        None => machine.agent(doing),
+    }?;
+    match request.probe {
+        Some(probe) => run_probe(agent, probe)?,
+        None => {
+            let pinged = agent.ping(REQUEST_TIMEOUT);
+            pinged.map_err(|source| BuildError::Agent { doing, source })?;
+        }
+    }
+    drop(machine);
+    let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok(touched)
+}
