@@ -271,9 +271,11 @@ impl<'a> Rig<'a> {
         }
     }
 
-    fn wait_for_ring(&self, doing: &'static str, timeout: Duration, wanted: Ring) -> Result<(), BuildError> {
-        self.wait(doing, timeout, |report, _| {
-            matches!(report, Report::Rang { ring, .. } if ring == wanted).then_some(())
+    /// Returns when it rang, on CLOCK_MONOTONIC, ns.
+    fn wait_for_ring(&self, doing: &'static str, timeout: Duration, wanted: Ring) -> Result<u64, BuildError> {
+        self.wait(doing, timeout, |report, _| match report {
+            Report::Rang { ring, at_ns } if ring == wanted => Some(at_ns),
+            _ => None,
         })
     }
 }

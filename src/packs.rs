@@ -64,6 +64,14 @@ pub async fn find(
     }
 }
 
+/// Opens a second connection to the hub while its registry is asked for: a pack is opened with two requests at once, most
+/// often at the same host.
+pub fn preconnect(hub: Option<&str>, http: &HttpClient) {
+    if let Ok(HubAddress::Url(url)) = HubAddress::find(hub) {
+        http.preconnect(url.as_str());
+    }
+}
+
 /// The hub's registry; the copy kept of it while the hub is away.
 pub async fn catalogue(
     paths: &Paths,

@@ -20,7 +20,7 @@ pub const DEMAND_DEADLINE: Duration = Duration::from_secs(600);
 
 /// What is fetched from the start of a pack together with its index: snapshot.json, vmstate, trace and the first
 /// hot pages lie there, so they cost no round trip of their own.
-const HEAD_BYTES: u64 = 256 * 1024;
+const HEAD_BYTES: u64 = 384 * 1024;
 
 /// Nothing to fork from.
 #[derive(Debug, thiserror::Error)]
@@ -123,6 +123,7 @@ pub async fn open(
     };
     let location = match named {
         Ok((hub, reference)) => {
+            packs::preconnect(hub.as_deref(), &http);
             let catalogue = packs::catalogue(paths, hub.as_deref(), &http).await?;
             reached(Stage::Registry);
             packs::warn_unpinned(catalogue.resolve(&reference)?).location

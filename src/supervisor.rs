@@ -261,7 +261,7 @@ impl Supervisor {
             state: ChildState::Starting,
             error: None,
             first_instruction: None,
-            goes_on: self.turns.is_none(),
+            goes_on: false,
             ready: None,
             network: network.as_ref().map(ChildNetwork::status),
             namespace: network.map(|network| network.namespace),
@@ -476,8 +476,15 @@ impl Supervisor {
                     Ring::Resumed => {
                         let first = child.first_instruction.is_none();
                         child.first_instruction.get_or_insert(moment);
-                        if let (true, Some(turns)) = (first, &self.turns) {
-                            turns.lock().unwrap_or_else(PoisonError::into_inner).wait(at);
+                        match &self.turns {
+                            Some(turns) if first => {
+                                turns.lock().unwrap_or_else(PoisonError::into_inner).wait(at);
+                            }
+                            Some(_) => {}
+                            None => {
+                                child.goes_on = true;
+                                self.tell(at);
+                            }
                         }
                         child.state = child.state.max(ChildState::Running);
                     }

@@ -304,8 +304,8 @@ fn without_asking(supervisor: &Supervisor, at: usize, work: &Work) -> Option<Out
     ready.map(|at| Outcome { answer: None, error: None, exit_code: None, at })
 }
 
-/// A request that is there before the machine is ready saves it an interrupt; but one whose turn it is not would be asked
-/// again and again.
+/// A request that is there before the machine is ready saves it an interrupt. Before its first instruction it would wait for
+/// a page that comes with later ones, and one whose turn it is not would be asked again and again.
 fn may_be_asked(supervisor: &Supervisor, at: usize, work: &Work) -> bool {
     !matches!(work, Work::Nothing) && supervisor.children()[at].goes_on
 }

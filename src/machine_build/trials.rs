@@ -9,14 +9,13 @@ use forkd_guest::client::AgentClient;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::ImageId;
 use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::process::{MachineSpec, Report, Start};
+use forkd_vmm::process::{MachineSpec, Report, Start, monotonic_ns};
 use forkd_vmm::zygote::Zygote;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -26,11 +25,12 @@ const PHASES: usize = 3;
 /// Trial restores. No two touch quite the same pages, and a page that is missing costs a fork a round trip. A guest that
 /// waits for its pages, or for its first request, sees time go by and does what it does once a second.
 /// Copies with variables of their own and copies without differ, too.
+/// The slow ones come first: the others then find a timer overdue, as every later fork does.
 const TRIALS: [Trial; 4] = [
-    Trial { page_delay: Duration::ZERO, before_probe: Duration::ZERO, variable: false },
-    Trial { page_delay: Duration::ZERO, before_probe: Duration::from_millis(1500), variable: true },
-    Trial { page_delay: Duration::from_millis(2), before_probe: Duration::ZERO, variable: true },
     Trial { page_delay: Duration::from_millis(10), before_probe: Duration::ZERO, variable: false },
+    Trial { page_delay: Duration::from_millis(2), before_probe: Duration::ZERO, variable: true },
+    Trial { page_delay: Duration::ZERO, before_probe: Duration::from_millis(1500), variable: true },
+    Trial { page_delay: Duration::ZERO, before_probe: Duration::ZERO, variable: false },
 ];
 
 /// Records what forks of the snapshot in `into` touch, and writes its trace and hot set.
@@ -84,18 +84,17 @@ struct Trial {
     variable: bool,
 }
 
-/// Serves pages of a snapshot's files one by one and notes which were asked for, in which phase.
+/// Serves pages of a snapshot's files one by one and notes which were asked for, and when.
 struct Recorder {
     files: Vec<File>,
     page_delay: Duration,
-    phase: AtomicUsize,
-    touched: Mutex<Vec<(ImageId, usize, u32)>>,
+    /// Image, moment on CLOCK_MONOTONIC (ns), page.
+    touched: Mutex<Vec<(ImageId, u64, u32)>>,
 }
 
 impl PageSource for Recorder {
     fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
-        let phase = self.phase.load(Ordering::Relaxed);
-        let touch = (chunk.image, phase, chunk.chunk as u32);
+        let touch = (chunk.image, monotonic_ns(), chunk.chunk as u32);
         self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(touch);
         std::thread::sleep(self.page_delay);
         let mut page = vec![0; PAGE as usize];
@@ -153,8 +152,7 @@ fn record_touches(
     let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
     let files = paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
     let page_delay = trial.page_delay;
-    let recorder =
-        Arc::new(Recorder { files, page_delay, phase: AtomicUsize::new(0), touched: Mutex::default() });
+    let recorder = Arc::new(Recorder { files, page_delay, touched: Mutex::default() });
     let shape = |id: &ImageId| ImageShape { bytes: layout.image_bytes(*id), chunk_bytes: PAGE };
     let shapes: Vec<_> = ids.iter().map(|id| (*id, shape(id))).collect();
     let pager = Pager::new(&shapes, recorder.clone(), 1)?;
@@ -177,10 +175,8 @@ fn record_touches(
     })?;
     pager.attach(ClientId(0), uffd, bases)?;
     let early = trial.before_probe.is_zero().then(|| connect_early(&machine, doing));
-    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
-    recorder.phase.store(1, Ordering::Relaxed);
-    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
-    recorder.phase.store(2, Ordering::Relaxed);
+    let resumed_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
+    let ready_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
     std::thread::sleep(trial.before_probe);
     let agent = match early {
         Some(early) => early.recv().unwrap_or_else(|_| machine.agent(doing)),
@@ -195,5 +191,6 @@ fn record_touches(
     }
     drop(machine);
     let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
-    Ok(touched)
+    let phase = |at_ns: u64| usize::from(at_ns >= resumed_ns) + usize::from(at_ns >= ready_ns);
+    Ok(touched.into_iter().map(|(image, at_ns, page)| (image, phase(at_ns), page)).collect())
 }
