@@ -104,10 +104,10 @@ class Place:
         made = run(program, self.snapshots / tag, *sizes, kind, stdout=subprocess.PIPE)
         return json.loads(made.stdout)["tsc_khz"]
 
-    def publish(self, tag):
+    def publish(self, tag, *options):
         """Packs and publishes a snapshot as bench/TAG; returns the pack's bytes."""
         pack = self.work / f"{tag}.forkd-snapshot.tar.zst"
-        self.run("pack", "--tag", tag, "--out", pack)
+        self.run("pack", "--tag", tag, "--out", pack, *options)
         return self.publish_pack(pack, tag)
 
     def publish_pack(self, pack, name):
@@ -133,8 +133,7 @@ class Place:
 
     def console(self, child):
         """What a living child has printed."""
-        (path,) = (self.work / "run").rglob(f"{child}.console")
-        return path.read_bytes()
+        return self.run("logs", child, stdout=subprocess.PIPE).stdout
 
     def fork(self, *args, look=None):
         """One `forkd fork`: its report, and what `look` makes of it while the children live (then they are killed)."""
@@ -302,7 +301,7 @@ class LogScale:
 
 def legend(series, left, y):
     for number, name in enumerate(series):
-        x = left + 110 * number
+        x = left + 140 * number
         yield f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{COLOURS[number % len(COLOURS)]}"/>{text(x + 8, y, name)}'
 
 
@@ -323,20 +322,33 @@ def dots_svg(path, title, rows):
     write_svg(path, left + 600, bottom + 24, parts)
 
 
-def shares_svg(path, title, samples):
-    """Which share of the samples of each series is at most so large, on a logarithmic axis."""
-    left, top, height = 60, 44, 300
-    scale = LogScale([max(value, 1e-9) for values in samples.values() for value in values], left, 700)
+def log_buckets(values, per_decade=10):
+    """How many values lie in each bucket of a logarithmic scale: {upper bound: count}, empty ones between them too."""
+    numbers = [math.ceil(math.log10(value) * per_decade) for value in values]
+    counts = {number: 0 for number in range(min(numbers), max(numbers) + 1)}
+    for number in numbers:
+        counts[number] += 1
+    return {10 ** (number / per_decade): count for number, count in counts.items()}
+
+
+def histogram_svg(path, title, samples):
+    """Which share of the samples of each series lies in each bucket, as outlines on a logarithmic axis."""
+    left, top, width, height = 60, 44, 700, 300
+    buckets = {name: log_buckets(values) for name, values in samples.items()}
+    shares = {name: {bound: count / len(samples[name]) for bound, count in buckets[name].items()} for name in buckets}
+    scale = LogScale([value for values in samples.values() for value in values], left, width)
+    most = max(share for series in shares.values() for share in series.values())
     parts = [text(left, 14, title), *legend(samples, left, 34), *scale.grid(top, top + height)]
-    for share in (0, 0.25, 0.5, 0.75, 0.9, 1):
-        y = top + height * (1 - share)
-        parts += [line(left, y, left + 700, y, "#e2e8f0"), text(left - 6, y + 4, f"{share:.0%}", "end")]
-    for number, values in enumerate(samples.values()):
-        values = sorted(values)
-        # Enough points for a smooth line, the ends among them.
-        chosen = sorted({round(i * (len(values) - 1) / 400) for i in range(401)})
-        points = " ".join(
-            f"{scale.at(max(values[i], 1e-9)):.1f},{top + height * (1 - (i + 1) / len(values)):.1f}" for i in chosen
-        )
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"/>')
-    write_svg(path, left + 730, top + height + 24, parts)
+    for part in range(5):
+        y = top + height * (1 - part / 4)
+        parts += [line(left, y, left + width, y, "#e2e8f0"), text(left - 6, y + 4, f"{most * part / 4:.0%}", "end")]
+    for number, series in enumerate(shares.values()):
+        points, bounds = [], list(series)
+        for bound, share in series.items():
+            y = top + height * (1 - share / most)
+            points += [(scale.at(bound / 10**0.1), y), (scale.at(bound), y)]
+        foot = top + height
+        points = [(points[0][0], foot), *points, (scale.at(bounds[-1]), foot)]
+        outline = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        parts.append(f'<polyline points="{outline}" fill="none" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"/>')
+    write_svg(path, left + width + 30, top + height + 24, parts)
