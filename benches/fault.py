@@ -14,7 +14,8 @@ of 256 KiB: the first page of each is a demand fault, the other 63 are in the im
     local     a snapshot on this disk, no image at all: what a private mapping of a file costs here, the floor
 
 The pages are noise: a chunk costs more to fetch and to hash than a machine's usual memory, and less to decode (`make
-bench-criterion` has both apart). Percentiles are of one run's faults, as medians with their spread over the runs; the histogram is of all runs' faults.
+bench-criterion` has both apart). Percentiles are of one run's faults, as medians with their spread over the runs; the
+histogram is of all runs' faults.
 """
 
 import os
