@@ -54,9 +54,11 @@ class Machine:
 def note_times(table, key, report):
     for what, field in TIMES.items():
         table.add((*key, what), "ms", report["children"][0][field])
-    at = report["fetched"]["at_first_instruction"]
-    if at:
-        table.add((*key, "fetched at first instruction"), "KiB", at / 1024)
+    total = report["pack"]["bytes_total"]
+    for what in ("first_instruction", "answered"):
+        fetched = report["fetched"][f"at_{what}"]
+        if total and fetched is not None:
+            table.add((*key, f"fetched, {what.replace('_', ' ')}"), "%", fetched / total * 100)
 
 
 def local_round(table, place, machine, warm):
@@ -80,7 +82,7 @@ def link_round(table, place, machine, rtt, rate):
 
 
 def show(table, machines, links, ways):
-    headings = ["machine, link, way", *(f"{what}, ms" for what in TIMES), "to eager", "to floor", "KiB by then"]
+    headings = ["machine, link, way", *(f"{what}, ms" for what in TIMES), "to eager", "to floor", "% fetched by first", "by answer"]
     rows = []
     for machine in machines:
         floor = table.median((machine.name, NO_LINK, NO_LINK, "floor", "first instruction"), "ms")
@@ -93,11 +95,11 @@ def show(table, machines, links, ways):
                     continue
                 label = f"{machine.name}, {way}" if rtt == NO_LINK else f"{machine.name}, {rtt} ms {rate} MB/s, {way}"
                 times = [table.show((*key, what), "ms") for what in TIMES]
-                fetched = table.show((*key, "fetched at first instruction"), "KiB", 0)
+                fetched = [table.show((*key, f"fetched, {what}"), "%") for what in ("first instruction", "answered")]
                 sooner = ratio(eager, first) if way in ("lazy", "cached") else "-"
-                rows.append([label, *times, sooner, ratio(first, floor), fetched])
+                rows.append([label, *times, sooner, ratio(first, floor), *fetched])
     print_table(headings, rows)
-    print("to eager: how many times sooner at the first instruction; to floor: how many times the floor")
+    print("to eager: how many times sooner at the first instruction; to floor: how many times the floor; %: of the pack")
 
 
 def draw(table, machines, links, path):
