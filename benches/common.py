@@ -299,9 +299,9 @@ class LogScale:
             yield text(x, bottom + 14, f"{10.0**decade:g}", "middle")
 
 
-def legend(series, left, y):
+def legend(series, left, width, y):
     for number, name in enumerate(series):
-        x = left + 140 * number
+        x = left + width * number / len(series)
         yield f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{COLOURS[number % len(COLOURS)]}"/>{text(x + 8, y, name)}'
 
 
@@ -311,7 +311,7 @@ def dots_svg(path, title, rows):
     left, top, step = 260, 44, 20
     scale = LogScale([value for _, dots in rows for dot in dots.values() for value in dot], left, 560)
     bottom = top + step * len(rows)
-    parts = [text(left, 14, title), *legend(series, left, 34), *scale.grid(top, bottom)]
+    parts = [text(left, 14, title), *legend(series, left, 560, 34), *scale.grid(top, bottom)]
     for number, (label, dots) in enumerate(rows):
         y = top + step * number + 12
         parts.append(text(left - 8, y + 4, label, "end"))
@@ -338,7 +338,7 @@ def histogram_svg(path, title, samples):
     shares = {name: {bound: count / len(samples[name]) for bound, count in buckets[name].items()} for name in buckets}
     scale = LogScale([value for values in samples.values() for value in values], left, width)
     most = max(share for series in shares.values() for share in series.values())
-    parts = [text(left, 14, title), *legend(samples, left, 34), *scale.grid(top, top + height)]
+    parts = [text(left, 14, title), *legend(samples, left, width, 34), *scale.grid(top, top + height)]
     for part in range(5):
         y = top + height * (1 - part / 4)
         parts += [line(left, y, left + width, y, "#e2e8f0"), text(left - 6, y + 4, f"{most * part / 4:.0%}", "end")]

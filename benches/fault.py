@@ -5,7 +5,8 @@
 
 The guest (examples/synthetic_machine.rs, `timed`) reads one word of each page from 2 to 64 MiB and prints what every read
 took, in ticks of its time stamp counter; there is no trace, so nothing is fetched before it is touched. The pack has chunks
-of 256 KiB: the first page of each is a demand fault, the other 63 are in the image by then and only have to be mapped.
+of 256 KiB: the first page of each is a demand fault (`demand`), the other 63 are in the image by then and only have to be
+mapped (`present`).
 
     http      a lazy fork, nothing cached: every chunk comes from the hub on loopback (--rtt in ms, --rate in MB/s)
     cached    the same with all chunks in the cache on disk and in the kernel's page cache
@@ -30,7 +31,7 @@ PAGES = (TOUCHED_MIB - 2) * 256
 # The guest prints units of as many ticks.
 TICKS = 16
 TAG = "timed"
-DEMAND, PRESENT = "demand fault", "page present"
+DEMAND, PRESENT = "demand", "present"
 
 
 class Faults:
