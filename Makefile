@@ -9,7 +9,8 @@ PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse
 	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils git rsync attr python3 \
 	qemu-system-x86 busybox-static cpio
 
-.PHONY: build deps machine quickstart test lint clean bench-mount fuzz soak test-hwvirt
+.PHONY: build deps machine quickstart test lint clean bench-ttfi bench-fanout bench-fault bench-criterion bench-mount bench-machines \
+	fuzz soak test-hwvirt
 
 ## forkd and, beside it, the guest's agent (static: it runs as the only program of a root disk)
 build:
@@ -40,9 +41,20 @@ test-hwvirt: deps build
 	$(FORKD) kernel build
 	tests/hwvirt/run.sh $(FORKD) $(TARGET)/hwvirt
 
+## benches/README.md says what each of these measures; BENCH passes options on, e.g. BENCH="--quick --runs 3"
+bench-machines: deps build
+	cargo build --release --example synthetic_machine
+
+bench-ttfi bench-fanout bench-fault: bench-%: bench-machines
+	benches/$*.py $(FORKD) --csv $(TARGET)/bench-$*.csv --svg $(TARGET)/bench-$*.svg $(BENCH)
+
+bench-criterion:
+	cargo bench -p forkd-fs --bench chunks --bench index $(BENCH)
+	cargo bench -p forkd-vmm --bench faults $(BENCH)
+
 ## sequential and random reads through the mount beside zstd -d, tar and ratarmount (which pip fetches)
 bench-mount: deps build
-	benches/mount.py $(FORKD) --csv $(TARGET)/bench-mount.csv --svg $(TARGET)/bench-mount.svg
+	benches/mount.py $(FORKD) --csv $(TARGET)/bench-mount.csv --svg $(TARGET)/bench-mount.svg $(BENCH)
 
 ## the soaks at full size, one after the other: 1000 kills, 10 minutes of readers with faults at 5 %, 5 of replaced tags
 soak:

@@ -17,26 +17,17 @@ ratarmount (PyPI, in a venv of its own under the work directory unless --ratarmo
 as a local file: over HTTP it fetches all of it first.
 """
 
-import argparse
-import csv
 import mmap
 import os
 import random
-import shutil
-import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-MIB = 1 << 20
+from common import MIB, PAGE, Place, Table, arguments, bars_svg, note, percentile, run, write_csv
+
 SIZE_MIB = 512
-PAGE = 4096
-
-
-def run(*args, env=None, stdout=subprocess.DEVNULL):
-    return subprocess.run([str(arg) for arg in args], check=True, env=env, stdout=stdout)
 
 
 # ---- the synthetic machine ------------------------------------------------------------------------------------------
@@ -84,9 +75,9 @@ def synthetic_memory(path):
         memory.truncate(SIZE_MIB * MIB)
 
 
-def synthetic_pack(forkd, work, env):
-    snapshot = work / "data/forkd/snapshots/bench"
-    snapshot.mkdir(parents=True)
+def synthetic_pack(place):
+    snapshot = place.snapshots / "bench"
+    snapshot.mkdir()
     synthetic_memory(snapshot / "memory.bin")
     (snapshot / "snapshot.json").write_text("{}\n")
     (snapshot / "vmstate").write_bytes(random.Random(1).randbytes(5000))
@@ -96,8 +87,8 @@ def synthetic_pack(forkd, work, env):
         'forkd_pack_version = 3\ntag = "bench"\ncreated_at = "2026-01-02T03:04:05Z"\nforkd_version = "0.1.0"\n'
         f'[requires]\nmemory_mib = {SIZE_MIB}\nvcpus = 1\nkvm_kind = "pvm"\nkernel = "6.12"\nvmstate_version = 1\n'
     )
-    pack = work / "bench.forkd-snapshot.tar.zst"
-    run(forkd, "pack", "--tag", "bench", "--out", pack, env=env)
+    pack = place.work / "bench.forkd-snapshot.tar.zst"
+    place.run("pack", "--tag", "bench", "--out", pack)
     return pack
 
 
@@ -137,42 +128,19 @@ def drop_page_cache():
     Path("/proc/sys/vm/drop_caches").write_text("3\n")
 
 
-def percentile(values, share):
-    values = sorted(values)
-    return values[min(len(values) - 1, int(share * len(values)))]
-
-
-class Table:
-    """Samples by row: what was measured, in which unit."""
-
-    def __init__(self):
-        self.samples = {}
-
-    def add(self, row, unit, value):
-        self.samples.setdefault((row, unit), []).append(value)
-
-    def median(self, row, unit):
-        values = self.samples.get((row, unit))
-        return statistics.median(values) if values else None
-
-    def rows(self):
-        for (row, unit), values in self.samples.items():
-            yield row, unit, statistics.median(values), min(values), max(values), len(values)
-
-
 class ForkdMount:
-    def __init__(self, forkd, env, hub, mountpoint):
-        self.forkd, self.env, self.mountpoint = forkd, env, mountpoint
-        mountpoint.mkdir(exist_ok=True)
-        run(forkd, "mount", "--hub", hub, mountpoint, env=env)
-        self.file = mountpoint / "bench/bench/v1/memory.bin"
+    def __init__(self, place, url):
+        self.place, self.url, self.mountpoint = place, url, place.work / "mnt"
+        self.file = self.mountpoint / "bench/bench/v1/memory.bin"
 
     def __enter__(self):
+        self.mountpoint.mkdir(exist_ok=True)
+        self.place.run("mount", "--hub", self.url, self.mountpoint)
         os.stat(self.file)
         return self
 
     def __exit__(self, *_):
-        run(self.forkd, "umount", self.mountpoint, env=self.env)
+        self.place.run("umount", self.mountpoint)
 
 
 class RatarMount:
@@ -196,33 +164,31 @@ def add_random(table, name, times):
         table.add(f"random 4 KiB, {name}, p{share}", "ms", percentile(times, share / 100))
 
 
-def forkd_round(table, args, env, hub, work, offsets, size):
+def forkd_round(table, place, url, offsets, size):
     """One run of everything on the forkd mount."""
-    cache, mountpoint = Path(env["XDG_CACHE_HOME"]) / "forkd", work / "mnt"
-
     def sequence(name, file):
         seconds, mib = sequential(file)
         assert mib * MIB == size, f"{mib} MiB read of {size} bytes"
         table.add(f"sequential, forkd {name}", "MiB/s", mib / seconds)
 
-    shutil.rmtree(cache, ignore_errors=True)
-    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+    place.drop_cache()
+    with ForkdMount(place, url) as mount:
         add_random(table, "forkd cold", random_reads(mount.file, offsets))
-    shutil.rmtree(cache, ignore_errors=True)
+    place.drop_cache()
     drop_page_cache()
-    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+    with ForkdMount(place, url) as mount:
         sequence("cold", mount.file)
         sequence("pages", mount.file)
         add_random(table, "forkd pages", random_reads(mount.file, offsets))
     drop_page_cache()
-    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+    with ForkdMount(place, url) as mount:
         sequence("disk", mount.file)
-    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+    with ForkdMount(place, url) as mount:
         sequence("chunks", mount.file)
-    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+    with ForkdMount(place, url) as mount:
         add_random(table, "forkd chunks", random_reads(mount.file, offsets))
     drop_page_cache()
-    with ForkdMount(args.forkd, env, hub, mountpoint) as mount:
+    with ForkdMount(place, url) as mount:
         add_random(table, "forkd disk", random_reads(mount.file, offsets))
 
 
@@ -249,15 +215,6 @@ def tools_round(table, pack, alone, size, work):
     table.add(
         "sequential, tar xO", "MiB/s", mib / timed("sh", "-c", f"tar --zstd -xOf '{pack}' memory.bin | cat >/dev/null")
     )
-
-
-def start_hub(forkd, folder, env):
-    hub = subprocess.Popen(
-        [forkd, "hub", "serve", folder, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, text=True, env=env
-    )
-    line = hub.stdout.readline()
-    assert line.startswith("listening on "), line
-    return hub, line.removeprefix("listening on ").strip()
 
 
 def ratarmount_program(args, work):
@@ -301,59 +258,34 @@ def show(table):
         print(f"{row:44} {median:9.{digits}f} {low:9.{digits}f} {high:9.{digits}f} {unit:6} {' / '.join(ratios)}")
 
 
-def write_csv(table, path):
-    with open(path, "w", newline="") as file:
-        out = csv.writer(file)
-        out.writerow(["what", "unit", "median", "smallest", "largest", "runs"])
-        out.writerows([row, unit, f"{m:.4f}", f"{lo:.4f}", f"{hi:.4f}", n] for row, unit, m, lo, hi, n in table.rows())
-
-
-def write_svg(table, path):
-    """The sequential rows as bars, their spread as a line."""
-    rows = [row for row in table.rows() if row[1] == "MiB/s"]
-    most = max(row[4] for row in rows)
-    bars = []
-    for number, (name, _, median, low, high, _) in enumerate(rows):
-        y, scale = 30 * number + 20, 420 / most
-        colour = "#2b6cb0" if "forkd" in name else "#a0aec0"
-        bars.append(
-            f'<text x="205" y="{y + 14}" text-anchor="end">{name.removeprefix("sequential, ")}</text>'
-            f'<rect x="212" y="{y}" width="{median * scale:.1f}" height="20" fill="{colour}"/>'
-            f'<line x1="{212 + low * scale:.1f}" x2="{212 + high * scale:.1f}" y1="{y + 10}" y2="{y + 10}" stroke="#000"/>'
-            f'<text x="{220 + high * scale:.1f}" y="{y + 14}">{median:.0f}</text>'
-        )
-    height = 30 * len(rows) + 30
-    Path(path).write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="720" height="{height}" font-family="sans-serif" font-size="12">'
-        f'<text x="212" y="12">sequential read of memory.bin, MiB/s</text>{"".join(bars)}</svg>\n'
-    )
+def draw(table, path):
+    """The sequential rows as bars."""
+    prefix = "sequential, "
+    rows = [(row.removeprefix(prefix), *spread[:3]) for row, unit, *spread in table.rows() if unit == "MiB/s"]
+    bars_svg(path, "sequential read of memory.bin, MiB/s", rows, lambda name: "forkd" in name)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("forkd", type=Path)
+    parser = arguments(__doc__)
     parser.add_argument("--pack", type=Path)
-    parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--reads", type=int, default=400, help="random reads a run")
-    parser.add_argument("--csv", type=Path)
-    parser.add_argument("--svg", type=Path)
     parser.add_argument("--ratarmount", type=Path, help="an installed ratarmount")
     parser.add_argument("--no-ratarmount", action="store_true")
     args = parser.parse_args()
-    args.forkd = args.forkd.resolve()
-    with tempfile.TemporaryDirectory(prefix="forkd-bench-") as name:
-        bench(args, Path(name))
+    with Place(args.forkd) as place:
+        table = bench(args, place)
+    show(table)
+    if args.csv:
+        write_csv(table, args.csv)
+    if args.svg:
+        draw(table, args.svg)
 
 
-def bench(args, work):
-    env = dict(os.environ)
-    env.pop("FORKD_HUB_URL", None)
-    for variable, folder in (("XDG_DATA_HOME", "data"), ("XDG_CACHE_HOME", "cache"), ("XDG_RUNTIME_DIR", "run")):
-        env[variable] = str(work / folder)
-        (work / folder).mkdir()
+def bench(args, place):
+    work = place.work
     program = ratarmount_program(args, work)
-    pack = args.pack.resolve() if args.pack else synthetic_pack(args.forkd, work, env)
-    run(args.forkd, "hub", "publish", pack, "--hub", work / "hub", "--name", "bench/bench", env=env)
+    pack = args.pack.resolve() if args.pack else synthetic_pack(place)
+    place.publish_pack(pack, "bench")
     memory, alone = work / "memory.bin", work / "memory.bin.zst"
     with open(memory, "wb") as out:
         run("tar", "--zstd", "-xOf", pack, "memory.bin", stdout=out)
@@ -363,23 +295,15 @@ def bench(args, work):
     sizes = {name: path.stat().st_size / MIB for name, path in (("pack", pack), ("alone", alone))}
     print(f"memory.bin {size / MIB:.0f} MiB; pack {sizes['pack']:.1f} MiB; memory.bin alone at zstd 3 {sizes['alone']:.1f} MiB")
     memory.unlink()
-    hub, url = start_hub(args.forkd, work / "hub", env)
     table = Table()
-    try:
+    with place.serve() as url:
         for number in range(args.runs):
-            print(f"run {number + 1} of {args.runs}", file=sys.stderr)
+            note(f"run {number + 1} of {args.runs}")
             tools_round(table, pack, alone, size, work)
-            forkd_round(table, args, env, url, work, offsets, size)
+            forkd_round(table, place, url, offsets, size)
             if program:
                 ratarmount_round(table, program, pack, work, offsets, size)
-    finally:
-        hub.kill()
-        hub.wait()
-    show(table)
-    if args.csv:
-        write_csv(table, args.csv)
-    if args.svg:
-        write_svg(table, args.svg)
+    return table
 
 
 if __name__ == "__main__":

@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Many children of one fork at once, beside the least that the host needs for as many machines.
+
+    benches/fanout.py FORKD [--runs 5] [--counts 1,10,100,300] [--tag python-numpy | --synthetic] [--csv FILE] [--svg FILE]
+
+The ways, one after the other in each run:
+
+    floor     a process and a KVM machine each, without forkd (floor.c): the denominator
+    local     children of a snapshot on this disk (`--tag`), its files in the page cache
+    warm      the same with a resident image (`forkd warm`), if this forkd has that
+    eager     children of its pack behind 20 ms and 50 MB/s, downloaded first (`--eager`); up to --eager-count of them
+
+Per way and count: milliseconds from process start until the last child's first instruction (the wall clock of the fan-out)
+and its ratio to the floor's; the median and 99th percentile over the children of first instruction, ready and answered;
+children that failed or answered wrongly; and what a child adds to memory. Figures are medians over the runs with the
+spread. PSS and private memory are read from smaps_rollup while all children live: the mean from forkd's report in every
+run, and every child's own of one detached fork a count (`PSS of each`).
+
+A synthetic machine (--synthetic, 64 MiB, 4 of them read) has no answer, and its guests do not idle once they are ready.
+"""
+
+import sys
+
+from common import ForkFailed, Place, Table, arguments, dots_svg, note, numbers, percentile, print_table, ratio, write_csv
+
+CODE = "numpy.zeros(5).tolist()"
+ANSWER = "[0.0, 0.0, 0.0, 0.0, 0.0]"
+RTT_MS, RATE_MB = 20, 50
+WAYS = ["floor", "local", "warm", "eager"]
+TIMES = {"first instruction": "first_instruction_ms", "ready": "ready_ms", "answered": "answered_ms"}
+WALL = "last first instruction"
+
+
+class Machine:
+    """What is forked, and how it is asked."""
+
+    def __init__(self, place, args):
+        self.tag, self.memory_mib, self.ask = args.tag, 512, ["--eval", CODE]
+        if args.synthetic:
+            self.tag, self.memory_mib, self.ask = "synthetic", 64, []
+            place.synthetic(self.tag, self.memory_mib, 4, 0, "hot")
+        elif not place.link_snapshot(self.tag):
+            sys.exit(f"there is no snapshot {self.tag}: `make machine` builds python-numpy, --synthetic needs none")
+        place.publish(self.tag)
+
+    def is_right(self, child):
+        return not child["error"] and (not self.ask or child["answer"] == ANSWER)
+
+
+def rollup(pid):
+    """KiB by field of a process's smaps_rollup."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        return {words[0]: int(words[1]) for words in map(str.split, file) if words[0].endswith(":")}
+
+
+def memory_of_each(report):
+    """PSS and private memory of every living child."""
+    fields = [rollup(child["pid"]) for child in report["children"] if not child["error"]]
+    private = [field["Private_Clean:"] + field["Private_Dirty:"] for field in fields]
+    return [field["Pss:"] for field in fields], private
+
+
+def note_children(table, key, machine, count, report):
+    children = report["children"] if report else []
+    right = [child for child in children if machine.is_right(child)]
+    table.add((*key, "failed"), "children", count - len(right))
+    for what, field in TIMES.items():
+        times = [child[field] for child in children if child[field] is not None]
+        if times:
+            table.add((*key, f"{what}, p50"), "ms", percentile(times, 0.5))
+            table.add((*key, f"{what}, p99"), "ms", percentile(times, 0.99))
+            if what == "first instruction":
+                table.add((*key, WALL), "ms", max(times))
+    if report and report["memory"]["pss_kib_per_child"] is not None:
+        table.add((*key, "PSS, mean"), "KiB", report["memory"]["pss_kib_per_child"])
+        table.add((*key, "private, mean"), "KiB", report["memory"]["private_kib_per_child"])
+
+
+def fork(place, machine, count, *what, look=None):
+    """A report, or none when forkd failed as a whole."""
+    try:
+        return place.fork(*what, "-n", count, *machine.ask, look=look)
+    except ForkFailed as failure:
+        note(failure)
+        return (None, None) if look else None
+
+
+def floor_round(table, place, machine, count):
+    measured, key = place.floor(count, machine.memory_mib), (count, "floor")
+    table.add((*key, WALL), "ms", measured["total_ms"])
+    table.add((*key, "first instruction, p50"), "ms", percentile(measured["each_ms"], 0.5))
+    table.add((*key, "first instruction, p99"), "ms", percentile(measured["each_ms"], 0.99))
+    table.add((*key, "failed"), "children", measured["failed"])
+
+
+def local_round(table, place, machine, count, way, first):
+    what = ("--tag", machine.tag)
+    note_children(table, (count, way), machine, count, fork(place, machine, count, *what))
+    if first:
+        _, seen = fork(place, machine, count, *what, "--detach", look=memory_of_each)
+        for name, values in zip(("PSS of each", "private of each"), seen or ()):
+            for value in values:
+                table.add((count, way, name), "KiB", value)
+
+
+def bench_round(table, place, machine, args, count, first):
+    floor_round(table, place, machine, count)
+    local_round(table, place, machine, count, "local", first)
+    if args.warm:
+        with place.warm("--tag", machine.tag):
+            local_round(table, place, machine, count, "warm", first)
+    if count <= args.eager_count:
+        place.drop_cache()
+        with place.serve(RTT_MS, RATE_MB) as url:
+            what = (f"bench/{machine.tag}", "--hub", url, "--eager")
+            note_children(table, (count, "eager"), machine, count, fork(place, machine, count, *what))
+
+
+def show(table, counts):
+    headings = ["children, way", f"{WALL}, ms", "to floor", "p50", "p99", "ready p50", "p99", "answered p50", "p99", "failed"]
+    rows, memory = [], []
+    for count in counts:
+        floor = table.median((count, "floor", WALL), "ms")
+        for way in WAYS:
+            key = (count, way)
+            wall = table.median((*key, WALL), "ms")
+            if wall is None:
+                continue
+            times = [table.median((*key, f"{what}, {share}"), "ms") for what in TIMES for share in ("p50", "p99")]
+            shown = ["-" if time is None else f"{time:.1f}" for time in times]
+            failed = sum(table.samples[((*key, "failed"), "children")])
+            rows.append([f"{count} {way}", table.show((*key, WALL), "ms"), ratio(wall, floor), *shown, failed])
+            names = ("PSS, mean", "private, mean", "PSS of each", "private of each")
+            if way != "floor":
+                memory.append([f"{count} {way}", *(table.show((*key, name), "KiB", 0) for name in names)])
+    print_table(headings, rows)
+    print()
+    print_table(["children, way", "KiB a child: PSS, mean", "private, mean", "PSS of each", "private of each"], memory)
+
+
+def draw(table, counts, path):
+    rows = []
+    for what in (WALL, "first instruction, p50", "first instruction, p99", "ready, p99", "answered, p99"):
+        for count in counts:
+            dots = {way: table.spread((count, way, what), "ms") for way in WAYS}
+            rows.append((f"{what}, {count} children", {way: dot for way, dot in dots.items() if dot}))
+    dots_svg(path, "milliseconds from process start, median and spread over the runs", rows)
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--counts", type=numbers, default=[1, 10, 100, 300])
+    parser.add_argument("--tag", default="python-numpy", help="a snapshot whose worker answers as python-numpy does")
+    parser.add_argument("--synthetic", action="store_true", help="a machine of a few instructions instead")
+    parser.add_argument("--eager-count", type=int, default=10, help="most children of an eager fork")
+    args = parser.parse_args()
+    table = Table()
+    with Place(args.forkd) as place:
+        machine = Machine(place, args)
+        args.warm = place.can("warm")
+        for number in range(args.runs):
+            for count in args.counts:
+                note(f"run {number + 1} of {args.runs}, {count} children")
+                bench_round(table, place, machine, args, count, number == 0)
+    show(table, args.counts)
+    if args.csv:
+        write_csv(table, args.csv, ("children", "way", "what"))
+    if args.svg:
+        draw(table, args.counts, args.svg)
+
+
+if __name__ == "__main__":
+    main()

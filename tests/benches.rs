@@ -1,0 +1,43 @@
+//! The bench scripts still run: nobody does that between two measurements, and what they call changes.
+
+use std::path::Path;
+use std::process::Command;
+
+const HERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches");
+
+/// Runs a command to its end, which must be a good one; returns what it printed.
+fn done(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {}\n{errors}", output.status);
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn every_script_says_what_it_measures() {
+    for script in ["ttfi", "fanout", "fault", "mount"] {
+        let help = done(Command::new("python3").arg(format!("{HERE}/{script}.py")).arg("--help"));
+        assert!(help.contains("--runs") && help.contains("--csv"), "{help}");
+    }
+}
+
+#[test]
+fn a_small_fan_out_is_measured_beside_its_floor() {
+    let dir = tempfile::tempdir().unwrap();
+    let (csv, svg) = (dir.path().join("fanout.csv"), dir.path().join("fanout.svg"));
+    let printed = done(
+        Command::new("python3")
+            .arg(format!("{HERE}/fanout.py"))
+            .arg(Path::new(env!("CARGO_BIN_EXE_forkd")))
+            .args(["--synthetic", "--counts", "2", "--runs", "1", "--csv"])
+            .arg(&csv)
+            .arg("--svg")
+            .arg(&svg),
+    );
+    let table = std::fs::read_to_string(csv).unwrap();
+    for way in ["floor", "local", "eager"] {
+        assert!(table.contains(&format!("2,{way},last first instruction,ms,")), "{printed}\n{table}");
+        assert!(table.contains(&format!("2,{way},failed,children,0.0000,")), "{printed}\n{table}");
+    }
+    assert!(std::fs::read_to_string(svg).unwrap().contains("</svg>"));
+}
