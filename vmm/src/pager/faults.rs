@@ -108,7 +108,12 @@ impl Shared {
                 Message::Fault { address } => {
                     self.counters.faults.fetch_add(1, Ordering::Relaxed);
                     match self.locate(&bases, address) {
-                        Some(chunk) => self.want(id, chunk, &uffd, &bases),
+                        Some((chunk, offset)) => {
+                            if !self.is_present(chunk) {
+                                self.source.faulted(id, chunk.image, offset);
+                            }
+                            self.want(id, chunk, &uffd, &bases)
+                        }
                         None => Err(Misconduct::Outside { address }),
                     }
                 }
@@ -133,10 +138,12 @@ impl Shared {
         }
     }
 
-    fn locate(&self, bases: &[u64], address: u64) -> Option<ChunkId> {
+    /// The chunk at an address of a machine, and the offset in its image.
+    fn locate(&self, bases: &[u64], address: u64) -> Option<(ChunkId, u64)> {
         let inside = |(position, (image, base)): (usize, (&Image, &u64))| {
             let offset = address.checked_sub(*base).filter(|offset| *offset < image.shape.bytes)?;
-            Some(ChunkId { image: ImageId::ALL[position], chunk: offset / image.shape.chunk_bytes })
+            let chunk = ChunkId { image: ImageId::ALL[position], chunk: offset / image.shape.chunk_bytes };
+            Some((chunk, offset))
         };
         self.images.iter().zip(bases).enumerate().find_map(inside)
     }
