@@ -463,6 +463,9 @@ pub struct ForkArgs {
     /// Download the whole pack before starting (for comparison)
     #[arg(long)]
     pub eager: bool,
+    /// Draw what happened when, as an SVG picture: phases, requests, faults, children
+    #[arg(long, value_name = "FILE")]
+    pub timeline: Option<PathBuf>,
     /// Which hub.
     #[command(flatten)]
     pub hub: HubSource,

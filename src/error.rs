@@ -27,6 +27,7 @@ use crate::hub::serve::ServeError;
 use crate::kernel::KernelError;
 use crate::output::Output;
 use crate::paths::PathsError;
+use crate::picture::PictureError;
 use crate::recipe::RecipeError;
 use crate::registry::{InvalidReference, RegistryError};
 use crate::run_dir::RunDirError;
@@ -86,6 +87,9 @@ pub enum CommandError {
     /// `forkd repack`.
     #[error(transparent)]
     Repack(#[from] RepackError),
+    /// A picture.
+    #[error(transparent)]
+    Picture(#[from] PictureError),
     /// `forkd mount` and `forkd umount`.
     #[error(transparent)]
     Mount(#[from] MountCommandError),
@@ -158,6 +162,7 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Unpack(error) => packs::unpack(error),
         CommandError::Pull(error) => packs::pull(error),
         CommandError::Repack(error) => packs::repack(error),
+        CommandError::Picture(_) => machine::picture(),
         CommandError::Mount(error) => packs::mount(error),
         CommandError::Runtime(_) => {
             Row::failed("start", "threads").hint("check the process and thread limits (ulimit -u)")

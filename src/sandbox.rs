@@ -5,6 +5,7 @@
 
 use crate::host::{self, HostError};
 use crate::snapshot::{self, CONFIGURATION_MAX, Configuration, FOREIGN_MACHINE, SnapshotError, file_error};
+use crate::timeline::Recorder;
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
 use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
 use forkd_fs::prefetch;
@@ -22,8 +23,8 @@ use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
 /// Largest small file that is read whole: vmstate and trace stay well below.
@@ -94,6 +95,7 @@ struct StorePages {
     files: Vec<Option<FileId>>,
     shapes: Vec<ImageShape>,
     unavailable: Mutex<Vec<Unavailable>>,
+    recorder: OnceLock<Arc<Recorder>>,
 }
 
 impl StorePages {
@@ -147,6 +149,12 @@ impl PageSource for StorePages {
         tracing::error!(?chunk, error, "a chunk that machines wait for cannot be had");
         let mut list = self.unavailable.lock().unwrap_or_else(PoisonError::into_inner);
         list.push(Unavailable { chunk, waiters: waiters.to_vec(), error });
+    }
+
+    fn served(&self, chunk: ChunkId, since: Instant, waiters: &[ClientId]) {
+        if let Some(recorder) = self.recorder.get() {
+            recorder.served(IMAGE_FILES[chunk.image.index()], chunk.chunk, since, waiters.len());
+        }
     }
 }
 
@@ -335,8 +343,8 @@ impl Sandbox {
             files.push(file);
         }
         let of_images = shapes.iter().map(|(_, shape)| *shape).collect();
-        let unavailable = Mutex::default();
-        let pages = Arc::new(StorePages { store, runtime, files, shapes: of_images, unavailable });
+        let (unavailable, recorder) = (Mutex::default(), OnceLock::new());
+        let pages = Arc::new(StorePages { store, runtime, files, shapes: of_images, unavailable, recorder });
         let zero_runs = shapes.iter().map(|(id, shape)| zero_runs(&pages, *id, shape)).collect();
         let pager = Arc::new(Pager::new(&shapes, pages.clone(), PAGER_WORKERS)?);
         let hot = HotPages::of_pack(&pages, &trace).map(Arc::new);
@@ -387,6 +395,13 @@ impl Sandbox {
             fetch_all(&pages.store, &rest, &install).await?;
             // Chunks that could not be put in place (memory was short) are loaded when they are needed.
             Ok(pager.complete(|id| pages.is_zero(id)))
+        }
+    }
+
+    /// Has what machines wait for recorded from now on.
+    pub fn record_in(&self, recorder: &Arc<Recorder>) {
+        if let Images::Lazy { pages, .. } = &self.images {
+            pages.recorder.get_or_init(|| Arc::clone(recorder));
         }
     }
 

@@ -5,18 +5,21 @@
 
 use crate::cli::ForkArgs;
 use crate::commands::fork_report::{ChildReport, Fetched, ForkReport, Memory, PackReport, Timeline};
-use crate::commands::runtime;
+use crate::commands::{fork_timeline, runtime};
 use crate::detach::{Detached, split};
 use crate::error::{CommandError, chain};
 use crate::output::Output;
 use crate::paths::Paths;
+use crate::picture::{PictureError, check_place};
 use crate::progress::Progress;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::source::{self, OpenedSource};
 use crate::supervisor::{
     Allowance, ForkError, Moment, Plan, Supervisor, milliseconds_since, process_start_ns,
 };
+use crate::timeline::Recorder;
 use crate::variables::{Variables, VariablesError};
+use forkd_fs::observe::Observer;
 use forkd_fs::store::ReadError;
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::protocol::{Answer, ExecRequest, Exit};
@@ -78,6 +81,9 @@ pub enum ForkCommandError {
     /// Starting children.
     #[error(transparent)]
     Fork(#[from] ForkError),
+    /// `--timeline`.
+    #[error(transparent)]
+    Picture(#[from] PictureError),
 }
 
 /// What is asked of every child.
@@ -108,6 +114,9 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
     } else {
         None
     };
+    if let Some(file) = &args.timeline {
+        check_place(file).map_err(ForkCommandError::from)?;
+    }
     let paths = Paths::from_env()?;
     drop(Hypervisor::open(KvmKind::detect()).map_err(ForkCommandError::Kvm)?);
     raise_file_limit();
@@ -118,13 +127,18 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
 
     let mut timeline = Timeline::default();
     let since_start = || milliseconds_since(started_ns, monotonic_ns());
-    let opening = source::open(&paths, args, |at| match at {
+    let recorder = args.timeline.as_ref().map(|_| Arc::new(Recorder::new(since_start())));
+    let observer = recorder.clone().map(|recorder| recorder as Arc<dyn Observer>);
+    let opening = source::open(&paths, args, observer, |at| match at {
         source::Stage::Registry => timeline.registry_ms = Some(since_start()),
         source::Stage::Index => timeline.index_ms = Some(since_start()),
     });
     let OpenedSource { name, origin, cache } = runtime.block_on(opening).map_err(ForkCommandError::from)?;
     let sandbox = open_sandbox(&runtime, &name, origin, args.eager, output)?;
     timeline.vmstate_ms = Some(since_start());
+    if let Some(recorder) = &recorder {
+        sandbox.record_in(recorder);
+    }
 
     let (sandbox, name) = (Arc::new(sandbox), name);
     // What no child has asked for is fetched after the answers: it would only be in their way.
@@ -151,8 +165,9 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
     };
     let outcomes = ask_all(supervisor, &work, output);
     let report = report(supervisor, &name, started_ns, timeline, outcomes);
-    let failed =
-        report.children.iter().any(|child| child.error.is_some() || child.exit_code.unwrap_or(0) != 0);
+    let drawn = fork_timeline::draw(args.timeline.as_deref(), recorder.as_deref(), &report);
+    let failed = !drawn
+        || report.children.iter().any(|child| child.error.is_some() || child.exit_code.unwrap_or(0) != 0);
     output.report(&report, ForkReport::text);
     let exit = if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     let stays = detached.is_some() || matches!(work, Work::Nothing);

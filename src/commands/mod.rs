@@ -16,6 +16,7 @@ pub mod completions;
 mod doctor;
 pub mod fork;
 mod fork_report;
+mod fork_timeline;
 pub mod hub_publish;
 pub mod hub_serve;
 pub mod images;

@@ -32,10 +32,15 @@ pub(super) fn fork(error: &ForkCommandError) -> Row {
             row.hint("`forkd doctor` says what is missing; without the option there is no limit")
         }
         ForkCommandError::Fork(ForkError::Paths(error)) => super::describe_paths(error),
+        ForkCommandError::Picture(_) => picture(),
         ForkCommandError::Variables(_) => Row::usage("give the children their environment", ""),
         ForkCommandError::Fork(ForkError::Network(error)) => network(error),
         ForkCommandError::Fork(_) => row.hint("`forkd cleanup` removes what dead forks left"),
     }
+}
+
+pub(super) fn picture() -> Row {
+    Row::failed("draw the picture", "").hint("name a file in a directory that exists and can be written to")
 }
 
 pub(super) fn kvm(error: &KvmError) -> Row {
