@@ -293,10 +293,17 @@ pub struct RepackArgs {
 
 /// `forkd inspect`.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["target", "child"]))]
 pub struct InspectArgs {
     /// A pack: a file, an http(s):// URL, or a name of the hub (owner/name[@version])
     #[arg(value_name = "FILE|URL|REF")]
-    pub target: String,
+    pub target: Option<String>,
+    /// A running child instead, as `forkd ps` names it: what of its memory is its own
+    #[arg(long, value_name = "ID")]
+    pub child: Option<String>,
+    /// Draw the images chunk by chunk, as an SVG picture: zero, working set, fetched; of a child what is dirty
+    #[arg(long, value_name = "FILE")]
+    pub heatmap: Option<PathBuf>,
     /// Which hub.
     #[command(flatten)]
     pub hub: HubSource,

@@ -133,6 +133,7 @@ pub(super) fn children(error: &ChildrenError) -> Row {
     let row = Row::failed("ask the child", "");
     match error {
         ChildrenError::RunDir(error) => run_dir(error),
+        ChildrenError::Memory { .. } => row.hint("looking into a child's process takes root"),
         ChildrenError::Console { .. } | ChildrenError::Code { .. } => row,
         ChildrenError::Agent { .. } => {
             row.hint("`forkd ps` says whether it is stalled, `forkd logs` shows its console")
