@@ -21,6 +21,7 @@ use crate::commands::mount::MountCommandError;
 use crate::commands::pack::PackError;
 use crate::commands::pull::PullError;
 use crate::commands::repack::RepackError;
+use crate::commands::trace::TraceCommandError;
 use crate::commands::unpack::UnpackCommandError;
 use crate::hub::publish::PublishError;
 use crate::hub::serve::ServeError;
@@ -87,6 +88,9 @@ pub enum CommandError {
     /// `forkd repack`.
     #[error(transparent)]
     Repack(#[from] RepackError),
+    /// `forkd trace`.
+    #[error(transparent)]
+    Trace(Box<TraceCommandError>),
     /// A picture.
     #[error(transparent)]
     Picture(#[from] PictureError),
@@ -102,6 +106,12 @@ pub enum CommandError {
 impl From<ForkCommandError> for CommandError {
     fn from(error: ForkCommandError) -> CommandError {
         CommandError::Fork(Box::new(error))
+    }
+}
+
+impl From<TraceCommandError> for CommandError {
+    fn from(error: TraceCommandError) -> CommandError {
+        CommandError::Trace(Box::new(error))
     }
 }
 
@@ -162,6 +172,7 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Unpack(error) => packs::unpack(error),
         CommandError::Pull(error) => packs::pull(error),
         CommandError::Repack(error) => packs::repack(error),
+        CommandError::Trace(error) => machine::trace(error),
         CommandError::Picture(_) => machine::picture(),
         CommandError::Mount(error) => packs::mount(error),
         CommandError::Runtime(_) => {

@@ -1,12 +1,13 @@
 //! Makes a snapshot: boots a kernel on a root disk, waits until the machine is warm, probes it, saves it, and restores
-//! the result once to record which pages a fork touches. Callers: `commands/build.rs`, `commands/snapshot.rs`.
+//! the result three times to record which pages a fork touches ([`recording`]). Callers: `commands/build.rs`,
+//! `commands/trace.rs`.
 
-use crate::identity::{self, IdentityError};
+use crate::identity::IdentityError;
 use crate::recipe::Probe;
 use crate::scratch::Scratch;
 use crate::snapshot::{self, Configuration, SnapshotError, file_error};
 use crate::tools::{Interrupt, ToolError};
-use forkd_fs::trace::{PageRun, RegionTrace, Trace, TraceError};
+use forkd_fs::trace::TraceError;
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::generation::{Generation, GenerationError};
 use forkd_guest::protocol::{Answer, Status, WARM_PARAMETER, WarmCommand, WorkerState};
@@ -15,32 +16,25 @@ use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryError, MemoryLayout, PMEM_ALIGN, create_image};
-use forkd_vmm::pager::{
-    ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, PagerError, SourceFailure,
-};
+use forkd_vmm::pager::PagerError;
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start};
 use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
-use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Unit in which a recorded restore is traced, bytes.
+pub mod recording;
+use recording::Trials;
+
+/// Unit of memory, bytes.
 const PAGE: u64 = forkd_vmm::memory::PAGE_BYTES;
-/// The snapshot's file behind each image.
-const IMAGE_NAMES: [&str; 2] = [snapshot::MEMORY, snapshot::ROOT_DISK];
-/// Phases of a restore that are told apart: up to the first instruction, up to ready, up to the answer.
-const PHASES: usize = 3;
-/// Trial restores. No two touch quite the same pages, and a page that is missing costs a fork a round trip.
-const TRIALS: usize = 3;
 /// How long a kernel may take from its first instruction to the agent. kvm_pvm needs 15 s when it is alone.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long a request that should be quick may take.
@@ -187,7 +181,7 @@ pub enum Step {
     Probe,
     /// Memory and state are saved.
     Save,
-    /// The snapshot is restored once to record its trace.
+    /// The snapshot is restored to record its trace.
     Trace,
 }
 
@@ -212,14 +206,14 @@ impl<'a> Rig<'a> {
         images: &[&OwnedFd],
         start: &File,
         initrd: Option<&File>,
-        request: &Request<'a>,
+        (scratch, interrupt): (&Scratch<'_>, &'a Interrupt),
     ) -> Result<Rig<'a>, BuildError> {
         let dir = tempfile::tempdir().map_err(file_error("creating", Path::new("a temporary directory")))?;
         let console_path = dir.path().join("console.log");
         let console = File::create(&console_path).map_err(file_error("creating", &console_path))?;
         let socket = dir.path().join("vsock.sock");
         let vsock = UnixListener::bind(&socket).map_err(file_error("binding", &socket))?;
-        let scratch = request.scratch.create()?;
+        let scratch = scratch.create()?;
         let files = MachineFiles {
             images: images.iter().map(|image| image.as_fd()).collect(),
             start: start.as_fd(),
@@ -230,7 +224,7 @@ impl<'a> Rig<'a> {
             tap: None,
         };
         let process = zygote.spawn(spec, &files)?;
-        Ok(Rig { process, dir, scratch, interrupt: request.interrupt })
+        Ok(Rig { process, dir, scratch, interrupt })
     }
 
     fn console_tail(&self) -> String {
@@ -308,7 +302,8 @@ pub fn build(
     let scratch_bytes = request.scratch.bytes();
     let spec = MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes };
     let images = images(&layout, &ram, &root_disk);
-    let machine = Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), request)?;
+    let machine =
+        Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), (&request.scratch, request.interrupt))?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
 
     step(Step::Warm);
@@ -335,18 +330,8 @@ pub fn build(
     save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
     step(Step::Trace);
-    let mut touched = BTreeMap::new();
-    for _ in 0..TRIALS {
-        for (image, phase, page) in record_touches(zygote, &configuration, into, request)? {
-            let first = touched.entry((image, page)).or_insert(phase);
-            *first = phase.min(*first);
-        }
-    }
-    let trace = trace_of(&configuration, &touched);
-    let path = into.join(snapshot::TRACE);
-    std::fs::write(&path, trace.encode()?).map_err(file_error("writing", &path))?;
-    let path = into.join(snapshot::HOTSET);
-    write_hotset(&trace, into, &path).map_err(file_error("writing", &path))?;
+    let Request { probe, scratch, interrupt, .. } = *request;
+    recording::record(zygote, &configuration, into, into, &Trials { probe, scratch, interrupt })?;
     Ok(configuration)
 }
 
@@ -354,22 +339,6 @@ fn command_line(request: &Request<'_>) -> Result<String, BuildError> {
     let Some(warm) = request.warm else { return Ok(String::new()) };
     let parameter = warm.to_parameter().map_err(BuildError::WarmCommand)?;
     Ok(format!("{WARM_PARAMETER}={parameter}"))
-}
-
-/// Writes the traced pages one behind the other: a fork gets them in one go instead of by whole chunks.
-fn write_hotset(trace: &Trace, dir: &Path, to: &Path) -> io::Result<()> {
-    let files = trace
-        .regions
-        .iter()
-        .map(|region| File::open(dir.join(&region.file)))
-        .collect::<Result<Vec<_>, _>>()?;
-    let mut target = io::BufWriter::new(File::create(to)?);
-    let mut bytes = [0; PAGE as usize];
-    for (region, page) in trace.pages() {
-        files[region].read_exact_at(&mut bytes, u64::from(page) * PAGE)?;
-        target.write_all(&bytes)?;
-    }
-    target.flush()
 }
 
 fn open(path: &Path) -> Result<File, SnapshotError> {
@@ -463,98 +432,9 @@ fn copy_sparse(from: &File, to: &Path, unit: u64) -> io::Result<()> {
     target.set_len(length.next_multiple_of(unit))
 }
 
-/// Serves pages of a snapshot's files one by one and notes which were asked for, in which phase.
-struct Recorder {
-    files: Vec<File>,
-    phase: AtomicUsize,
-    touched: Mutex<Vec<(ImageId, usize, u32)>>,
-}
-
-impl PageSource for Recorder {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
-        let phase = self.phase.load(Ordering::Relaxed);
-        let touch = (chunk.image, phase, chunk.chunk as u32);
-        self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(touch);
-        let mut page = vec![0; PAGE as usize];
-        self.files[chunk.image.index()].read_exact_at(&mut page, chunk.chunk * PAGE)?;
-        let zero = page.iter().all(|byte| *byte == 0);
-        Ok(if zero { ChunkContent::Zero } else { ChunkContent::Data(page.into()) })
-    }
-
-    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
-        tracing::error!(
-            ?chunk,
-            error = crate::error::chain(&*failure),
-            "a page of the new snapshot cannot be read"
-        );
-    }
-}
-
-/// The trace of pages and the earliest phase in which each was touched.
-fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), usize>) -> Trace {
-    let region = |id: ImageId| RegionTrace {
-        file: IMAGE_NAMES[id.index()].to_owned(),
-        buckets: (0..PHASES)
-            .map(|phase| {
-                let pages = touched.iter().filter(|((image, _), first)| *image == id && **first == phase);
-                PageRun::from_pages(pages.map(|((_, page), _)| *page))
-            })
-            .collect(),
-    };
-    let images = ImageId::ALL.into_iter().filter(|id| configuration.layout.image_bytes(*id) > 0);
-    Trace { regions: images.map(region).collect() }
-}
-
 /// Limits of one more machine of this process.
 fn limits(layout: &MemoryLayout) -> Limits {
     static MACHINES: AtomicUsize = AtomicUsize::new(0);
     let number = MACHINES.fetch_add(1, Ordering::Relaxed);
     Limits::of(format!("build-{}-{number}", std::process::id()), layout)
-}
-
-/// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
-fn record_touches(
-    zygote: &Zygote,
-    configuration: &Configuration,
-    dir: &Path,
-    request: &Request<'_>,
-) -> Result<Vec<(ImageId, usize, u32)>, BuildError> {
-    let layout = configuration.layout;
-    let ids: Vec<_> = ImageId::ALL.into_iter().filter(|id| layout.image_bytes(*id) > 0).collect();
-    let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
-    let files = paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
-    let recorder = Arc::new(Recorder { files, phase: AtomicUsize::new(0), touched: Mutex::default() });
-    let shape = |id: &ImageId| ImageShape { bytes: layout.image_bytes(*id), chunk_bytes: PAGE };
-    let shapes: Vec<_> = ids.iter().map(|id| (*id, shape(id))).collect();
-    let pager = Pager::new(&shapes, recorder.clone(), 1)?;
-    let environment = BTreeMap::from([("FORKD_TRIAL".to_owned(), "1".to_owned())]);
-    let record = identity::fresh("trial", 1, None, environment)?;
-    let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
-    let scratch_bytes = request.scratch.bytes();
-    let spec = MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes };
-    let vmstate = open(&dir.join(snapshot::VMSTATE))?;
-    let images =
-        ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
-    let images: Vec<_> = images.iter().collect();
-    let machine = Rig::spawn(zygote, &spec, &images, &vmstate, None, request)?;
-    let doing = "restoring the new snapshot";
-    let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
-        Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
-        _ => None,
-    })?;
-    pager.attach(ClientId(0), uffd, bases)?;
-    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
-    recorder.phase.store(1, Ordering::Relaxed);
-    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
-    recorder.phase.store(2, Ordering::Relaxed);
-    match request.probe {
-        Some(probe) => run_probe(&machine, probe)?,
-        None => {
-            let pinged = machine.agent(doing)?.ping(REQUEST_TIMEOUT);
-            pinged.map_err(|source| BuildError::Agent { doing, source })?;
-        }
-    }
-    drop(machine);
-    let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
-    Ok(touched)
 }

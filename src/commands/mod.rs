@@ -27,6 +27,7 @@ pub mod pack;
 pub mod pull;
 pub mod repack;
 pub mod snapshots;
+pub mod trace;
 pub mod umount;
 pub mod unpack;
 
@@ -54,6 +55,7 @@ pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
         Verb::Cache(CacheVerb::Ls) => cache::ls(output),
         Verb::Cache(CacheVerb::Verify) => cache::verify(output),
         Verb::Cache(CacheVerb::Gc(args)) => cache::gc(&args, output),
+        Verb::Trace(args) => trace::run(&args, output),
         Verb::Fork(args) => fork::run(&args, output),
         Verb::Ps => children::ps(output),
         Verb::Exec(args) => children::exec(&args, output),

@@ -4,6 +4,7 @@ use super::{Row, packs};
 use crate::commands::build::BuildCommandError;
 use crate::commands::children::ChildrenError;
 use crate::commands::fork::ForkCommandError;
+use crate::commands::trace::TraceCommandError;
 use crate::host::HostError;
 use crate::machine_build::BuildError;
 use crate::network::NetworkError;
@@ -126,6 +127,37 @@ pub(super) fn build(error: &BuildCommandError) -> Row {
             }
             _ => row.hint("nothing was kept"),
         },
+    }
+}
+
+pub(super) fn trace(error: &TraceCommandError) -> Row {
+    const WHAT: &str = "record the working set";
+    let row = Row::failed(WHAT, "");
+    match error {
+        TraceCommandError::NoProbe { .. } | TraceCommandError::RecipeWithoutProbe { .. } => {
+            row.hint("say what forks are asked with --eval CODE, or name a recipe that does with --recipe")
+        }
+        TraceCommandError::Foreign => sandbox(&SandboxError::Foreign),
+        TraceCommandError::Replaced { .. } => row.hint("run it again: it was left as it is now"),
+        TraceCommandError::Build(BuildCommandError::Build { .. }) => {
+            row.hint("the working set that was there is kept")
+        }
+        TraceCommandError::Build(error) => Row { what: WHAT, ..build(error) },
+        TraceCommandError::Host(error) => match error {
+            HostError::Kvm(error) => kvm(error),
+            HostError::Features { .. } | HostError::Vendor { .. } => {
+                row.hint("record it on a host with such a CPU")
+            }
+        },
+        TraceCommandError::Snapshot(error) => packs::snapshot(error),
+        TraceCommandError::Registry(error) => packs::registry(error),
+        TraceCommandError::Open(error) => packs::open(error),
+        TraceCommandError::Read(error) => packs::read(error),
+        TraceCommandError::Pack(error) => Row { what: WHAT, ..packs::pack(error) },
+        TraceCommandError::Place { .. } => {
+            row.hint("--out needs an existing directory that can be written to")
+        }
+        TraceCommandError::Unpack(_) | TraceCommandError::Interrupted(_) => row,
     }
 }
 

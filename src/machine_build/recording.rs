@@ -1,0 +1,187 @@
+//! Recording a trace: a snapshot is restored a few times, page by page, and what is touched until its probe is answered is
+//! written down, with the pages themselves. Callers: `machine_build.rs` for a new snapshot, `commands/trace.rs` for an old one.
+
+use super::{BuildError, INTERRUPT_CHECK, PAGE, REQUEST_TIMEOUT, Rig, limits, open, run_probe};
+use crate::identity;
+use crate::recipe::Probe;
+use crate::scratch::Scratch;
+use crate::snapshot::{self, Configuration, file_error};
+use crate::tools::Interrupt;
+use forkd_fs::trace::{PageRun, RegionTrace, Trace};
+use forkd_vmm::devices::doorbell::Ring;
+use forkd_vmm::memory::ImageId;
+use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::process::{MachineSpec, Report, Start};
+use forkd_vmm::zygote::Zygote;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The snapshot's file behind each image.
+const IMAGE_NAMES: [&str; 2] = [snapshot::MEMORY, snapshot::ROOT_DISK];
+/// Phases of a restore that are told apart: up to the first instruction, up to ready, up to the answer.
+const PHASES: usize = 3;
+/// Trial restores. No two touch quite the same pages, and a page that is missing costs a fork a round trip.
+pub const TRIALS: usize = 3;
+
+/// What a trial restore needs besides the snapshot.
+#[derive(Debug, Clone, Copy)]
+pub struct Trials<'a> {
+    /// What each is asked; without, it is recorded until its agent answers.
+    pub probe: Option<&'a Probe>,
+    /// Its scratch disk.
+    pub scratch: Scratch<'a>,
+    /// Ends the recording when set.
+    pub interrupt: &'a Interrupt,
+}
+
+/// Restores the snapshot in `dir` [`TRIALS`] times and writes `trace` and `hotset` into `into`, which may be `dir`.
+pub fn record(
+    zygote: &Zygote,
+    configuration: &Configuration,
+    dir: &Path,
+    into: &Path,
+    trials: &Trials<'_>,
+) -> Result<Trace, BuildError> {
+    let mut touched = BTreeMap::new();
+    for _ in 0..TRIALS {
+        for (image, phase, page) in record_touches(zygote, configuration, dir, trials)? {
+            let first = touched.entry((image, page)).or_insert(phase);
+            *first = phase.min(*first);
+        }
+    }
+    let trace = trace_of(configuration, &touched);
+    let path = into.join(snapshot::TRACE);
+    std::fs::write(&path, trace.encode()?).map_err(file_error("writing", &path))?;
+    let path = into.join(snapshot::HOTSET);
+    write_hotset(&trace, dir, &path).map_err(file_error("writing", &path))?;
+    Ok(trace)
+}
+
+/// Writes the traced pages one behind the other: a fork gets them in one go instead of by whole chunks.
+fn write_hotset(trace: &Trace, dir: &Path, to: &Path) -> io::Result<()> {
+    let files = trace
+        .regions
+        .iter()
+        .map(|region| File::open(dir.join(&region.file)))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut target = io::BufWriter::new(File::create(to)?);
+    let mut bytes = [0; PAGE as usize];
+    for (region, page) in trace.pages() {
+        files[region].read_exact_at(&mut bytes, u64::from(page) * PAGE)?;
+        target.write_all(&bytes)?;
+    }
+    target.flush()
+}
+
+/// Serves pages of a snapshot's files one by one and notes which were asked for, in which phase.
+struct Recorder {
+    files: Vec<File>,
+    phase: AtomicUsize,
+    touched: Mutex<Vec<(ImageId, usize, u32)>>,
+}
+
+impl PageSource for Recorder {
+    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+        let phase = self.phase.load(Ordering::Relaxed);
+        let touch = (chunk.image, phase, chunk.chunk as u32);
+        self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(touch);
+        let mut page = vec![0; PAGE as usize];
+        self.files[chunk.image.index()].read_exact_at(&mut page, chunk.chunk * PAGE)?;
+        let zero = page.iter().all(|byte| *byte == 0);
+        Ok(if zero { ChunkContent::Zero } else { ChunkContent::Data(page.into()) })
+    }
+
+    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
+        tracing::error!(
+            ?chunk,
+            error = crate::error::chain(&*failure),
+            "a page of the snapshot cannot be read"
+        );
+    }
+}
+
+/// The trace of pages and the earliest phase in which each was touched.
+fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), usize>) -> Trace {
+    let region = |id: ImageId| RegionTrace {
+        file: IMAGE_NAMES[id.index()].to_owned(),
+        buckets: (0..PHASES)
+            .map(|phase| {
+                let pages = touched.iter().filter(|((image, _), first)| *image == id && **first == phase);
+                PageRun::from_pages(pages.map(|((_, page), _)| *page))
+            })
+            .collect(),
+    };
+    let images = ImageId::ALL.into_iter().filter(|id| configuration.layout.image_bytes(*id) > 0);
+    Trace { regions: images.map(region).collect() }
+}
+
+/// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
+fn record_touches(
+    zygote: &Zygote,
+    configuration: &Configuration,
+    dir: &Path,
+    trials: &Trials<'_>,
+) -> Result<Vec<(ImageId, usize, u32)>, BuildError> {
+    let layout = configuration.layout;
+    let ids: Vec<_> = ImageId::ALL.into_iter().filter(|id| layout.image_bytes(*id) > 0).collect();
+    let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
+    let files = paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
+    let recorder = Arc::new(Recorder { files, phase: AtomicUsize::new(0), touched: Mutex::default() });
+    let shape = |id: &ImageId| ImageShape { bytes: layout.image_bytes(*id), chunk_bytes: PAGE };
+    let shapes: Vec<_> = ids.iter().map(|id| (*id, shape(id))).collect();
+    let pager = Pager::new(&shapes, recorder.clone(), 1)?;
+    let environment = BTreeMap::from([("FORKD_TRIAL".to_owned(), "1".to_owned())]);
+    let record = identity::fresh("trial", 1, None, environment)?;
+    let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
+    let scratch_bytes = trials.scratch.bytes();
+    let spec = MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes };
+    let vmstate = open(&dir.join(snapshot::VMSTATE))?;
+    let images =
+        ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
+    let images: Vec<_> = images.iter().collect();
+    let machine = Rig::spawn(zygote, &spec, &images, &vmstate, None, (&trials.scratch, trials.interrupt))?;
+    let doing = "restoring the snapshot to record its trace";
+    let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
+        Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
+        _ => None,
+    })?;
+    pager.attach(ClientId(0), uffd, bases)?;
+    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
+    recorder.phase.store(1, Ordering::Relaxed);
+    machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
+    recorder.phase.store(2, Ordering::Relaxed);
+    ask(&machine, trials, doing)?;
+    drop(machine);
+    let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok(touched)
+}
+
+/// Asks the probe. The user can end it, which takes the machine's end: an answer may be minutes away.
+fn ask(machine: &Rig<'_>, trials: &Trials<'_>, doing: &'static str) -> Result<(), BuildError> {
+    let (done, over) = mpsc::channel::<()>();
+    let asked = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while over.recv_timeout(INTERRUPT_CHECK) == Err(RecvTimeoutError::Timeout) {
+                if trials.interrupt.is_set() {
+                    return machine.process.kill();
+                }
+            }
+        });
+        let asked = match trials.probe {
+            Some(probe) => run_probe(machine, probe),
+            None => machine.agent(doing).and_then(|agent| {
+                agent.ping(REQUEST_TIMEOUT).map_err(|source| BuildError::Agent { doing, source })
+            }),
+        };
+        drop(done);
+        asked
+    });
+    trials.interrupt.check()?;
+    asked
+}
