@@ -4,7 +4,9 @@
 //! then come the runtime, the registry, the pack and the children.
 
 use crate::cli::ForkArgs;
-use crate::commands::fork_report::{ChildReport, Fetched, ForkReport, Memory, PackReport, Timeline};
+use crate::commands::fork_report::{
+    ChildReport, Faults, Fetched, ForkReport, Memory, PackReport, Prefetch, Timeline,
+};
 use crate::commands::{fork_timeline, runtime};
 use crate::detach::{Detached, split};
 use crate::error::{CommandError, chain};
@@ -164,7 +166,7 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
         (None, false) => Work::Nothing,
     };
     let outcomes = ask_all(supervisor, &work, output);
-    let report = report(supervisor, &name, started_ns, timeline, outcomes);
+    let report = report(supervisor, &name, started_ns, timeline, outcomes, output.is_json());
     let drawn = fork_timeline::draw(args.timeline.as_deref(), recorder.as_deref(), &report);
     let failed = !drawn
         || report.children.iter().any(|child| child.error.is_some() || child.exit_code.unwrap_or(0) != 0);
@@ -388,6 +390,7 @@ fn report(
     started_ns: u64,
     timeline: Timeline,
     outcomes: Vec<Outcome>,
+    json: bool,
 ) -> ForkReport {
     let progress = supervisor.sandbox().progress();
     let since = |moment: &Moment| milliseconds_since(started_ns, moment.at_ns);
@@ -423,6 +426,9 @@ fn report(
         timeline,
         fetched,
         memory: Memory::measure(&pids, &supervisor.sandbox().images()),
+        faults: Faults::of(supervisor.sandbox()),
+        // Only JSON shows it, and looking takes time.
+        prefetch: Prefetch::measure(supervisor.sandbox(), if json { &pids } else { &[] }),
         children: children.iter().zip(outcomes).map(shown).collect(),
     }
 }
