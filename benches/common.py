@@ -168,7 +168,7 @@ class Place:
                     raise RuntimeError(f"forkd warm {' '.join(what)} failed")
             yield
         finally:
-            self.run("warm", "--stop")
+            self.run("warm", "--stop", "--all")
             process.wait()
 
     def floor(self, count, memory_mib):

@@ -65,6 +65,8 @@ pub enum Verb {
     Unpack(UnpackArgs),
     /// Turn a pack of any format version into one of this version
     Repack(RepackArgs),
+    /// Record anew which pages a fork touches, which are fetched first
+    Trace(TraceArgs),
     /// Show what is in a pack without downloading it
     Inspect(InspectArgs),
     /// Publish packs and serve them
@@ -294,12 +296,52 @@ pub struct RepackArgs {
     pub cache: CacheArgs,
 }
 
+/// `forkd trace`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["target", "tag"]))]
+pub struct TraceArgs {
+    /// A pack, of which --out becomes a copy with the new working set: a file, an http(s):// URL, or a name of the hub
+    #[arg(value_name = "FILE|URL|REF", requires = "out")]
+    pub target: Option<String>,
+    /// A local snapshot, whose working set is replaced
+    #[arg(long)]
+    pub tag: Option<String>,
+    /// What forks are asked while it is recorded [default: the probe that the snapshot was built with]
+    #[arg(long, value_name = "CODE", conflicts_with = "recipe")]
+    pub eval: Option<String>,
+    /// Take the probe of this recipe: a folder with recipe.toml, or that file
+    #[arg(long, value_name = "RECIPE")]
+    pub recipe: Option<PathBuf>,
+    /// The new pack, by convention NAME.forkd-snapshot.tar.zst
+    #[arg(short, long, value_name = "FILE", conflicts_with = "tag")]
+    pub out: Option<PathBuf>,
+    /// zstd level of the new pack
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=22))]
+    pub level: i32,
+    /// Replace the new pack's file when it exists
+    #[arg(long)]
+    pub force: bool,
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+}
+
 /// `forkd inspect`.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["target", "child"]))]
 pub struct InspectArgs {
     /// A pack: a file, an http(s):// URL, or a name of the hub (owner/name[@version])
     #[arg(value_name = "FILE|URL|REF")]
-    pub target: String,
+    pub target: Option<String>,
+    /// A running child instead, as `forkd ps` names it: what of its memory is its own
+    #[arg(long, value_name = "ID")]
+    pub child: Option<String>,
+    /// Draw the images chunk by chunk, as an SVG picture: zero, working set, fetched; of a child what is dirty
+    #[arg(long, value_name = "FILE")]
+    pub heatmap: Option<PathBuf>,
     /// Which hub.
     #[command(flatten)]
     pub hub: HubSource,
@@ -466,6 +508,9 @@ pub struct ForkArgs {
     /// Download the whole pack before starting (for comparison)
     #[arg(long)]
     pub eager: bool,
+    /// Draw what happened when, as an SVG picture: phases, requests, faults, children
+    #[arg(long, value_name = "FILE")]
+    pub timeline: Option<PathBuf>,
     /// Which hub.
     #[command(flatten)]
     pub hub: HubSource,

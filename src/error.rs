@@ -21,6 +21,7 @@ use crate::commands::mount::MountCommandError;
 use crate::commands::pack::PackError;
 use crate::commands::pull::PullError;
 use crate::commands::repack::RepackError;
+use crate::commands::trace::TraceCommandError;
 use crate::commands::unpack::UnpackCommandError;
 use crate::commands::warm::WarmCommandError;
 use crate::hub::publish::PublishError;
@@ -28,6 +29,7 @@ use crate::hub::serve::ServeError;
 use crate::kernel::KernelError;
 use crate::output::Output;
 use crate::paths::PathsError;
+use crate::picture::PictureError;
 use crate::recipe::RecipeError;
 use crate::registry::{InvalidReference, RegistryError};
 use crate::run_dir::RunDirError;
@@ -87,6 +89,12 @@ pub enum CommandError {
     /// `forkd repack`.
     #[error(transparent)]
     Repack(#[from] RepackError),
+    /// `forkd trace`.
+    #[error(transparent)]
+    Trace(Box<TraceCommandError>),
+    /// A picture.
+    #[error(transparent)]
+    Picture(#[from] PictureError),
     /// `forkd mount` and `forkd umount`.
     #[error(transparent)]
     Mount(#[from] MountCommandError),
@@ -108,6 +116,12 @@ impl From<ForkCommandError> for CommandError {
 impl From<WarmCommandError> for CommandError {
     fn from(error: WarmCommandError) -> CommandError {
         CommandError::Warm(Box::new(error))
+    }
+}
+
+impl From<TraceCommandError> for CommandError {
+    fn from(error: TraceCommandError) -> CommandError {
+        CommandError::Trace(Box::new(error))
     }
 }
 
@@ -169,6 +183,8 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Unpack(error) => packs::unpack(error),
         CommandError::Pull(error) => packs::pull(error),
         CommandError::Repack(error) => packs::repack(error),
+        CommandError::Trace(error) => machine::trace(error),
+        CommandError::Picture(_) => machine::picture(),
         CommandError::Mount(error) => packs::mount(error),
         CommandError::Runtime(_) => {
             Row::failed("start", "threads").hint("check the process and thread limits (ulimit -u)")

@@ -1,5 +1,6 @@
 //! Makes a snapshot: boots a kernel on a root disk, waits until the machine is warm, probes it, saves it, and restores
-//! the result once to record which pages a fork touches. Callers: `commands/build.rs`, `commands/snapshot.rs`.
+//! the result three times to record which pages a fork touches ([`recording`]). Callers: `commands/build.rs`,
+//! `commands/trace.rs`.
 
 use crate::identity::IdentityError;
 use crate::recipe::Probe;
@@ -29,12 +30,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-mod trials;
+pub mod recording;
+use recording::Trials;
 
-/// Unit in which a recorded restore is traced, bytes.
+/// Unit of memory, bytes.
 const PAGE: u64 = forkd_vmm::memory::PAGE_BYTES;
-/// The snapshot's file behind each image.
-const IMAGE_NAMES: [&str; 2] = [snapshot::MEMORY, snapshot::ROOT_DISK];
 /// How long a kernel may take from its first instruction to the agent. kvm_pvm needs 15 s when it is alone.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// How long a request that should be quick may take.
@@ -181,7 +181,7 @@ pub enum Step {
     Probe,
     /// Memory and state are saved.
     Save,
-    /// The snapshot is restored once to record its trace.
+    /// The snapshot is restored to record its trace.
     Trace,
 }
 
@@ -206,14 +206,14 @@ impl<'a> Rig<'a> {
         images: &[&OwnedFd],
         start: &File,
         initrd: Option<&File>,
-        request: &Request<'a>,
+        (scratch, interrupt): (&Scratch<'_>, &'a Interrupt),
     ) -> Result<Rig<'a>, BuildError> {
         let dir = tempfile::tempdir().map_err(file_error("creating", Path::new("a temporary directory")))?;
         let console_path = dir.path().join("console.log");
         let console = File::create(&console_path).map_err(file_error("creating", &console_path))?;
         let socket = dir.path().join("vsock.sock");
         let vsock = UnixListener::bind(&socket).map_err(file_error("binding", &socket))?;
-        let scratch = request.scratch.create()?;
+        let scratch = scratch.create()?;
         let files = MachineFiles {
             images: images.iter().map(|image| image.as_fd()).collect(),
             start: start.as_fd(),
@@ -224,7 +224,7 @@ impl<'a> Rig<'a> {
             tap: None,
         };
         let process = zygote.spawn(spec, &files)?;
-        Ok(Rig { process, dir, scratch, interrupt: request.interrupt })
+        Ok(Rig { process, dir, scratch, interrupt })
     }
 
     fn console_tail(&self) -> String {
@@ -309,7 +309,8 @@ pub fn build(
     let spec =
         MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
     let images = images(&layout, &ram, &root_disk);
-    let machine = Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), request)?;
+    let machine =
+        Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), (&request.scratch, request.interrupt))?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
 
     step(Step::Warm);
@@ -336,7 +337,8 @@ pub fn build(
     save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
     step(Step::Trace);
-    trials::record_trace(zygote, &configuration, into, request)?;
+    let Request { probe, scratch, interrupt, .. } = *request;
+    recording::record(zygote, &configuration, into, into, &Trials { probe, scratch, interrupt })?;
     Ok(configuration)
 }
 

@@ -5,6 +5,7 @@
 
 use crate::host::{self, HostError};
 use crate::snapshot::{self, CONFIGURATION_MAX, Configuration, FOREIGN_MACHINE, SnapshotError, file_error};
+use crate::timeline::Recorder;
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
 use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
 use forkd_fs::prefetch;
@@ -12,7 +13,7 @@ use forkd_fs::source::Class;
 use forkd_fs::store::{ChunkData, OnChunk, Progress, ReadError, Store};
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
-use forkd_vmm::memory::{ImageId, MemoryError, PAGE_BYTES, create_image, longest_runs};
+use forkd_vmm::memory::{ImageId, MemoryError, create_image, longest_runs};
 use forkd_vmm::pager::{
     ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, PagerError, PagerStats, SourceFailure,
 };
@@ -22,20 +23,21 @@ use std::fs::File;
 use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
+mod hot_pages;
+mod quality;
 mod resident;
 
+use hot_pages::HotPages;
+use quality::FaultCounts;
+pub use quality::{FaultFigures, PrefetchFigures};
 pub use resident::Resident;
 
 /// Largest small file that is read whole: vmstate and trace stay well below.
 const SMALL_FILE_MAX: u64 = 8 << 20;
-/// Largest `hotset` that is used, bytes: a working set beyond that is better fetched by chunks.
-const HOTSET_MAX: u64 = 256 << 20;
-/// Most chunks of the `hotset` that are waited for before a child starts.
-const FIRST_CHUNKS_MAX: u64 = 4;
 /// Threads that load chunks which machines wait for. They mostly wait for the network.
 const PAGER_WORKERS: usize = 8;
 /// Pause before background filling is tried again after the network failed for its whole deadline.
@@ -98,6 +100,8 @@ struct StorePages {
     files: Vec<Option<FileId>>,
     shapes: Vec<ImageShape>,
     unavailable: Mutex<Vec<Unavailable>>,
+    recorder: OnceLock<Arc<Recorder>>,
+    faults: FaultCounts,
 }
 
 impl StorePages {
@@ -152,86 +156,22 @@ impl PageSource for StorePages {
         let mut list = self.unavailable.lock().unwrap_or_else(PoisonError::into_inner);
         list.push(Unavailable { chunk, waiters: waiters.to_vec(), error });
     }
+
+    fn faulted(&self, _client: ClientId, image: ImageId, offset: u64) {
+        self.faults.count(image, offset);
+    }
+
+    fn served(&self, chunk: ChunkId, since: Instant, waiters: &[ClientId]) {
+        if let Some(recorder) = self.recorder.get() {
+            recorder.served(IMAGE_FILES[chunk.image.index()], chunk.chunk, since, waiters.len());
+        }
+    }
 }
 
 /// Where the images of a sandbox are.
 enum Images {
     Lazy { pager: Arc<Pager>, pages: Arc<StorePages>, trace: Trace, hot: Option<Arc<HotPages>> },
     Local { files: Vec<OwnedFd> },
-}
-
-/// The pages that a fork touches up to its first answer, stored together in the pack's `hotset`: installed one by one, they
-/// cost a tenth of the chunks they lie in.
-struct HotPages {
-    file: FileId,
-    chunks: u32,
-    /// Chunks with the pages that are touched before the first instruction.
-    first_chunks: u32,
-    pages_per_chunk: usize,
-    pages: Vec<(ImageId, u32)>,
-}
-
-impl HotPages {
-    /// The hot pages, if the pack has them and they fit its trace and images.
-    fn of_pack(pages: &StorePages, trace: &Trace) -> Option<HotPages> {
-        let index = pages.store.index();
-        let file = index.file(snapshot::HOTSET)?;
-        let size = index.entry(file)?.size;
-        if size == 0 || size > HOTSET_MAX || trace.page_count() * PAGE_BYTES != size {
-            return None;
-        }
-        let image_of =
-            |name: &str| IMAGE_FILES.iter().position(|file| *file == name).map(|at| ImageId::ALL[at]);
-        let images: Vec<_> =
-            trace.regions.iter().map(|region| image_of(&region.file)).collect::<Option<_>>()?;
-        let listed = trace.pages().map(|(region, page)| (images[region], page));
-        let in_image = |(image, page): (ImageId, u32)| {
-            let file = pages.files.get(image.index()).copied().flatten()?;
-            (u64::from(page) < index.entry(file)?.size / PAGE_BYTES).then_some((image, page))
-        };
-        let pages_per_chunk = index.chunk_size() as usize / PAGE_BYTES as usize;
-        let first_runs = trace.regions.iter().filter_map(|region| region.buckets.first()).flatten();
-        let first_pages = first_runs.map(|run| u64::from(run.pages)).sum::<u64>();
-        let first_chunks = first_pages.div_ceil(pages_per_chunk as u64).clamp(1, FIRST_CHUNKS_MAX);
-        let chunks = index.chunk_count(file);
-        Some(HotPages {
-            file,
-            chunks,
-            first_chunks: chunks.min(first_chunks as u32),
-            pages_per_chunk,
-            pages: listed.map(in_image).collect::<Option<_>>()?,
-        })
-    }
-
-    fn chunk(&self, chunk: u32) -> PackChunk {
-        PackChunk { file: self.file, chunk }
-    }
-
-    /// What is left to fetch: neighbours, which come in one stream.
-    fn batches(&self) -> Vec<Vec<PackChunk>> {
-        vec![(self.first_chunks..self.chunks).map(|chunk| self.chunk(chunk)).collect()]
-    }
-
-    fn install_chunk(&self, pager: &Pager, pages: &StorePages, chunk: u32, data: &ChunkData) {
-        let ChunkData::Data(bytes) = data else { return };
-        let chunk_bytes = self.pages_per_chunk as u64 * PAGE_BYTES;
-        let listed = self.pages.iter().skip(chunk as usize * self.pages_per_chunk);
-        let mut touched = Vec::new();
-        for ((image, page), bytes) in listed.zip(bytes.chunks_exact(PAGE_BYTES as usize)) {
-            let offset = u64::from(*page) * PAGE_BYTES;
-            let id = ChunkId { image: *image, chunk: offset / chunk_bytes };
-            // Children have their own zeros there.
-            if pages.is_zero(id) || pager.is_present(id) {
-                continue;
-            }
-            if let Err(error) = pager.install_pages(*image, offset, bytes) {
-                tracing::error!(?id, %error, "a page could not be put in place; it is loaded when it is needed");
-            }
-            touched.push(id);
-        }
-        touched.dedup();
-        touched.into_iter().for_each(|id| pager.wake_waiters(id));
-    }
 }
 
 /// Fetches until everything is there, or something is damaged.
@@ -339,8 +279,10 @@ impl Sandbox {
             files.push(file);
         }
         let of_images = shapes.iter().map(|(_, shape)| *shape).collect();
-        let unavailable = Mutex::default();
-        let pages = Arc::new(StorePages { store, runtime, files, shapes: of_images, unavailable });
+        let (unavailable, recorder) = (Mutex::default(), OnceLock::new());
+        let faults = FaultCounts::new(&trace, &IMAGE_FILES, chunk_bytes);
+        let pages =
+            Arc::new(StorePages { store, runtime, files, shapes: of_images, unavailable, recorder, faults });
         let zero_runs = shapes.iter().map(|(id, shape)| zero_runs(&pages, *id, shape)).collect();
         let pager = Arc::new(Pager::new(&shapes, pages.clone(), PAGER_WORKERS)?);
         let hot = HotPages::of_pack(&pages, &trace).map(Arc::new);
@@ -394,6 +336,13 @@ impl Sandbox {
         }
     }
 
+    /// Has what machines wait for recorded from now on.
+    pub fn record_in(&self, recorder: &Arc<Recorder>) {
+        if let Images::Lazy { pages, .. } = &self.images {
+            pages.recorder.get_or_init(|| Arc::clone(recorder));
+        }
+    }
+
     /// After [`Sandbox::fill`] has returned true, machines need no pager at all.
     pub fn set_complete(&mut self) {
         self.complete = true;
@@ -435,6 +384,22 @@ impl Sandbox {
     /// Counters of the pager.
     pub fn pager_stats(&self) -> PagerStats {
         self.pager().map(|pager| pager.stats()).unwrap_or_default()
+    }
+
+    /// Faults that machines had to wait for.
+    pub fn fault_figures(&self) -> FaultFigures {
+        match &self.images {
+            Images::Lazy { pages, .. } => pages.faults.figures(),
+            Images::Local { .. } => FaultFigures::default(),
+        }
+    }
+
+    /// The pages of the hot set that have been fetched, and how many of them the processes `pids` have mapped.
+    pub fn prefetch_figures(&self, pids: &[i32]) -> PrefetchFigures {
+        match &self.images {
+            Images::Lazy { pager, hot: Some(hot), .. } => quality::measure(pager, &hot.fetched(), pids),
+            _ => PrefetchFigures::default(),
+        }
     }
 
     /// How far the pack is fetched.

@@ -7,6 +7,7 @@ use crate::paths::Paths;
 use crate::registry::{InvalidReference, RegistryError};
 use crate::snapshot::{self, Held, SnapshotError, file_error};
 use forkd_fs::cache::ChunkCache;
+use forkd_fs::observe::Observer;
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -90,11 +91,12 @@ impl<'a> Wanted<'a> {
     }
 }
 
-/// Opens what is wanted. `reached` is called as stages are done.
+/// Opens what is wanted; `observer` hears of the requests for a pack. `reached` is called as stages are done.
 pub async fn open(
     paths: &Paths,
     wanted: &Wanted<'_>,
     cache: &CacheArgs,
+    observer: Option<Arc<dyn Observer>>,
     mut reached: impl FnMut(Stage),
 ) -> Result<OpenedSource, SourceError> {
     let Some(target) = wanted.target else {
@@ -133,6 +135,7 @@ pub async fn open(
     let options = StoreOptions {
         demand_deadline: OPEN_DEADLINE,
         head_bytes: HEAD_BYTES,
+        observer,
         ..packs::store_options(paths, cache, &http)
     };
     let cache = options.cache.clone();

@@ -99,6 +99,7 @@ fn manifest() -> Manifest {
         forkd_version,
         requires,
         files: Vec::new(),
+        probe: None,
     }
 }
 

@@ -14,6 +14,7 @@ pub mod fuse;
 pub mod index;
 pub mod legacy;
 pub mod manifest;
+pub mod observe;
 pub mod prefetch;
 pub mod source;
 pub mod store;

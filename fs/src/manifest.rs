@@ -35,6 +35,19 @@ pub struct Manifest {
     /// The other members, with the digests of their plain contents.
     #[serde(default)]
     pub files: Vec<ManifestFile>,
+    /// What proves its warm state, for whoever records its trace again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub probe: Option<ManifestProbe>,
+}
+
+/// Code for the machine's warm worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ManifestProbe {
+    /// In the worker's language.
+    pub code: String,
+    /// What it must answer, letter by letter.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expect: Option<String>,
 }
 
 /// One member of the pack.
@@ -215,6 +228,7 @@ mod tests {
                 cpu_vendor: "GenuineIntel".into(),
             },
             files: vec![ManifestFile { path: "memory.bin".into(), size: 1 << 29, sha256: Digest::of(b"m") }],
+            probe: Some(ManifestProbe { code: "1 + 1\n\"x\"".into(), expect: None }),
         }
     }
 

@@ -18,6 +18,7 @@ use crate::digest::Digest;
 use crate::format::MANIFEST;
 use crate::index::{ChunkId, ChunkSpan, FileId, Index};
 use crate::manifest::{MAX_MANIFEST_LEN, Manifest};
+use crate::observe::Observer;
 use crate::source::{Class, Deadlines, FileSource, HttpClient, Source, SourceError, redact_url};
 
 mod error;
@@ -70,8 +71,13 @@ impl PackLocation {
     pub fn source(&self, options: &StoreOptions) -> Result<Source, SourceError> {
         let deadlines = Deadlines { demand: options.demand_deadline, prefetch: options.prefetch_deadline };
         match &self.source {
-            PackSource::Url(url) => Ok(Source::Http(options.http.source(url, self.size, deadlines)?)),
-            PackSource::Path(path) => Ok(Source::File(FileSource::open(path)?)),
+            PackSource::Url(url) => {
+                let source = options.http.source(url, self.size, deadlines)?;
+                Ok(Source::Http(source.observed_by(options.observer.clone())))
+            }
+            PackSource::Path(path) => {
+                Ok(Source::File(FileSource::open(path)?.observed_by(options.observer.clone())))
+            }
         }
     }
 }
@@ -106,6 +112,8 @@ pub struct StoreOptions {
     /// Bytes at the start of the pack to fetch along with a pinned index that is not cached, and to hold: whoever opens
     /// a pack to restore it saves the round trip for the small members, which lie there. 0 fetches none.
     pub head_bytes: u64,
+    /// Who hears of requests and decodings; `None` spares measuring them.
+    pub observer: Option<Arc<dyn Observer>>,
 }
 
 impl Default for StoreOptions {
@@ -118,6 +126,7 @@ impl Default for StoreOptions {
             decoded_bytes: 64 << 20,
             max_gap: 128 << 10,
             head_bytes: 0,
+            observer: None,
         }
     }
 }
@@ -167,6 +176,7 @@ pub struct Store {
     fetched_count: AtomicU32,
     manifest: OnceCell<Arc<Manifest>>,
     zeros: OnceLock<Bytes>,
+    observer: Option<Arc<dyn Observer>>,
 }
 
 /// Receives chunks as they arrive in [`Store::fetch`].
@@ -199,6 +209,7 @@ impl Store {
             fetched_count: AtomicU32::new(0),
             manifest: OnceCell::new(),
             zeros: OnceLock::new(),
+            observer: options.observer,
             index,
         }))
     }

@@ -4,6 +4,8 @@
 //! Layout: magic `FKTR`, version u16, then a postcard document of regions whose page runs are stored as (signed distance
 //! from the end of the run before, length), so that neighbours cost two bytes.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use crate::format::{MAX_FILE_SIZE, is_plain_name};
@@ -16,6 +18,9 @@ pub const MAX_TRACE_LEN: u64 = 4 << 20;
 pub const MAX_REGIONS: usize = 16;
 /// Most buckets in a region.
 pub const MAX_BUCKETS: usize = 16;
+
+/// What is touched first in each of the buckets that the VMM records.
+const BUCKETS: [&str; 3] = ["before the first instruction", "until ready", "until answered"];
 
 const MAGIC: [u8; 4] = *b"FKTR";
 const VERSION: u16 = 1;
@@ -171,6 +176,31 @@ impl Trace {
     }
 }
 
+/// What a bucket is called; those that a stranger adds have numbers only.
+pub fn bucket_name(bucket: usize) -> String {
+    BUCKETS.get(bucket).map_or_else(|| format!("bucket {bucket}"), |name| (*name).to_owned())
+}
+
+impl RegionTrace {
+    /// The pages of some buckets as ascending ranges that neither touch nor overlap: a hostile trace may name the same
+    /// pages a million times.
+    pub fn page_ranges(&self, buckets: Range<usize>) -> Vec<Range<u32>> {
+        let end = buckets.end.min(self.buckets.len());
+        let runs = self.buckets[buckets.start.min(end)..end].iter().flatten();
+        // Page numbers are at most MAX_PAGES.
+        let mut ranges: Vec<_> = runs.map(|run| run.first_page..run.first_page + run.pages).collect();
+        ranges.sort_unstable_by_key(|range| range.start);
+        let mut joined: Vec<Range<u32>> = Vec::new();
+        for range in ranges {
+            match joined.last_mut() {
+                Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+                _ => joined.push(range),
+            }
+        }
+        joined
+    }
+}
+
 impl StoredRegion {
     fn from_region(region: &RegionTrace) -> Self {
         let pack = |runs: &Vec<PageRun>| {
@@ -247,6 +277,17 @@ mod tests {
         let expect = [(2, 3), (9, 1), (11, 1)].map(|(first_page, pages)| PageRun { first_page, pages });
         assert_eq!(runs, expect);
         assert!(PageRun::from_pages([]).is_empty());
+    }
+
+    #[test]
+    fn pages_of_buckets_are_joined() {
+        let run = |first_page, pages| PageRun { first_page, pages };
+        let buckets = vec![vec![run(7, 2), run(1, 3)], vec![run(2, 5), run(8, 1)], vec![run(20, 1)]];
+        let region = RegionTrace { file: "m".into(), buckets };
+        assert_eq!(region.page_ranges(0..1), [1..4, 7..9]);
+        assert_eq!(region.page_ranges(0..2), vec![1..9]);
+        assert_eq!(region.page_ranges(1..99), [2..7, 8..9, 20..21]);
+        assert!(region.page_ranges(3..9).is_empty() && region.page_ranges(0..0).is_empty());
     }
 
     #[test]

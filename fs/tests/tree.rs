@@ -43,6 +43,7 @@ fn pack(dir: &Path) -> PathBuf {
         forkd_version: "0".into(),
         requires,
         files: Vec::new(),
+        probe: None,
     };
     let out = dir.join("t.tar.zst");
     let options = PackOptions { chunk_size: CHUNK as u32, ..PackOptions::default() };

@@ -8,13 +8,13 @@ use crate::machine_build::{self, BuildError, Request, Step};
 use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
-use crate::recipe::{self, Recipe, RecipeError};
+use crate::recipe::{self, Probe, Recipe, RecipeError};
 use crate::scratch::Scratch;
 use crate::snapshot::{self, Configuration, Draft, SnapshotError, check_vcpus, file_error};
 use crate::tools::Interrupt;
 use crate::units::show_size;
 use forkd_fs::format::PACK_VERSION;
-use forkd_fs::manifest::{self, Manifest, Requires};
+use forkd_fs::manifest::{self, Manifest, ManifestProbe, Requires};
 use forkd_guest::protocol::WarmCommand;
 use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
 use forkd_vmm::zygote::{SpawnError, Zygote};
@@ -26,6 +26,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 /// How long a warm command may take when no recipe says so.
 const READY_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Longest probe that the manifest, which is bounded, keeps for `forkd trace`; of code and answer each.
+const PROBE_MAX: usize = 32 << 10;
 
 /// A snapshot could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +73,7 @@ struct About<'a> {
     description: &'a str,
     base_image: &'a str,
     kernel: &'a Path,
+    probe: Option<&'a Probe>,
 }
 
 /// `forkd build`.
@@ -104,7 +108,9 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
         interrupt: &interrupt,
     };
     let base_image = format!("debian:{}", recipe.base.suite);
-    let about = About { tag, description: &recipe.description, base_image: &base_image, kernel: &kernel };
+    let probe = recipe.probe.as_ref();
+    let about =
+        About { tag, description: &recipe.description, base_image: &base_image, kernel: &kernel, probe };
     finish(&zygote, &request, draft, &about, args.force, started, output)
 }
 
@@ -134,11 +140,11 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
         second_console: args.second_console,
         interrupt: &interrupt,
     };
-    let about = About { tag: &args.tag, description: "", base_image: "", kernel: &args.kernel };
+    let about = About { tag: &args.tag, description: "", base_image: "", kernel: &args.kernel, probe: None };
     finish(&zygote, &request, draft, &about, args.force, started, output)
 }
 
-fn start_zygote() -> Result<Zygote, BuildCommandError> {
+pub(super) fn start_zygote() -> Result<Zygote, BuildCommandError> {
     drop(Hypervisor::open(KvmKind::detect())?);
     Ok(Zygote::start()?)
 }
@@ -216,6 +222,10 @@ fn write_manifest(
             cpu_vendor: cpu.vendor,
         },
         files: Vec::new(),
+        probe: about
+            .probe
+            .filter(|probe| probe.code.len().max(probe.expect.as_ref().map_or(0, String::len)) <= PROBE_MAX)
+            .map(|probe| ManifestProbe { code: probe.code.clone(), expect: probe.expect.clone() }),
     };
     let path = dir.join(snapshot::MANIFEST);
     Ok(std::fs::write(&path, manifest.to_toml()).map_err(file_error("writing", &path))?)

@@ -51,6 +51,15 @@ pub enum ChildrenError {
         /// What was given.
         text: String,
     },
+    /// Its memory.
+    #[error("the memory of {id} cannot be looked at")]
+    Memory {
+        /// The child.
+        id: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// Its console.
     #[error("the console of {id} cannot be shown")]
     Console {

@@ -4,20 +4,25 @@
 //! then come the runtime, the registry, the pack and the children.
 
 use crate::cli::ForkArgs;
-use crate::commands::fork_report::{ChildReport, Fetched, ForkReport, Memory, PackReport, Timeline};
-use crate::commands::runtime;
+use crate::commands::fork_report::{
+    ChildReport, Faults, Fetched, ForkReport, Memory, PackReport, Prefetch, Timeline,
+};
+use crate::commands::{fork_timeline, runtime};
 use crate::detach::{Detached, split};
 use crate::error::{CommandError, chain};
 use crate::output::Output;
 use crate::paths::Paths;
+use crate::picture::{PictureError, check_place};
 use crate::progress::Progress;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::source::{self, OpenedSource};
 use crate::supervisor::{
     Allowance, ForkError, Moment, Plan, Supervisor, milliseconds_since, process_start_ns,
 };
+use crate::timeline::Recorder;
 use crate::variables::{Variables, VariablesError};
 use crate::warm::Address;
+use forkd_fs::observe::Observer;
 use forkd_fs::store::ReadError;
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::protocol::{Answer, ExecRequest, Exit};
@@ -79,6 +84,9 @@ pub enum ForkCommandError {
     /// Starting children.
     #[error(transparent)]
     Fork(#[from] ForkError),
+    /// `--timeline`.
+    #[error(transparent)]
+    Picture(#[from] PictureError),
 }
 
 /// What is asked of every child.
@@ -109,6 +117,9 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
     } else {
         None
     };
+    if let Some(file) = &args.timeline {
+        check_place(file).map_err(ForkCommandError::from)?;
+    }
     let paths = Paths::from_env()?;
     drop(Hypervisor::open(KvmKind::detect()).map_err(ForkCommandError::Kvm)?);
     raise_file_limit();
@@ -119,11 +130,13 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
 
     let mut timeline = Timeline::default();
     let since_start = || milliseconds_since(started_ns, monotonic_ns());
+    let recorder = args.timeline.as_ref().map(|_| Arc::new(Recorder::new(since_start())));
     let wanted = args.wanted();
     let (sandbox, name, cache) = match resident(&paths, args) {
         Some(sandbox) => (sandbox, wanted.name().to_owned(), None),
         None => {
-            let opening = source::open(&paths, &wanted, &args.cache, |at| match at {
+            let observer = recorder.clone().map(|recorder| recorder as Arc<dyn Observer>);
+            let opening = source::open(&paths, &wanted, &args.cache, observer, |at| match at {
                 source::Stage::Registry => timeline.registry_ms = Some(since_start()),
                 source::Stage::Index => timeline.index_ms = Some(since_start()),
             });
@@ -133,6 +146,9 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
         }
     };
     timeline.vmstate_ms = Some(since_start());
+    if let Some(recorder) = &recorder {
+        sandbox.record_in(recorder);
+    }
 
     let sandbox = Arc::new(sandbox);
     // What no child has asked for is fetched after the answers: it would only be in their way.
@@ -158,9 +174,10 @@ pub fn run(args: &ForkArgs, output: &Output) -> Result<ExitCode, CommandError> {
         (None, false) => Work::Nothing,
     };
     let outcomes = ask_all(supervisor, &work, output);
-    let report = report(supervisor, &name, started_ns, timeline, outcomes);
-    let failed =
-        report.children.iter().any(|child| child.error.is_some() || child.exit_code.unwrap_or(0) != 0);
+    let report = report(supervisor, &name, started_ns, timeline, outcomes, output.is_json());
+    let drawn = fork_timeline::draw(args.timeline.as_deref(), recorder.as_deref(), &report);
+    let failed = !drawn
+        || report.children.iter().any(|child| child.error.is_some() || child.exit_code.unwrap_or(0) != 0);
     output.report(&report, ForkReport::text);
     let exit = if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
     let stays = detached.is_some() || matches!(work, Work::Nothing);
@@ -398,6 +415,7 @@ fn report(
     started_ns: u64,
     timeline: Timeline,
     outcomes: Vec<Outcome>,
+    json: bool,
 ) -> ForkReport {
     let progress = supervisor.sandbox().progress();
     let since = |moment: &Moment| milliseconds_since(started_ns, moment.at_ns);
@@ -433,6 +451,9 @@ fn report(
         timeline,
         fetched,
         memory: Memory::measure(&pids, &supervisor.sandbox().images()),
+        faults: Faults::of(supervisor.sandbox()),
+        // Only JSON shows it, and looking takes time.
+        prefetch: Prefetch::measure(supervisor.sandbox(), if json { &pids } else { &[] }),
         children: children.iter().zip(outcomes).map(shown).collect(),
     }
 }

@@ -2,7 +2,9 @@
 
 use crate::network::NetworkStatus;
 use crate::output::table;
+use crate::sandbox::{FaultFigures, PrefetchFigures, Sandbox};
 use crate::units::show_size;
+use forkd_vmm::memory::PAGE_BYTES;
 use rustix::fd::BorrowedFd;
 use serde::Serialize;
 
@@ -19,6 +21,10 @@ pub struct ForkReport {
     pub fetched: Fetched,
     /// Memory while all children were alive.
     pub memory: Memory,
+    /// Faults that children had to wait for.
+    pub faults: Faults,
+    /// What was fetched ahead of need.
+    pub prefetch: Prefetch,
 }
 
 /// The pack, and what it cost.
@@ -78,6 +84,52 @@ pub struct Fetched {
     pub at_ready: Option<u64>,
     /// When the first answer was here.
     pub at_answered: Option<u64>,
+}
+
+/// Faults that children had to wait for.
+#[derive(Debug, Serialize)]
+pub struct Faults {
+    /// All of them.
+    pub demand: u64,
+    /// Chunks that were loaded for them.
+    pub demand_chunks: u64,
+    /// Those on a page that the trace names, which came too late.
+    pub on_traced_pages: u64,
+    /// Those in a chunk that the trace touches.
+    pub in_traced_chunks: u64,
+}
+
+/// The working set's pages that were fetched ahead of need (`hotset`).
+#[derive(Debug, Serialize)]
+pub struct Prefetch {
+    /// How many.
+    pub pages: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// How many of them any of the children has mapped: at least those that were touched. Null when none was looked at.
+    pub touched_pages: Option<u64>,
+    /// Their bytes.
+    pub touched_bytes: Option<u64>,
+    /// Children that were looked at, the first ones.
+    pub children: usize,
+}
+
+impl Faults {
+    /// Of a fork so far.
+    pub fn of(sandbox: &Sandbox) -> Faults {
+        let FaultFigures { demand, on_traced_pages, in_traced_chunks } = sandbox.fault_figures();
+        let demand_chunks = sandbox.pager_stats().demand_chunks;
+        Faults { demand, demand_chunks, on_traced_pages, in_traced_chunks }
+    }
+}
+
+impl Prefetch {
+    /// Looks at the processes `pids`.
+    pub fn measure(sandbox: &Sandbox, pids: &[i32]) -> Prefetch {
+        let PrefetchFigures { pages, touched, children } = sandbox.prefetch_figures(pids);
+        let touched_bytes = touched.map(|pages| pages * PAGE_BYTES);
+        Prefetch { pages, bytes: pages * PAGE_BYTES, touched_pages: touched, touched_bytes, children }
+    }
 }
 
 /// Memory, KiB.

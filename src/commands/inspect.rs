@@ -1,17 +1,16 @@
-//! `forkd inspect`: what is in a pack, from its index, its manifest and its trace alone.
+//! `forkd inspect`: what is in a pack, from its index, its manifest and its trace alone; or what a running child has in
+//! its memory.
 
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use forkd_fs::digest::Digest;
-use forkd_fs::format::{MANIFEST, TRACE};
+use forkd_fs::format::MANIFEST;
 use forkd_fs::legacy::head::{HeadError, LegacyHead};
 use forkd_fs::legacy::{self, LegacyManifest};
-use forkd_fs::prefetch;
 use forkd_fs::source::redact_url;
 use forkd_fs::store::{OpenError, PackSource, ReadError, Store, StoreOptions};
-use forkd_fs::trace::Trace;
 use serde::Serialize;
 
 use super::unpack::{LEGACY_LIMIT, UnpackCommandError};
@@ -20,11 +19,14 @@ use crate::error::CommandError;
 use crate::output::{Output, table};
 use crate::packs;
 use crate::paths::Paths;
+use crate::picture::check_place;
 use crate::snapshot::FOREIGN_MACHINE;
 use crate::units::{show_share, show_size};
 
-/// Largest trace read, in bytes.
-const MAX_TRACE: u64 = 64 << 20;
+mod child;
+mod heatmap;
+mod working_set;
+use working_set::WorkingSet;
 
 /// What `forkd inspect --json` prints. Of the predecessor's packs only the first half is known.
 #[derive(Debug, Serialize)]
@@ -45,6 +47,8 @@ struct Report {
     unforkable: Option<String>,
     requires: Option<forkd_fs::manifest::Requires>,
     chunks: Option<Chunks>,
+    /// What a fork touches, as recorded; null without a trace.
+    working_set: Option<working_set::Report>,
     index: Option<Pin>,
     fetched_bytes: Option<u64>,
 }
@@ -83,6 +87,12 @@ struct Pin {
 
 /// Inspects.
 pub fn run(args: &InspectArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    if let Some(file) = &args.heatmap {
+        check_place(file)?;
+    }
+    if let Some(id) = &args.child {
+        return child::run(id, args.heatmap.as_deref(), output);
+    }
     let report = super::runtime()?.block_on(inspect(args))?;
     output.report(&report, show);
     Ok(ExitCode::SUCCESS)
@@ -90,12 +100,20 @@ pub fn run(args: &InspectArgs, output: &Output) -> Result<ExitCode, CommandError
 
 async fn inspect(args: &InspectArgs) -> Result<Report, CommandError> {
     let http = packs::http_client();
-    let target = packs::find(&args.target, &Paths::from_env()?, args.hub.hub.as_deref(), &http).await?;
+    let (paths, target) = (Paths::from_env()?, args.target.as_deref().unwrap_or_default());
+    let target = packs::find(target, &paths, args.hub.hub.as_deref(), &http).await?;
     let location = target.location().clone();
     // No cache: what is shown is what is there now.
     let options = StoreOptions { http, ..StoreOptions::default() };
     match (Store::open(location.clone(), options.clone()).await, &location.source) {
-        (Ok(store), _) => Ok(of_store(&store).await?),
+        (Ok(store), _) => {
+            let working_set = WorkingSet::read(&store).await?;
+            if let Some(file) = &args.heatmap {
+                heatmap::of_pack(&store, working_set.as_ref(), &paths).draw().write(file)?;
+            }
+            Ok(of_store(&store, working_set.as_ref()).await?)
+        }
+        (Err(error @ OpenError::Legacy { .. }), _) if args.heatmap.is_some() => Err(error.into()),
         (Err(OpenError::Legacy { .. }), PackSource::Path(path)) => {
             Ok(of_legacy(path).map_err(UnpackCommandError::from)?)
         }
@@ -112,7 +130,7 @@ async fn inspect(args: &InspectArgs) -> Result<Report, CommandError> {
     }
 }
 
-async fn of_store(store: &Arc<Store>) -> Result<Report, ReadError> {
+async fn of_store(store: &Arc<Store>, working_set: Option<&WorkingSet>) -> Result<Report, ReadError> {
     let (manifest, index) = (store.manifest().await?, store.index());
     let files = index.files().map(|(id, entry)| {
         let stats = index.stats(id);
@@ -129,7 +147,8 @@ async fn of_store(store: &Arc<Store>) -> Result<Report, ReadError> {
     let plain_bytes = files.iter().map(|file| file.size).sum();
     let total = files.iter().filter_map(|file| file.chunks).map(u64::from).sum();
     let (stored, stored_bytes) = (u64::from(index.stored_chunk_count()), index.stored_bytes());
-    let traced = traced(store).await?;
+    let working_set = working_set.map(|set| set.report(store));
+    let traced = working_set.as_ref().map(|set| (set.chunks, set.chunk_bytes));
     let pin = store.index_pin();
     Ok(Report {
         location: store.location().to_owned(),
@@ -155,23 +174,10 @@ async fn of_store(store: &Arc<Store>) -> Result<Report, ReadError> {
             traced_bytes: traced.map(|(_, bytes)| bytes),
             trace_share: traced.map(|(_, bytes)| share(bytes, stored_bytes)),
         }),
+        working_set,
         index: Some(Pin { offset: pin.offset, size: pin.length, sha256: pin.sha256 }),
         fetched_bytes: Some(store.progress().bytes_fetched),
     })
-}
-
-/// Stored chunks of the recorded working set and the bytes of their frames. A trace that is missing, empty or cannot
-/// be read leaves nothing to tell: it is a hint, and forks do without it.
-async fn traced(store: &Arc<Store>) -> Result<Option<(u64, u64)>, ReadError> {
-    let index = store.index();
-    if index.file(TRACE).is_none() {
-        return Ok(None);
-    }
-    let bytes = store.read_files(&[TRACE], MAX_TRACE).await?.remove(0);
-    let Ok(trace) = Trace::decode(&bytes) else { return Ok(None) };
-    let plan = prefetch::plan(index, &trace);
-    let records = plan.iter().flatten().filter_map(|&id| index.record(id));
-    Ok(Some(records.fold((0, 0), |(chunks, bytes), record| (chunks + 1, bytes + u64::from(record.length)))))
 }
 
 fn of_legacy(path: &Path) -> Result<Report, legacy::LegacyError> {
@@ -224,6 +230,7 @@ fn legacy_report(
         unforkable: Some(FOREIGN_MACHINE.to_owned()),
         requires: None,
         chunks: None,
+        working_set: None,
         index: None,
         fetched_bytes,
     }
@@ -269,16 +276,37 @@ fn show(report: &Report) -> String {
         let zero = show_share(chunks.total - chunks.stored, chunks.total);
         let text = format!("{} of {}, {zero} zero", chunks.total, show_size(u64::from(chunks.size)));
         rows.push(vec!["chunks".to_owned(), text]);
-        if let (Some(traced), Some(bytes)) = (chunks.traced, chunks.traced_bytes) {
-            let share = show_share(bytes, chunks.stored_bytes);
-            let text = format!("{traced} chunks, {} ({share} of the stored bytes)", show_size(bytes));
-            rows.push(vec!["working set".to_owned(), text]);
-        }
+    }
+    if let Some(set) = &report.working_set {
+        rows.extend(working_set_rows(set));
     }
     if let Some(why) = &report.unforkable {
         rows.push(vec!["fork".to_owned(), format!("no: {why}")]);
     }
     format!("{}\n{}", table(&rows), files_table(report))
+}
+
+fn working_set_rows(set: &working_set::Report) -> Vec<Vec<String>> {
+    let percent = |share: f64| format!("{:.1}%", share * 100.0);
+    let mut text = format!(
+        "{} pages in {} chunks, {} ({} of the pack)",
+        set.pages,
+        set.chunks,
+        show_size(set.chunk_bytes),
+        percent(set.chunk_share)
+    );
+    if let (Some(bytes), Some(share)) = (set.hotset_bytes, set.hotset_share) {
+        text.push_str(&format!("; by themselves {} ({})", show_size(bytes), percent(share)));
+    }
+    let mut rows = vec![vec!["working set".to_owned(), text]];
+    rows.extend(set.buckets.iter().map(|bucket| {
+        let (chunks, bytes) = (bucket.chunks, show_size(bucket.chunk_bytes));
+        let share = percent(bucket.chunk_share);
+        let text =
+            format!("{}: {} pages, {chunks} more chunks, {bytes} ({share})", bucket.name, bucket.pages);
+        vec![String::new(), text]
+    }));
+    rows
 }
 
 fn files_table(report: &Report) -> String {

@@ -16,6 +16,7 @@ pub mod completions;
 mod doctor;
 pub mod fork;
 mod fork_report;
+mod fork_timeline;
 pub mod hub_publish;
 pub mod hub_serve;
 pub mod images;
@@ -26,6 +27,7 @@ pub mod pack;
 pub mod pull;
 pub mod repack;
 pub mod snapshots;
+pub mod trace;
 pub mod umount;
 pub mod unpack;
 pub mod warm;
@@ -54,6 +56,7 @@ pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
         Verb::Cache(CacheVerb::Ls) => cache::ls(output),
         Verb::Cache(CacheVerb::Verify) => cache::verify(output),
         Verb::Cache(CacheVerb::Gc(args)) => cache::gc(&args, output),
+        Verb::Trace(args) => trace::run(&args, output),
         Verb::Fork(args) => fork::run(&args, output),
         Verb::Warm(args) => warm::run(&args, output),
         Verb::Ps => children::ps(output),

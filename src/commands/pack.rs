@@ -149,7 +149,7 @@ pub(super) fn write(
     Ok(PackWriter::new(options).write(directory, manifest, out, &on_progress)?)
 }
 
-fn read_manifest(directory: &Path) -> Result<Manifest, PackError> {
+pub(super) fn read_manifest(directory: &Path) -> Result<Manifest, PackError> {
     let path = directory.join(MANIFEST);
     let mut bytes = Vec::new();
     let file = std::fs::File::open(&path).map_err(file_error("reading", &path))?;

@@ -32,7 +32,7 @@ use crate::progress::Progress;
 use crate::registry::{Resolved, whole_digest};
 use crate::snapshot::FOREIGN_MACHINE;
 
-mod workspace;
+pub(super) mod workspace;
 use workspace::{Signals, Workspace};
 
 /// The predecessor's own manifest in the new pack: it tells of chains and root disks, which ours does not.
@@ -293,6 +293,7 @@ fn translate(pack: LegacyPack) -> Manifest {
             cpu_vendor: String::new(),
         },
         files: Vec::new(),
+        probe: None,
     }
 }
 

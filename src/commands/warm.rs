@@ -106,7 +106,7 @@ fn hold(
 ) -> Result<ExitCode, CommandError> {
     let runtime = runtime()?;
     let wanted = args.wanted();
-    let opening = source::open(paths, &wanted, &args.cache, |_| {});
+    let opening = source::open(paths, &wanted, &args.cache, None, |_| {});
     let OpenedSource { name, origin, cache } = runtime.block_on(opening).map_err(WarmCommandError::from)?;
     let sandbox = load(&runtime, &name, origin, output)?;
     if let Some(cache) = cache {

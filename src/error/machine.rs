@@ -4,6 +4,7 @@ use super::{Row, packs};
 use crate::commands::build::BuildCommandError;
 use crate::commands::children::ChildrenError;
 use crate::commands::fork::ForkCommandError;
+use crate::commands::trace::TraceCommandError;
 use crate::commands::warm::WarmCommandError;
 use crate::host::HostError;
 use crate::machine_build::BuildError;
@@ -34,6 +35,7 @@ pub(super) fn fork(error: &ForkCommandError) -> Row {
             row.hint("`forkd doctor` says what is missing; without the option there is no limit")
         }
         ForkCommandError::Fork(ForkError::Paths(error)) => super::describe_paths(error),
+        ForkCommandError::Picture(_) => picture(),
         ForkCommandError::Variables(_) => Row::usage("give the children their environment", ""),
         ForkCommandError::Fork(ForkError::Network(error)) => network(error),
         ForkCommandError::Fork(_) => row.hint("`forkd cleanup` removes what dead forks left"),
@@ -55,6 +57,10 @@ pub(super) fn warm(error: &WarmCommandError) -> Row {
         WarmCommandError::NotFixed { .. } => Row::usage("keep the image in memory", ""),
         WarmCommandError::NotWarm { .. } => row.hint("`forkd warm --list` shows what is"),
     }
+}
+
+pub(super) fn picture() -> Row {
+    Row::failed("draw the picture", "").hint("name a file in a directory that exists and can be written to")
 }
 
 pub(super) fn kvm(error: &KvmError) -> Row {
@@ -143,10 +149,42 @@ pub(super) fn build(error: &BuildCommandError) -> Row {
     }
 }
 
+pub(super) fn trace(error: &TraceCommandError) -> Row {
+    const WHAT: &str = "record the working set";
+    let row = Row::failed(WHAT, "");
+    match error {
+        TraceCommandError::NoProbe { .. } | TraceCommandError::RecipeWithoutProbe { .. } => {
+            row.hint("say what forks are asked with --eval CODE, or name a recipe that does with --recipe")
+        }
+        TraceCommandError::Foreign => sandbox(&SandboxError::Foreign),
+        TraceCommandError::Replaced { .. } => row.hint("run it again: it was left as it is now"),
+        TraceCommandError::Build(BuildCommandError::Build { .. }) => {
+            row.hint("the working set that was there is kept")
+        }
+        TraceCommandError::Build(error) => Row { what: WHAT, ..build(error) },
+        TraceCommandError::Host(error) => match error {
+            HostError::Kvm(error) => kvm(error),
+            HostError::Features { .. } | HostError::Vendor { .. } => {
+                row.hint("record it on a host with such a CPU")
+            }
+        },
+        TraceCommandError::Snapshot(error) => packs::snapshot(error),
+        TraceCommandError::Registry(error) => packs::registry(error),
+        TraceCommandError::Open(error) => packs::open(error),
+        TraceCommandError::Read(error) => packs::read(error),
+        TraceCommandError::Pack(error) => Row { what: WHAT, ..packs::pack(error) },
+        TraceCommandError::Place { .. } => {
+            row.hint("--out needs an existing directory that can be written to")
+        }
+        TraceCommandError::Unpack(_) | TraceCommandError::Interrupted(_) => row,
+    }
+}
+
 pub(super) fn children(error: &ChildrenError) -> Row {
     let row = Row::failed("ask the child", "");
     match error {
         ChildrenError::RunDir(error) => run_dir(error),
+        ChildrenError::Memory { .. } => row.hint("looking into a child's process takes root"),
         ChildrenError::Console { .. } | ChildrenError::Code { .. } => row,
         ChildrenError::Agent { .. } => {
             row.hint("`forkd ps` says whether it is stalled, `forkd logs` shows its console")

@@ -61,6 +61,13 @@ pub trait PageSource: Send + Sync {
     /// A chunk that these machines wait for will not come. They stay asleep; the owner must end them. Whoever asks for the
     /// chunk later has it tried again.
     fn unavailable(&self, chunk: ChunkId, waiters: &[ClientId], failure: SourceFailure);
+
+    /// A machine needs the page at `offset` of an image, whose chunk is not there. For whoever counts; called by the thread
+    /// that reads faults, so it must be quick.
+    fn faulted(&self, _client: ClientId, _image: ImageId, _offset: u64) {}
+
+    /// A chunk has come that these machines have waited for since the first of them asked. For whoever measures.
+    fn served(&self, _chunk: ChunkId, _since: Instant, _waiters: &[ClientId]) {}
 }
 
 /// Shape of one image.
@@ -499,12 +506,16 @@ impl Shared {
     }
 
     fn finish(&self, chunk: ChunkId) {
-        let state = &mut *self.lock();
-        let Some(wanted) = state.wanted.remove(&chunk) else { return };
-        for waiter in wanted.waiters {
-            if let Some(client) = state.clients.get(&waiter) {
+        let wanted = {
+            let state = &mut *self.lock();
+            let Some(wanted) = state.wanted.remove(&chunk) else { return };
+            for client in wanted.waiters.iter().filter_map(|waiter| state.clients.get(waiter)) {
                 self.wake(&client.uffd, &client.bases, chunk);
             }
+            wanted
+        };
+        if let Some(since) = wanted.since {
+            self.source.served(chunk, since, &wanted.waiters);
         }
     }
 }

@@ -9,14 +9,15 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytes::Bytes;
 
-use super::Counters;
+use super::{Class, Counters};
+use crate::observe::{Observer, Watched};
 
 /// Bytes handed over at a time.
 const PIECE: u64 = 512 << 10;
 
 /// A local file, held open.
 #[derive(Debug, Clone)]
-pub struct FileSource(Arc<Shared>);
+pub struct FileSource(Arc<Shared>, Option<Arc<dyn Observer>>);
 
 #[derive(Debug)]
 struct Shared {
@@ -70,7 +71,13 @@ impl FileSource {
             return Err(FileError::NotAFile { path: path.to_owned() });
         }
         let (path, size) = (path.display().to_string(), metadata.len());
-        Ok(Self(Arc::new(Shared { file, path, size, requests: AtomicU64::new(0), bytes: AtomicU64::new(0) })))
+        let (requests, bytes) = (AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Self(Arc::new(Shared { file, path, size, requests, bytes }), None))
+    }
+
+    /// The same, with somebody who hears of its reads.
+    pub fn observed_by(self, observer: Option<Arc<dyn Observer>>) -> Self {
+        Self(self.0, observer)
     }
 
     /// Its size when it was opened, in bytes.
@@ -87,9 +94,10 @@ impl FileSource {
         Counters { requests: self.0.requests.load(Relaxed), bytes: self.0.bytes.load(Relaxed) }
     }
 
-    pub(super) fn stream_at(&self, offset: u64, len: u64) -> FileBody {
+    pub(super) fn stream_at(&self, offset: u64, len: u64, class: Class) -> FileBody {
         self.0.requests.fetch_add(1, Relaxed);
-        FileBody { shared: self.0.clone(), next: offset, end: offset + len }
+        let watched = Watched::start(self.1.as_ref(), class);
+        FileBody { shared: self.0.clone(), next: offset, end: offset + len, watched }
     }
 }
 
@@ -99,6 +107,7 @@ pub struct FileBody {
     shared: Arc<Shared>,
     next: u64,
     end: u64,
+    watched: Option<Watched>,
 }
 
 impl FileBody {
@@ -117,6 +126,12 @@ impl FileBody {
         let piece = piece.map_err(failed)?;
         self.next += len;
         self.shared.bytes.fetch_add(len, Relaxed);
+        if let Some(watched) = &mut self.watched {
+            watched.arrived(len);
+        }
+        if self.next == self.end {
+            self.watched = None;
+        }
         Ok(Some(piece.into()))
     }
 }

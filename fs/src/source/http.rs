@@ -15,6 +15,7 @@ use reqwest::Response;
 use tokio::time::timeout_at;
 
 use super::{Class, Counters, Deadlines, Trouble};
+use crate::observe::{Observer, Watched};
 
 mod address;
 mod client;
@@ -41,7 +42,7 @@ const PROGRESS: u64 = 64 << 10;
 
 /// One object on an HTTP server.
 #[derive(Debug, Clone)]
-pub struct HttpSource(Arc<SourceShared>);
+pub struct HttpSource(Arc<SourceShared>, Option<Arc<dyn Observer>>);
 
 #[derive(Debug)]
 struct SourceShared {
@@ -53,7 +54,12 @@ struct SourceShared {
 impl HttpSource {
     fn new(client: HttpClient, route: Route, size: Option<u64>, deadlines: Deadlines) -> Self {
         let object = Arc::new(Object::new(client, route, size, deadlines));
-        Self(Arc::new(SourceShared { object, spool: Mutex::default() }))
+        Self(Arc::new(SourceShared { object, spool: Mutex::default() }), None)
+    }
+
+    /// The same, with somebody who hears of its requests.
+    pub fn observed_by(self, observer: Option<Arc<dyn Observer>>) -> Self {
+        Self(self.0, observer)
     }
 
     /// Its URL as messages show it: without user, password and query.
@@ -99,6 +105,7 @@ impl HttpSource {
         }
         HttpBody {
             source: self.0.clone(),
+            observer: self.1.clone(),
             class,
             idle: self.0.object.idle(class),
             start: offset,
@@ -144,6 +151,7 @@ impl SourceShared {
 #[derive(Debug)]
 pub struct HttpBody {
     source: Arc<SourceShared>,
+    observer: Option<Arc<dyn Observer>>,
     class: Class,
     /// How long the next attempt waits for a silent host; grows with each that did in vain.
     idle: Duration,
@@ -165,6 +173,7 @@ struct Running {
     response: Response,
     end: u64,
     timing: Timing,
+    watched: Option<Watched>,
     _permit: Permit,
 }
 
@@ -206,9 +215,10 @@ impl HttpBody {
         if self.running.is_none() {
             let permit = self.permit().await?;
             let (timing, end) = (Timing::start(), self.turn());
+            let watched = Watched::start(self.observer.as_ref(), self.class);
             match self.request(end).await? {
                 Answer::Range(response) => {
-                    self.running = Some(Running { response, end, timing, _permit: permit })
+                    self.running = Some(Running { response, end, timing, watched, _permit: permit })
                 }
                 Answer::Whole(response) => {
                     self.spool = Some(self.source.spool_from(response)?);
@@ -225,7 +235,10 @@ impl HttpBody {
             return Err(HttpError::BodyLength { url, wanted, got: got.abs_diff(remaining) });
         }
         match &piece {
-            Some(_) => running.timing.arrived(got),
+            Some(_) => {
+                running.timing.arrived(got);
+                running.watched.iter_mut().for_each(|watched| watched.arrived(got));
+            }
             None => object.client.lanes().learn(&running.timing),
         }
         Ok(piece)

@@ -82,7 +82,7 @@ impl Source {
     pub fn stream_at(&self, offset: u64, len: u64, class: Class) -> RangeBody {
         match self {
             Self::Http(source) => RangeBody::Http(Box::new(source.stream_at(offset, len, class))),
-            Self::File(source) => RangeBody::File(source.stream_at(offset, len)),
+            Self::File(source) => RangeBody::File(source.stream_at(offset, len, class)),
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
@@ -11,6 +12,7 @@ use super::flight::{Entry, Lead, Outcome, Waiter};
 use super::{ReadError, Store};
 use crate::digest::Digest;
 use crate::index::{ChunkRecord, Index};
+use crate::observe::Decoding;
 use crate::source::{Class, RangeBody, SourceError};
 
 /// A request is cut after this many bytes: 40 ms at 50 MB/s, so that several requests in parallel hide their round
@@ -271,7 +273,13 @@ impl Store {
 
     fn decode(&self, number: u32, frame: &[u8]) -> Result<Bytes, ReadError> {
         let plain_len = self.index.plain_len(self.index.chunk_at(number));
-        decode(frame, plain_len).ok_or_else(|| {
+        let began = self.observer.as_ref().map(|_| Instant::now());
+        let plain = decode(frame, plain_len);
+        if let (Some(observer), Some(began)) = (&self.observer, began) {
+            let bytes = plain.as_ref().map_or(0, Bytes::len) as u64;
+            observer.decoded(&Decoding { began, ended: Instant::now(), bytes });
+        }
+        plain.ok_or_else(|| {
             let (file, chunk) = (self.file_name(number), self.index.record_at(number).chunk);
             ReadError::Decode { file, chunk, location: self.location().to_owned(), plain_len }
         })

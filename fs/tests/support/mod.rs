@@ -47,6 +47,7 @@ pub fn manifest() -> Manifest {
             cpu_vendor: String::new(),
         },
         files: Vec::new(),
+        probe: None,
     }
 }
 

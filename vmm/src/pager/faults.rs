@@ -109,7 +109,12 @@ impl Shared {
                     self.counters.faults.fetch_add(1, Ordering::Relaxed);
                     tracing::trace!(?id, address, ?bases, "a machine waits for a page");
                     match self.locate(&bases, address) {
-                        Some(chunk) => self.want(id, chunk, &uffd, &bases),
+                        Some((chunk, offset)) => {
+                            if !self.is_present(chunk) {
+                                self.source.faulted(id, chunk.image, offset);
+                            }
+                            self.want(id, chunk, &uffd, &bases)
+                        }
                         None => Err(Misconduct::Outside { address }),
                     }
                 }
@@ -134,10 +139,12 @@ impl Shared {
         }
     }
 
-    fn locate(&self, bases: &[u64], address: u64) -> Option<ChunkId> {
+    /// The chunk at an address of a machine, and the offset in its image.
+    fn locate(&self, bases: &[u64], address: u64) -> Option<(ChunkId, u64)> {
         let inside = |(position, (image, base)): (usize, (&Image, &u64))| {
             let offset = address.checked_sub(*base).filter(|offset| *offset < image.shape.bytes)?;
-            Some(ChunkId { image: ImageId::ALL[position], chunk: offset / image.shape.chunk_bytes })
+            let chunk = ChunkId { image: ImageId::ALL[position], chunk: offset / image.shape.chunk_bytes };
+            Some((chunk, offset))
         };
         self.images.iter().zip(bases).enumerate().find_map(inside)
     }

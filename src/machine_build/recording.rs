@@ -1,9 +1,12 @@
-//! Restores of a new snapshot that are only watched: which pages a fork touches up to its first answer becomes the snapshot's
-//! trace and hot set. Callers: `machine_build.rs`.
+//! Recording a trace: a snapshot is restored a few times, page by page, and what is touched until its probe is answered is
+//! written down, with the pages themselves. Callers: `machine_build.rs` for a new snapshot, `commands/trace.rs` for an old one.
 
-use super::{BuildError, IMAGE_NAMES, PAGE, REQUEST_TIMEOUT, Request, Rig, limits, open, run_probe};
+use super::{BuildError, INTERRUPT_CHECK, PAGE, REQUEST_TIMEOUT, Rig, limits, open, run_probe};
 use crate::identity;
+use crate::recipe::Probe;
+use crate::scratch::Scratch;
 use crate::snapshot::{self, Configuration, file_error};
+use crate::tools::Interrupt;
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_guest::client::AgentClient;
 use forkd_vmm::devices::doorbell::Ring;
@@ -16,33 +19,47 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, Receiver};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+/// The snapshot's file behind each image.
+const IMAGE_NAMES: [&str; 2] = [snapshot::MEMORY, snapshot::ROOT_DISK];
 /// Phases of a restore that are told apart: up to the first instruction, up to ready, up to the answer.
 const PHASES: usize = 3;
 /// Trial restores. No two touch quite the same pages, and a page that is missing costs a fork a round trip. A guest that
 /// waits for its pages, or for its first request, sees time go by and does what it does once a second.
 /// Copies with variables of their own and copies without differ, too.
 /// The slow ones come first: the others then find a timer overdue, as every later fork does.
-const TRIALS: [Trial; 4] = [
+pub const TRIALS: [Trial; 4] = [
     Trial { page_delay: Duration::from_millis(10), before_probe: Duration::ZERO, variable: false },
     Trial { page_delay: Duration::from_millis(2), before_probe: Duration::ZERO, variable: true },
     Trial { page_delay: Duration::ZERO, before_probe: Duration::from_millis(1500), variable: true },
     Trial { page_delay: Duration::ZERO, before_probe: Duration::ZERO, variable: false },
 ];
 
-/// Records what forks of the snapshot in `into` touch, and writes its trace and hot set.
-pub(super) fn record_trace(
+/// What a trial restore needs besides the snapshot.
+#[derive(Debug, Clone, Copy)]
+pub struct Trials<'a> {
+    /// What each is asked; without, it is recorded until its agent answers.
+    pub probe: Option<&'a Probe>,
+    /// Its scratch disk.
+    pub scratch: Scratch<'a>,
+    /// Ends the recording when set.
+    pub interrupt: &'a Interrupt,
+}
+
+/// Restores the snapshot in `dir` once for each of [`TRIALS`] and writes `trace` and `hotset` into `into`, which may be `dir`.
+pub fn record(
     zygote: &Zygote,
     configuration: &Configuration,
+    dir: &Path,
     into: &Path,
-    request: &Request<'_>,
-) -> Result<(), BuildError> {
+    trials: &Trials<'_>,
+) -> Result<Trace, BuildError> {
     let mut touched = BTreeMap::new();
     for trial in &TRIALS {
-        for (image, phase, page) in record_touches(zygote, configuration, into, request, trial)? {
+        for (image, phase, page) in record_touches(zygote, configuration, dir, trials, trial)? {
             // What a held up guest does before its first instruction others do later, and it would make the first bucket,
             // which each fork waits for, too large for its place beside the index.
             let phase = if trial.page_delay.is_zero() { phase } else { phase.max(1) };
@@ -54,8 +71,8 @@ pub(super) fn record_trace(
     let path = into.join(snapshot::TRACE);
     std::fs::write(&path, trace.encode()?).map_err(file_error("writing", &path))?;
     let path = into.join(snapshot::HOTSET);
-    write_hotset(&trace, into, &path).map_err(file_error("writing", &path))?;
-    Ok(())
+    write_hotset(&trace, dir, &path).map_err(file_error("writing", &path))?;
+    Ok(trace)
 }
 
 /// Writes the traced pages one behind the other: a fork gets them in one go instead of by whole chunks.
@@ -75,7 +92,8 @@ fn write_hotset(trace: &Trace, dir: &Path, to: &Path) -> io::Result<()> {
 }
 
 /// How a trial restore is held up.
-struct Trial {
+#[derive(Debug)]
+pub struct Trial {
     /// What each page takes.
     page_delay: Duration,
     /// From ready to the probe.
@@ -107,7 +125,7 @@ impl PageSource for Recorder {
         tracing::error!(
             ?chunk,
             error = crate::error::chain(&*failure),
-            "a page of the new snapshot cannot be read"
+            "a page of the snapshot cannot be read"
         );
     }
 }
@@ -144,7 +162,7 @@ fn record_touches(
     zygote: &Zygote,
     configuration: &Configuration,
     dir: &Path,
-    request: &Request<'_>,
+    trials: &Trials<'_>,
     trial: &Trial,
 ) -> Result<Vec<(ImageId, usize, u32)>, BuildError> {
     let layout = configuration.layout;
@@ -160,15 +178,15 @@ fn record_touches(
     let environment = BTreeMap::from_iter(variable);
     let record = identity::fresh("trial", 1, None, environment)?;
     let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
-    let scratch_bytes = request.scratch.bytes();
+    let scratch_bytes = trials.scratch.bytes();
     let spec =
         MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
     let images: Vec<_> = images.iter().collect();
-    let machine = Rig::spawn(zygote, &spec, &images, &vmstate, None, request)?;
-    let doing = "restoring the new snapshot";
+    let machine = Rig::spawn(zygote, &spec, &images, &vmstate, None, (&trials.scratch, trials.interrupt))?;
+    let doing = "restoring the snapshot to record its trace";
     let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
         Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
         _ => None,
@@ -178,19 +196,38 @@ fn record_touches(
     let resumed_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
     let ready_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
     std::thread::sleep(trial.before_probe);
-    let agent = match early {
-        Some(early) => early.recv().unwrap_or_else(|_| machine.agent(doing)),
-        None => machine.agent(doing),
-    }?;
-    match request.probe {
-        Some(probe) => run_probe(agent, probe)?,
-        None => {
-            let pinged = agent.ping(REQUEST_TIMEOUT);
-            pinged.map_err(|source| BuildError::Agent { doing, source })?;
-        }
-    }
+    ask(&machine, trials, early, doing)?;
     drop(machine);
     let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
     let phase = |at_ns: u64| usize::from(at_ns >= resumed_ns) + usize::from(at_ns >= ready_ns);
     Ok(touched.into_iter().map(|(image, at_ns, page)| (image, phase(at_ns), page)).collect())
+}
+
+/// Asks the probe. The user can end it, which takes the machine's end: an answer may be minutes away.
+fn ask(
+    machine: &Rig<'_>,
+    trials: &Trials<'_>,
+    early: Option<Receiver<Result<AgentClient, BuildError>>>,
+    doing: &'static str,
+) -> Result<(), BuildError> {
+    let (done, over) = mpsc::channel::<()>();
+    let asked = std::thread::scope(|scope| {
+        scope.spawn(move || {
+            while over.recv_timeout(INTERRUPT_CHECK) == Err(RecvTimeoutError::Timeout) {
+                if trials.interrupt.is_set() {
+                    return machine.process.kill();
+                }
+            }
+        });
+        let connected = early.and_then(|early| early.recv().ok());
+        let agent = connected.unwrap_or_else(|| machine.agent(doing));
+        let asked = agent.and_then(|agent| match trials.probe {
+            Some(probe) => run_probe(agent, probe),
+            None => agent.ping(REQUEST_TIMEOUT).map_err(|source| BuildError::Agent { doing, source }),
+        });
+        drop(done);
+        asked
+    });
+    trials.interrupt.check()?;
+    asked
 }

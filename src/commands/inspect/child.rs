@@ -1,0 +1,166 @@
+//! `forkd inspect --child ID`: what a running child has in its memory, image by image. Callers: `inspect.rs`.
+
+use std::io;
+use std::process::ExitCode;
+
+use forkd_fs::format::{MEMORY, ROOTFS};
+use serde::Serialize;
+
+use crate::commands::children::ChildrenError;
+use crate::error::CommandError;
+use crate::heatmap::{Cell, Heatmap, ImageCells};
+use crate::output::{Output, table};
+use crate::pagemap::{self, MappedFile, PAGE, PageState, Pagemap};
+use crate::paths::Paths;
+use crate::picture::{Key, PALE};
+use crate::run_dir::{ForkDir, RunDirError};
+use crate::units::{show_share, show_size};
+
+/// A square of the picture.
+const CHUNK: u64 = 256 << 10;
+/// Largest image: guests have 16 GiB of memory at most, root disks less than a pack's largest file.
+const IMAGE_MAX: u64 = 1 << 40;
+/// How the kernel names the images of a lazy fork, and of a local snapshot's.
+const IMAGES: [(&str, [&str; 2]); 2] =
+    [(MEMORY, ["/memfd:forkd-Ram", MEMORY]), (ROOTFS, ["/memfd:forkd-RootDisk", ROOTFS])];
+const PRIVATE: &str = "#c0392b";
+const MAPPED: &str = "#4e79a7";
+
+/// What `--json` prints.
+#[derive(Debug, Serialize)]
+struct Report {
+    child: String,
+    pid: i32,
+    /// What it was forked from.
+    pack: String,
+    images: Vec<Image>,
+}
+
+/// One image as the child has it.
+#[derive(Debug, Serialize)]
+struct Image {
+    name: &'static str,
+    /// Pages of 4 KiB.
+    pages: u64,
+    /// Pages of its own: it wrote to them.
+    private_pages: u64,
+    /// Pages of the shared image that it has mapped.
+    mapped_pages: u64,
+    #[serde(skip)]
+    cells: Vec<Cell>,
+}
+
+/// Looks at a child; draws what it sees when a picture is wanted.
+pub(super) fn run(
+    id: &str,
+    heatmap: Option<&std::path::Path>,
+    output: &Output,
+) -> Result<ExitCode, CommandError> {
+    let report = look(id)?;
+    if let Some(file) = heatmap {
+        draw(&report).draw().write(file)?;
+    }
+    output.report(&report, show);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn look(id: &str) -> Result<Report, ChildrenError> {
+    let paths = Paths::from_env().map_err(RunDirError::from)?;
+    let status = ForkDir::of_child(&paths, id)?.status()?;
+    let pack = status.pack;
+    let child = status.children.into_iter().find(|child| child.id == id && !child.state.is_over());
+    let pid = child.ok_or_else(|| RunDirError::UnknownChild { id: id.to_owned() })?.pid;
+    let failed = |source| ChildrenError::Memory { id: id.to_owned(), source };
+    let mappings = pagemap::mapped_files(pid).map_err(failed)?;
+    let pages = Pagemap::open(pid).map_err(failed)?;
+    let images = IMAGES.iter().filter_map(|(name, names)| {
+        let own = mappings.iter().filter(|mapping| is_image(mapping, names)).collect::<Vec<_>>();
+        look_at(pid, name, &own, &pages).transpose()
+    });
+    let images = images.collect::<io::Result<Vec<_>>>().map_err(failed)?;
+    Ok(Report { child: id.to_owned(), pid, pack, images })
+}
+
+fn is_image(mapping: &MappedFile, [memfd, file]: &[&str; 2]) -> bool {
+    let path = mapping.path.trim_end_matches(" (deleted)");
+    path == *memfd || path.rsplit('/').next() == Some(*file)
+}
+
+/// An image whose parts are mapped at `own`. What lies between them is anonymous memory in place of zeros.
+fn look_at(
+    pid: i32,
+    name: &'static str,
+    own: &[&MappedFile],
+    pagemap: &Pagemap,
+) -> io::Result<Option<Image>> {
+    let Some((base, last)) = own.first().and_then(|mapping| mapping.base()).zip(own.last()) else {
+        return Ok(None);
+    };
+    let mapped = last.addresses.end.saturating_sub(base);
+    // The end may be zeros too; without the right to see the file they are left out.
+    let bytes = pagemap::file_behind(pid, last).map_or(mapped, |file| file.len().max(mapped));
+    let pages = bytes.min(IMAGE_MAX) / PAGE;
+    let per_chunk = CHUNK / PAGE;
+    let mut image = Image {
+        name,
+        pages,
+        private_pages: 0,
+        mapped_pages: 0,
+        cells: vec![Cell { shade: 2, marked: false }; pages.div_ceil(per_chunk) as usize],
+    };
+    pagemap.visit(base, 0..pages, |page, state| {
+        let (count, shade) = match state {
+            PageState::Absent => return,
+            PageState::Private => (&mut image.private_pages, 0),
+            PageState::Mapped => (&mut image.mapped_pages, 1),
+        };
+        *count += 1;
+        let cell = &mut image.cells[(page / per_chunk) as usize];
+        cell.shade = cell.shade.min(shade);
+    })?;
+    Ok(Some(image))
+}
+
+fn draw(report: &Report) -> Heatmap {
+    let line = |image: &Image| {
+        format!(
+            "{}: {} private in {} pages, {} shared",
+            image.name,
+            show_size(image.private_pages * PAGE),
+            image.private_pages,
+            show_size(image.mapped_pages * PAGE)
+        )
+    };
+    let key = |colour, text: &str| Key { colour, text: text.to_owned() };
+    let image = |image: &Image| ImageCells {
+        name: image.name.to_owned(),
+        bytes: image.pages * PAGE,
+        chunk_bytes: CHUNK,
+        cells: image.cells.clone(),
+    };
+    Heatmap {
+        title: format!("child {} of {}", report.child, report.pack),
+        lines: report.images.iter().map(line).collect(),
+        shades: vec![
+            key(PRIVATE, "dirty: at least one page is the child's own"),
+            key(MAPPED, "read: pages of the shared image are mapped"),
+            key(PALE, "not touched"),
+        ],
+        mark: None,
+        images: report.images.iter().map(image).collect(),
+    }
+}
+
+fn show(report: &Report) -> String {
+    let mut rows = vec![["IMAGE", ">SIZE", ">PRIVATE", ">SHARE", ">SHARED"].map(str::to_owned).to_vec()];
+    for image in &report.images {
+        rows.push(vec![
+            image.name.to_owned(),
+            show_size(image.pages * PAGE),
+            show_size(image.private_pages * PAGE),
+            show_share(image.private_pages, image.pages),
+            show_size(image.mapped_pages * PAGE),
+        ]);
+    }
+    format!("child {} (process {}) of {}\n{}", report.child, report.pid, report.pack, table(&rows))
+}

@@ -1,0 +1,102 @@
+//! The working set's pages that a pack stores by themselves, and how they get into images. Callers: `sandbox.rs`.
+
+use super::{IMAGE_FILES, StorePages};
+use crate::snapshot;
+use forkd_fs::index::{ChunkId as PackChunk, FileId};
+use forkd_fs::store::ChunkData;
+use forkd_fs::trace::Trace;
+use forkd_vmm::memory::{ImageId, PAGE_BYTES};
+use forkd_vmm::pager::{ChunkId, Pager};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Largest `hotset` that is used, bytes: a working set beyond that is better fetched by chunks.
+const HOTSET_MAX: u64 = 256 << 20;
+/// Most chunks of the `hotset` that are waited for before a child starts.
+const FIRST_CHUNKS_MAX: u64 = 4;
+
+/// The pages that a fork touches up to its first answer, stored together in the pack's `hotset`: installed one by one, they
+/// cost a tenth of the chunks they lie in.
+pub(super) struct HotPages {
+    pub(super) file: FileId,
+    chunks: u32,
+    /// Chunks with the pages that are touched before the first instruction.
+    pub(super) first_chunks: u32,
+    pages_per_chunk: usize,
+    pages: Vec<(ImageId, u32)>,
+    /// Which chunks have come.
+    installed: Vec<AtomicBool>,
+}
+
+impl HotPages {
+    /// The hot pages, if the pack has them and they fit its trace and images.
+    pub(super) fn of_pack(pages: &StorePages, trace: &Trace) -> Option<HotPages> {
+        let index = pages.store.index();
+        let file = index.file(snapshot::HOTSET)?;
+        let size = index.entry(file)?.size;
+        if size == 0 || size > HOTSET_MAX || trace.page_count() * PAGE_BYTES != size {
+            return None;
+        }
+        let image_of =
+            |name: &str| IMAGE_FILES.iter().position(|file| *file == name).map(|at| ImageId::ALL[at]);
+        let images: Vec<_> =
+            trace.regions.iter().map(|region| image_of(&region.file)).collect::<Option<_>>()?;
+        let listed = trace.pages().map(|(region, page)| (images[region], page));
+        let in_image = |(image, page): (ImageId, u32)| {
+            let file = pages.files.get(image.index()).copied().flatten()?;
+            (u64::from(page) < index.entry(file)?.size / PAGE_BYTES).then_some((image, page))
+        };
+        let pages_per_chunk = index.chunk_size() as usize / PAGE_BYTES as usize;
+        let first_runs = trace.regions.iter().filter_map(|region| region.buckets.first()).flatten();
+        let first_pages = first_runs.map(|run| u64::from(run.pages)).sum::<u64>();
+        let first_chunks = first_pages.div_ceil(pages_per_chunk as u64).clamp(1, FIRST_CHUNKS_MAX);
+        let chunks = index.chunk_count(file);
+        Some(HotPages {
+            file,
+            chunks,
+            first_chunks: chunks.min(first_chunks as u32),
+            pages_per_chunk,
+            pages: listed.map(in_image).collect::<Option<_>>()?,
+            installed: (0..chunks).map(|_| AtomicBool::new(false)).collect(),
+        })
+    }
+
+    pub(super) fn chunk(&self, chunk: u32) -> PackChunk {
+        PackChunk { file: self.file, chunk }
+    }
+
+    /// What is left to fetch: neighbours, which come in one stream.
+    pub(super) fn batches(&self) -> Vec<Vec<PackChunk>> {
+        vec![(self.first_chunks..self.chunks).map(|chunk| self.chunk(chunk)).collect()]
+    }
+
+    pub(super) fn install_chunk(&self, pager: &Pager, pages: &StorePages, chunk: u32, data: &ChunkData) {
+        let ChunkData::Data(bytes) = data else { return };
+        if let Some(installed) = self.installed.get(chunk as usize) {
+            installed.store(true, Ordering::Relaxed);
+        }
+        let chunk_bytes = self.pages_per_chunk as u64 * PAGE_BYTES;
+        let listed = self.pages.iter().skip(chunk as usize * self.pages_per_chunk);
+        let mut touched = Vec::new();
+        for ((image, page), bytes) in listed.zip(bytes.chunks_exact(PAGE_BYTES as usize)) {
+            let offset = u64::from(*page) * PAGE_BYTES;
+            let id = ChunkId { image: *image, chunk: offset / chunk_bytes };
+            // Children have their own zeros there.
+            if pages.is_zero(id) || pager.is_present(id) {
+                continue;
+            }
+            if let Err(error) = pager.install_pages(*image, offset, bytes) {
+                tracing::error!(?id, %error, "a page could not be put in place; it is loaded when it is needed");
+            }
+            touched.push(id);
+        }
+        touched.dedup();
+        touched.into_iter().for_each(|id| pager.wake_waiters(id));
+    }
+
+    /// The pages that have been fetched.
+    pub(super) fn fetched(&self) -> Vec<(ImageId, u32)> {
+        let chunks = self.pages.chunks(self.pages_per_chunk).zip(&self.installed);
+        let fetched = chunks.filter(|(_, installed)| installed.load(Ordering::Relaxed));
+        fetched.flat_map(|(pages, _)| pages).copied().collect()
+    }
+}
