@@ -179,6 +179,7 @@ fn describe(wanted: &Wanted, layout: MemoryLayout, kind: KvmKind) -> Result<(), 
     let configuration = serde_json::to_vec_pretty(&Configuration::new(layout, 1, kind, 0))?;
     fs::write(wanted.dir.join(snapshot::CONFIGURATION), configuration)?;
     let manifest = Manifest {
+        probe: None,
         forkd_pack_version: forkd_fs::format::PACK_VERSION,
         tag: Path::file_name(&wanted.dir).unwrap_or_default().to_string_lossy().into_owned(),
         description: format!("{} MiB, {} of them touched", wanted.memory_mib, wanted.touched_mib),
