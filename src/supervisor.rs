@@ -490,6 +490,9 @@ impl Supervisor {
                     }
                     Ring::Ready => {
                         child.ready.get_or_insert(moment);
+                        if let Some(turns) = &self.turns {
+                            turns.lock().unwrap_or_else(PoisonError::into_inner).ready(at, Instant::now());
+                        }
                         child.state = child.state.max(ChildState::Ready);
                         self.tell(at);
                     }

@@ -112,7 +112,9 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
     }
 
     fn step(&self, vcpu: &mut VcpuFd) -> Result<Step, MachineError> {
-        match vcpu.run() {
+        let exit = vcpu.run();
+        self.bus.resume_devices();
+        match exit {
             Ok(VcpuExit::IoOut(port, bytes)) => match self.bus.port_write(port, bytes) {
                 PortWrite::Done => {}
                 PortWrite::Reset => return Ok(Step::Stop(Stop::Reset)),

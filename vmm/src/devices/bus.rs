@@ -19,7 +19,7 @@ use crate::memory::{GuestMemory, MemoryLayout};
 use kvm_ioctls::VmFd;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_superio::serial::Serial;
 use vmm_sys_util::eventfd::EventFd;
@@ -114,6 +114,8 @@ pub struct Bus {
     net: Option<Arc<Mutex<Transport<Net>>>>,
     generation: EventFd,
     dropped_writes: AtomicU64,
+    /// Devices were restored and have not resumed.
+    resume_owed: AtomicBool,
 }
 
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -151,6 +153,7 @@ impl Bus {
             net: None,
             generation: interrupt(vm, arch::GENERATION_IRQ)?,
             dropped_writes: AtomicU64::new(0),
+            resume_owed: AtomicBool::new(false),
         };
         let twice = kinds.iter().enumerate().any(|(at, kind)| kinds[..at].contains(kind));
         if twice || kinds.len() > arch::VIRTIO_IRQS.len() {
@@ -230,10 +233,18 @@ impl Bus {
         for (slot, (_, saved)) in self.slots.iter().zip(windows) {
             lock(&slot.window).restore(saved)?;
         }
-        for slot in &self.slots {
-            lock(&slot.window).resume();
-        }
+        self.resume_owed.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Has restored devices say what they have to, once. After the guest's first exit: an interrupt that waits for a guest
+    /// runs its handler before the first instruction, 3 ms where KVM emulates its kernel.
+    pub fn resume_devices(&self) {
+        if self.resume_owed.load(Ordering::Relaxed) && self.resume_owed.swap(false, Ordering::AcqRel) {
+            for slot in &self.slots {
+                lock(&slot.window).resume();
+            }
+        }
     }
 
     /// Stops devices from working on the guest's memory on the host's behalf, or lets them again.
