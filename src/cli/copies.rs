@@ -1,0 +1,157 @@
+//! Arguments of the commands that start copies and deal with those that run. Callers: `cli.rs`.
+
+use super::{CacheArgs, HubSource};
+use crate::network::NetworkMode;
+use crate::source::Wanted;
+use crate::units;
+use crate::variables::{self, Variable, Varied};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{ArgGroup, Args};
+use std::path::PathBuf;
+
+/// `forkd fork`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["target", "tag"]))]
+pub struct ForkArgs {
+    /// A name of the hub (owner/name[@version]), a pack file, or a version's folder in a mount
+    #[arg(value_name = "REF|PATH")]
+    pub target: Option<String>,
+    /// A local snapshot
+    #[arg(long)]
+    pub tag: Option<String>,
+    /// How many copies
+    #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+    /// Evaluate CODE in each copy's warm worker
+    #[arg(long, value_name = "CODE", conflicts_with = "exec")]
+    pub eval: Option<String>,
+    /// Run the command after `--` in each copy
+    #[arg(long, requires = "command")]
+    pub exec: bool,
+    /// The command for --exec
+    #[arg(last = true, value_name = "CMD", requires = "exec")]
+    pub command: Vec<String>,
+    /// NAME=VALUE for every copy: the warm worker and what is started there see it (repeatable)
+    #[arg(long, value_name = "NAME=VALUE", value_parser = variables::parse_variable)]
+    pub env: Vec<Variable>,
+    /// NAME=A,B,C: the first copy gets A, the second B, and after C comes A again (repeatable)
+    #[arg(long, value_name = "NAME=A,B,C", value_parser = variables::parse_varied)]
+    pub vary: Vec<Varied>,
+    /// Connect each copy's network device: `isolated` leads to a namespace of the copy's own and no further
+    #[arg(long, value_name = "MODE", default_value = "none",
+          value_parser = PossibleValuesParser::new(NetworkMode::NAMES).try_map(|name| name.parse::<NetworkMode>()))]
+    pub net: NetworkMode,
+    /// The most memory each copy may take of this host, MiB [default: its own RAM and 64 more]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
+    pub memory_limit_mib: Option<u64>,
+    /// The most processors each copy may use, e.g. 0.5 [default: no limit]
+    #[arg(long, value_name = "F", value_parser = units::parse_cpus)]
+    pub cpus: Option<f64>,
+    /// Leave the copies running and return
+    #[arg(long)]
+    pub detach: bool,
+    /// Download the whole pack before starting (for comparison)
+    #[arg(long)]
+    pub eager: bool,
+    /// Draw what happened when, as an SVG picture: phases, requests, faults, children
+    #[arg(long, value_name = "FILE")]
+    pub timeline: Option<PathBuf>,
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+}
+
+impl ForkArgs {
+    /// What is to be forked.
+    pub fn wanted(&self) -> Wanted<'_> {
+        Wanted { target: self.target.as_deref(), tag: self.tag.as_deref(), hub: self.hub.hub.as_deref() }
+    }
+}
+
+/// `forkd warm`.
+#[derive(Debug, Args)]
+#[command(group(ArgGroup::new("warmed").args(["target", "tag", "list", "all"]).required(true)))]
+pub struct WarmArgs {
+    /// A name of the hub (owner/name[@version]) or a pack file, named as `forkd fork` will name it
+    #[arg(value_name = "REF|PATH")]
+    pub target: Option<String>,
+    /// A local snapshot
+    #[arg(long)]
+    pub tag: Option<String>,
+    /// List what is kept
+    #[arg(long, conflicts_with = "stop")]
+    pub list: bool,
+    /// Keep it no longer; copies that run go on
+    #[arg(long)]
+    pub stop: bool,
+    /// With --stop: all that is kept
+    #[arg(long, requires = "stop")]
+    pub all: bool,
+    /// Stay in the foreground
+    #[arg(long)]
+    pub foreground: bool,
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+}
+
+impl WarmArgs {
+    /// What is to be kept.
+    pub fn wanted(&self) -> Wanted<'_> {
+        Wanted { target: self.target.as_deref(), tag: self.tag.as_deref(), hub: self.hub.hub.as_deref() }
+    }
+}
+
+/// `forkd exec`.
+#[derive(Debug, Args)]
+pub struct ExecArgs {
+    /// The child, as `forkd ps` names it
+    pub id: String,
+    /// NAME=VALUE for the command's environment
+    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// The command's working directory in the guest
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<String>,
+    /// Pass our stdin on
+    #[arg(long, short = 'i')]
+    pub interactive: bool,
+    /// The command
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub command: Vec<String>,
+}
+
+/// `forkd eval`.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    /// The child, as `forkd ps` names it
+    pub id: String,
+    /// What to evaluate
+    pub code: String,
+}
+
+/// `forkd logs`.
+#[derive(Debug, Args)]
+pub struct LogsArgs {
+    /// The child, as `forkd ps` names it
+    pub id: String,
+}
+
+/// `forkd kill`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("which").required(true).args(["ids", "all"]))]
+pub struct KillArgs {
+    /// The children, as `forkd ps` names them
+    #[arg(value_name = "ID")]
+    pub ids: Vec<String>,
+    /// Every child
+    #[arg(long)]
+    pub all: bool,
+}
