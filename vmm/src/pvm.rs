@@ -78,6 +78,15 @@ pub enum PvmError {
     },
 }
 
+/// How long a restored guest has before its timer's first interrupt: one period of its tick, which it does not miss.
+const TIMER_PAUSE_MS: u64 = 10;
+
+/// The same in ticks of a time stamp counter of `khz`. KVM does not put the counter back here, so that every timer of a
+/// snapshot is overdue, and its handler, 1 ms of emulated code, would run before the first instruction.
+pub fn timer_pause(khz: u32) -> u64 {
+    TIMER_PAUSE_MS * u64::from(khz)
+}
+
 /// How long the calling thread, a vCPU's, runs before another has its turn.
 const TURN: Duration = Duration::from_millis(50);
 

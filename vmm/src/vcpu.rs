@@ -4,6 +4,7 @@
 //! LAPIC needs; a TSC deadline set before the TSC never fires. See Documentation/virt/kvm/api.rst of Linux.
 
 use crate::kvm::{Hypervisor, KvmError, KvmKind, ioctl, restore_xsave, save_xsave};
+use crate::pvm;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MAX_MSR_ENTRIES, Msrs, kvm_cpuid_entry2, kvm_debugregs,
     kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
@@ -12,6 +13,8 @@ use kvm_ioctls::{Cap, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// Time stamp counter.
+const MSR_TSC: u32 = 0x10;
 /// Model-specific registers that matter and are not in KVM_GET_MSR_INDEX_LIST everywhere: STAR, LSTAR, CSTAR,
 /// SYSCALL_MASK, KERNEL_GS_BASE, TSC_AUX, TSC_DEADLINE.
 const MORE_MSRS: [u32; 7] =
@@ -118,21 +121,29 @@ impl VcpuState {
         }
         vcpu.set_debug_regs(&self.debug_regs).map_err(ioctl("KVM_SET_DEBUGREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(ioctl("KVM_SET_LAPIC"))?;
-        self.restore_msrs(vcpu)?;
+        self.restore_msrs(hypervisor, vcpu)?;
         vcpu.set_vcpu_events(&self.events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))?;
         // Tells the guest's soft lockup detector about the pause; guests without kvm-clock answer EINVAL.
         let _ = vcpu.kvmclock_ctrl();
         Ok(())
     }
 
-    fn restore_msrs(&self, vcpu: &VcpuFd) -> Result<(), VcpuError> {
+    fn restore_msrs(&self, hypervisor: &Hypervisor, vcpu: &VcpuFd) -> Result<(), VcpuError> {
         if self.msrs.len() > KVM_MAX_MSR_ENTRIES {
             let (what, found, max) = ("model-specific registers", self.msrs.len(), KVM_MAX_MSR_ENTRIES);
             return Err(VcpuError::TooMany { what, found, max });
         }
-        let (deadline, others): (Vec<_>, Vec<_>) =
+        let (mut deadline, others): (Vec<_>, Vec<_>) =
             self.msrs.iter().copied().partition(|msr| msr.index == MSR_TSC_DEADLINE);
         set_msrs(vcpu, &others)?;
+        // Zero: the timer is not set.
+        if let (KvmKind::Pvm, Some(deadline)) =
+            (hypervisor.kind(), deadline.iter_mut().find(|deadline| deadline.data != 0))
+        {
+            let now = read_msr(vcpu, MSR_TSC)?.unwrap_or(0);
+            deadline.data =
+                deadline.data.max(now.saturating_add(pvm::timer_pause(self.tsc_khz.unwrap_or(0))));
+        }
         set_msrs(vcpu, &deadline)
     }
 
@@ -168,6 +179,13 @@ fn save_msrs(hypervisor: &Hypervisor, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry
         rest = &rest[(read + usize::from(read < batch.len())).min(rest.len())..];
     }
     Ok(saved)
+}
+
+fn read_msr(vcpu: &VcpuFd, index: u32) -> Result<Option<u64>, VcpuError> {
+    let wanted = [kvm_msr_entry { index, ..Default::default() }];
+    let Ok(mut msrs) = Msrs::from_entries(&wanted) else { return Ok(None) };
+    let read = vcpu.get_msrs(&mut msrs).map_err(ioctl("KVM_GET_MSRS"))?;
+    Ok(msrs.as_slice().first().filter(|_| read == 1).map(|msr| msr.data))
 }
 
 fn set_msrs(vcpu: &VcpuFd, entries: &[kvm_msr_entry]) -> Result<(), VcpuError> {
