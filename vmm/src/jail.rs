@@ -6,6 +6,7 @@
 //! Callers: `zygote.rs` (building), `process.rs` (entering), the root crate's `doctor.rs`, tests.
 
 pub mod filter;
+mod program;
 
 use crate::channel::{Channel, ChannelError};
 use crate::kvm::{Hypervisor, KvmError, KvmKind};

@@ -3,21 +3,18 @@
 //!
 //! Whatever is opened, bound or connected was so before: there is no call here that takes the name of anything.
 
+use super::program::{Argument, TooLong, Verdict, assemble};
 use kvm_bindings as kvm;
 use libc::c_long;
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen as Width, SeccompCmpOp as Compare,
-    SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
-};
-use std::collections::BTreeMap;
+use seccompiler::BpfProgram;
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
 /// The filter could not be made or installed.
 #[derive(Debug, thiserror::Error)]
 pub enum FilterError {
     /// The rules do not make a filter.
-    #[error("the system call filter cannot be built")]
-    Rules(#[source] BackendError),
+    #[error(transparent)]
+    TooLong(#[from] TooLong),
     /// The kernel refused it.
     #[error("the system call filter cannot be installed")]
     Install(#[source] seccompiler::Error),
@@ -67,7 +64,6 @@ const SOCKETS: &[c_long] = &[
 /// Memory, threads, time and signals of this process itself.
 const SELF: &[c_long] = &[
     libc::SYS_munmap,
-    libc::SYS_mremap,
     libc::SYS_madvise,
     libc::SYS_brk,
     libc::SYS_futex,
@@ -103,25 +99,25 @@ const THREAD_FLAGS: u64 = 0x3d_0f00;
 /// KVM's ioctls (KVMIO of linux/kvm.h).
 const KVM: u32 = 0xae;
 
-const fn none(number: u32) -> u64 {
-    ioctl_expr(_IOC_NONE, KVM, number, 0)
+const fn none(number: u32) -> u32 {
+    ioctl_expr(_IOC_NONE, KVM, number, 0) as u32
 }
 
-const fn read<T>(number: u32) -> u64 {
-    ioctl_expr(_IOC_READ, KVM, number, size_of::<T>() as u32)
+const fn read<T>(number: u32) -> u32 {
+    ioctl_expr(_IOC_READ, KVM, number, size_of::<T>() as u32) as u32
 }
 
-const fn write<T>(number: u32) -> u64 {
-    ioctl_expr(_IOC_WRITE, KVM, number, size_of::<T>() as u32)
+const fn write<T>(number: u32) -> u32 {
+    ioctl_expr(_IOC_WRITE, KVM, number, size_of::<T>() as u32) as u32
 }
 
-const fn both<T>(number: u32) -> u64 {
-    ioctl_expr(_IOC_READ | _IOC_WRITE, KVM, number, size_of::<T>() as u32)
+const fn both<T>(number: u32) -> u32 {
+    ioctl_expr(_IOC_READ | _IOC_WRITE, KVM, number, size_of::<T>() as u32) as u32
 }
 
 /// Requests of ioctl(2), numbers from linux/kvm.h. The filter compares one after the other, so the first are those that a
 /// running machine makes.
-const REQUESTS: &[u64] = &[
+const REQUESTS: &[u32] = &[
     none(0x80),                        // KVM_RUN
     write::<kvm::kvm_irq_level>(0x61), // KVM_IRQ_LINE
     read::<kvm::kvm_regs>(0x81),
@@ -131,7 +127,7 @@ const REQUESTS: &[u64] = &[
     both::<kvm::kvm_translation>(0x85),
     read::<kvm::kvm_vcpu_events>(0x9f), // KVM_GET_PIT2 has the same number and another size
     write::<kvm::kvm_vcpu_events>(0xa0),
-    libc::FIONBIO,
+    libc::FIONBIO as u32,
     none(0x00), // KVM_GET_API_VERSION
     none(0x01), // KVM_CREATE_VM
     both::<kvm::kvm_msr_list>(0x02),
@@ -182,67 +178,184 @@ const FCNTLS: &[i32] = &[libc::F_GETFD, libc::F_SETFD, libc::F_GETFL, libc::F_SE
 /// The compiled filter.
 #[derive(Debug)]
 pub struct Filter {
-    allowed: BpfProgram,
-    refused: BpfProgram,
+    program: BpfProgram,
 }
 
 impl Filter {
     /// The filter of a process that knows itself by the id `own_pid`.
     pub fn new(own_pid: u32) -> Result<Filter, FilterError> {
-        let kill = SeccompAction::KillProcess;
-        let allowed = compile(rules(own_pid).map_err(FilterError::Rules)?, kill, SeccompAction::Allow)?;
-        let missing = SeccompAction::Errno(libc::ENOSYS as u32);
-        let calls = MISSING.iter().map(|call| (*call, Vec::new())).collect();
-        let refused = compile(calls, SeccompAction::Allow, missing)?;
-        Ok(Filter { allowed, refused })
+        Ok(Filter { program: assemble(&calls(own_pid))? })
     }
 
-    /// Holds for this process from now on, and for all threads it will start.
+    /// Holds for this process from now on, and for all threads it will start. It allows no further filter.
     pub fn install(&self) -> Result<(), FilterError> {
-        // The kernel takes the strictest answer of both. The strict one is last: it allows no further filter.
-        seccompiler::apply_filter(&self.refused).map_err(FilterError::Install)?;
-        seccompiler::apply_filter(&self.allowed).map_err(FilterError::Install)
+        seccompiler::apply_filter(&self.program).map_err(FilterError::Install)
     }
 }
 
-fn compile(
-    rules: BTreeMap<c_long, Vec<SeccompRule>>,
-    otherwise: SeccompAction,
-    matched: SeccompAction,
-) -> Result<BpfProgram, FilterError> {
-    SeccompFilter::new(rules, otherwise, matched, TargetArch::x86_64)
-        .and_then(BpfProgram::try_from)
-        .map_err(FilterError::Rules)
-}
-
-fn rules(own_pid: u32) -> Result<BTreeMap<c_long, Vec<SeccompRule>>, BackendError> {
-    let always = [FILES, SOCKETS, SELF].concat().into_iter().map(|call| (call, Vec::new()));
-    let mut rules: BTreeMap<_, _> = always.collect();
-    let any = |argument, values: &[u64]| {
-        values
-            .iter()
-            .map(|value| when(argument, Width::Dword, Compare::Eq, *value))
-            .collect::<Result<Vec<_>, _>>()
-    };
-    rules.insert(libc::SYS_ioctl, any(1, REQUESTS)?);
-    rules.insert(libc::SYS_fcntl, any(1, &FCNTLS.iter().map(|command| *command as u64).collect::<Vec<_>>())?);
-    let no_code = Compare::MaskedEq(libc::PROT_EXEC as u64);
-    for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, vec![when(2, Width::Qword, no_code.clone(), 0)?]);
-    }
-    rules.insert(libc::SYS_clone, vec![when(0, Width::Qword, Compare::Eq, THREAD_FLAGS)?]);
-    // Let through to be answered "no such call" by the other filter.
-    rules.insert(libc::SYS_clone3, Vec::new());
-    rules.insert(libc::SYS_tgkill, any(0, &[u64::from(own_pid)])?);
-    rules.insert(libc::SYS_prctl, any(0, &[libc::PR_SET_NAME as u64])?);
+/// The calls that are known, those first that a running machine makes all the time.
+fn calls(own_pid: u32) -> Vec<(c_long, Verdict)> {
+    let mut calls = vec![(libc::SYS_ioctl, Verdict::AllowIf(1, Argument::IsAnyOf(REQUESTS.to_vec())))];
+    calls.extend([FILES, SOCKETS, SELF].concat().into_iter().map(|call| (call, Verdict::Allow)));
+    calls.extend(MISSING.iter().map(|call| (*call, Verdict::Refuse(libc::ENOSYS as u16))));
+    let commands = FCNTLS.iter().map(|command| *command as u32).collect();
+    let no_code = Argument::Has { mask: libc::PROT_EXEC as u32, value: 0 };
     // How glibc and Rust ask about an open file. Another file would have to be in the root directory, which is empty.
-    let of_descriptor = Compare::MaskedEq(libc::AT_EMPTY_PATH as u64);
-    let flag = libc::AT_EMPTY_PATH as u64;
-    rules.insert(libc::SYS_newfstatat, vec![when(3, Width::Dword, of_descriptor.clone(), flag)?]);
-    rules.insert(libc::SYS_statx, vec![when(2, Width::Dword, of_descriptor, flag)?]);
-    Ok(rules)
+    let of_descriptor = Argument::Has { mask: libc::AT_EMPTY_PATH as u32, value: libc::AT_EMPTY_PATH as u32 };
+    let set_name = Argument::IsAnyOf(vec![libc::PR_SET_NAME as u32]);
+    let checked = [
+        (libc::SYS_fcntl, 1, Argument::IsAnyOf(commands)),
+        (libc::SYS_mmap, 2, no_code.clone()),
+        (libc::SYS_mprotect, 2, no_code),
+        (libc::SYS_clone, 0, Argument::Is64(THREAD_FLAGS)),
+        (libc::SYS_tgkill, 0, Argument::IsAnyOf(vec![own_pid])),
+        (libc::SYS_prctl, 0, set_name),
+        (libc::SYS_newfstatat, 3, of_descriptor.clone()),
+        (libc::SYS_statx, 2, of_descriptor),
+    ];
+    calls.extend(checked.map(|(call, argument, wanted)| (call, Verdict::AllowIf(argument, wanted))));
+    calls
 }
 
-fn when(argument: u8, width: Width, compare: Compare, value: u64) -> Result<SeccompRule, BackendError> {
-    SeccompRule::new(vec![SeccompCondition::new(argument, width, compare, value)?])
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use seccompiler::{
+        SeccompAction, SeccompCmpArgLen as Width, SeccompCmpOp as Compare, SeccompCondition, SeccompFilter,
+        SeccompRule, TargetArch,
+    };
+    use std::collections::BTreeMap;
+
+    const PID: u32 = 7;
+    const X86_64: u32 = 0xc000_003e;
+    const I386: u32 = 0x4000_0003;
+
+    /// What a filter sees of a call (`struct seccomp_data`), as the 32-bit words that it reads.
+    type Seen = [u32; 16];
+
+    fn seen(number: u32, architecture: u32, argument: usize, value: u64) -> Seen {
+        let mut words = [0; 16];
+        (words[0], words[1]) = (number, architecture);
+        (words[4 + 2 * argument], words[5 + 2 * argument]) = (value as u32, (value >> 32) as u32);
+        words
+    }
+
+    /// What the kernel's interpreter (net/core/filter.c) makes of a program.
+    fn decide(program: &BpfProgram, seen: &Seen) -> u32 {
+        let (mut at, mut accumulator) = (0, 0u32);
+        loop {
+            let instruction = &program[at];
+            let k = instruction.k;
+            at += 1;
+            let holds = match u32::from(instruction.code) {
+                0x20 => {
+                    accumulator = seen[k as usize / 4];
+                    continue;
+                }
+                0x54 => {
+                    accumulator &= k;
+                    continue;
+                }
+                0x05 => {
+                    at += k as usize;
+                    continue;
+                }
+                0x06 => return k,
+                0x15 => accumulator == k,
+                0x25 => accumulator > k,
+                0x35 => accumulator >= k,
+                other => panic!("instruction {other:#x}"),
+            };
+            at += usize::from(if holds { instruction.jt } else { instruction.jf });
+        }
+    }
+
+    fn of_library(calls: &[(c_long, Verdict)]) -> BpfProgram {
+        let condition = |argument: u32, width, compare, value| {
+            let condition = SeccompCondition::new(argument as u8, width, compare, value).unwrap();
+            SeccompRule::new(vec![condition]).unwrap()
+        };
+        let rules: BTreeMap<_, _> = calls
+            .iter()
+            .filter_map(|(call, verdict)| {
+                let rules = match verdict {
+                    Verdict::Allow => Vec::new(),
+                    Verdict::Refuse(_) => return None,
+                    Verdict::AllowIf(at, Argument::IsAnyOf(values)) => {
+                        let one = |value: &u32| condition(*at, Width::Dword, Compare::Eq, u64::from(*value));
+                        values.iter().map(one).collect()
+                    }
+                    Verdict::AllowIf(at, Argument::Is64(value)) => {
+                        vec![condition(*at, Width::Qword, Compare::Eq, *value)]
+                    }
+                    Verdict::AllowIf(at, Argument::Has { mask, value }) => {
+                        let compare = Compare::MaskedEq(u64::from(*mask));
+                        vec![condition(*at, Width::Qword, compare, u64::from(*value))]
+                    }
+                };
+                Some((*call, rules))
+            })
+            .collect();
+        SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, TargetArch::x86_64)
+            .and_then(BpfProgram::try_from)
+            .unwrap()
+    }
+
+    /// Values that are on either side of every decision about an argument.
+    fn interesting() -> Vec<u64> {
+        let requests = REQUESTS.iter().map(|request| u64::from(*request));
+        let commands = FCNTLS.iter().map(|command| *command as u64);
+        let bits = (0..64).map(|bit| 1 << bit);
+        let known: Vec<_> =
+            requests.chain(commands).chain([0, THREAD_FLAGS, PID.into()]).chain(bits).collect();
+        known.iter().flat_map(|value| [*value, value ^ 1, value | 1 << 32, value | 0x1004, !value]).collect()
+    }
+
+    #[test]
+    fn decides_as_the_library_s_filter_of_the_same_rules() {
+        let calls = calls(PID);
+        let (ours, theirs) = (Filter::new(PID).unwrap().program, of_library(&calls));
+        let missing: Vec<_> = MISSING.iter().map(|call| *call as u32).collect();
+        let (mut allowed, mut killed) = (0, 0);
+        for number in (0..600).filter(|number| !missing.contains(number)) {
+            for argument in 0..6 {
+                for value in interesting() {
+                    let seen = seen(number, X86_64, argument, value);
+                    let verdict = decide(&ours, &seen);
+                    assert_eq!(
+                        verdict,
+                        decide(&theirs, &seen),
+                        "call {number}, argument {argument}: {value:#x}"
+                    );
+                    match verdict {
+                        libc::SECCOMP_RET_ALLOW => allowed += 1,
+                        libc::SECCOMP_RET_KILL_PROCESS => killed += 1,
+                        other => panic!("call {number}: {other:#x}"),
+                    }
+                }
+            }
+        }
+        assert!(allowed > 10_000 && killed > 10_000, "{allowed} allowed, {killed} killed");
+    }
+
+    #[test]
+    fn answers_what_is_missing_and_kills_what_is_foreign() {
+        let program = Filter::new(PID).unwrap().program;
+        for call in MISSING {
+            let refused = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+            assert_eq!(decide(&program, &seen(*call as u32, X86_64, 0, 0)), refused);
+        }
+        const X32: u32 = 0x4000_0000;
+        for number in 0..600 {
+            assert_eq!(decide(&program, &seen(number, I386, 0, 0)), libc::SECCOMP_RET_KILL_PROCESS);
+            assert_eq!(decide(&program, &seen(number | X32, X86_64, 0, 0)), libc::SECCOMP_RET_KILL_PROCESS);
+        }
+    }
+
+    #[test]
+    fn is_short() {
+        let calls = calls(PID);
+        let (ours, theirs) = (Filter::new(PID).unwrap().program.len(), of_library(&calls).len());
+        assert!(3 * ours < theirs, "{ours} instructions, the library's {theirs}");
+    }
 }
