@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use super::address::Address;
 use super::credentials::{Credential, Credentials, Keyring};
 use super::lanes::Lanes;
+use super::names::SystemNames;
 use super::redirect::{Route, fetch};
 use super::retry::{Retries, bad_status};
 use super::{HttpError, HttpSource};
@@ -200,6 +201,7 @@ impl HttpClient {
         let _ = rustls::crypto::ring::default_provider().install_default();
         Client::builder()
             .redirect(redirect::Policy::none())
+            .dns_resolver(SystemNames)
             .connect_timeout(self.0.options.connect_timeout)
             .tcp_nodelay(true)
             .http1_only()
