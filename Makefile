@@ -4,7 +4,9 @@
 SHELL := /bin/bash
 TARGET := $(or $(CARGO_TARGET_DIR),target)
 TRIPLE := x86_64-unknown-linux-gnu
-FORKD := $(TARGET)/release/forkd
+STATIC := -C target-feature=+crt-static
+SHIPPED := $(abspath $(TARGET))/static
+FORKD := $(SHIPPED)/forkd
 PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse3 jq bsdextrautils \
 	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils git rsync attr python3 \
 	qemu-system-x86 busybox-static cpio
@@ -12,12 +14,15 @@ PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse
 .PHONY: build deps machine quickstart test lint clean bench-ttfi bench-fanout bench-fault bench-criterion bench-mount bench-machines \
 	fuzz soak test-hwvirt
 
-## forkd and, beside it, the guest's agent (static: it runs as the only program of a root disk)
+## forkd and, beside it, the guest's agent (it runs as the only program of a root disk), both static. The links in SHIPPED
+## stay what they are when cargo builds the dynamic ones of its tests over them.
 build:
-	cargo build --release -p forkd
-	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static -C strip=symbols" cargo build --release -p forkd-guest --target $(TRIPLE) \
+	RUSTFLAGS="$(STATIC) -C relocation-model=static -C strip=symbols" cargo build --release -p forkd-guest --target $(TRIPLE) \
 		--target-dir $(TARGET)/guest
+	cargo rustc --release -p forkd --bin forkd -- $(STATIC)
 	install -m 755 $(TARGET)/guest/$(TRIPLE)/release/forkd-agent $(TARGET)/release/forkd-agent
+	mkdir -p $(SHIPPED)
+	ln -f $(TARGET)/release/forkd $(TARGET)/release/forkd-agent $(SHIPPED)
 
 ## the system packages, when they are missing and we may install them
 deps:
@@ -34,12 +39,14 @@ quickstart: machine
 
 ## every test, the one on a real Linux guest among them
 test: machine
-	cargo nextest run --workspace --release --no-fail-fast
+	FORKD_UNDER_TEST=$(FORKD) cargo nextest run --workspace --release --no-fail-fast
 
 ## forkd on hardware virtualisation: kvm_amd of Debian's stock kernel on an emulated processor (tests/hwvirt/README.md)
+## The forkd of these is dynamic: a library that mends the emulator is loaded before its own.
 test-hwvirt: deps build
 	$(FORKD) kernel build
-	tests/hwvirt/run.sh $(FORKD) $(TARGET)/hwvirt
+	cargo build --release -p forkd
+	tests/hwvirt/run.sh $(TARGET)/release/forkd $(TARGET)/hwvirt
 
 ## benches/README.md says what each of these measures; BENCH passes options on, e.g. BENCH="--quick --runs 3"
 bench-machines: deps build

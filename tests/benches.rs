@@ -1,5 +1,8 @@
 //! The bench scripts still run: nobody does that between two measurements, and what they call changes.
 
+#[path = "support/program.rs"]
+mod program;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -28,7 +31,7 @@ fn a_small_fan_out_is_measured_beside_its_floor() {
     let printed = done(
         Command::new("python3")
             .arg(format!("{HERE}/fanout.py"))
-            .arg(Path::new(env!("CARGO_BIN_EXE_forkd")))
+            .arg(program::forkd())
             .args(["--synthetic", "--counts", "2", "--runs", "1", "--csv"])
             .arg(&csv)
             .arg("--svg")

@@ -1,6 +1,9 @@
 //! A hub with the real pack, directories of the test's own, and forkd run as a user does.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+#[path = "../support/program.rs"]
+mod program;
+
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -9,7 +12,6 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-const FORKD: &str = env!("CARGO_BIN_EXE_forkd");
 const PACK: &str = "python-numpy.forkd-snapshot.tar.zst";
 
 /// The directories of one test.
@@ -66,7 +68,7 @@ impl Bed {
 
     /// forkd, set up to use this test's directories and hub.
     pub fn command(&self, hub: &Hub) -> Command {
-        let mut command = Command::new(FORKD);
+        let mut command = Command::new(program::forkd());
         command
             .env("XDG_DATA_HOME", &self.data)
             .env("XDG_CACHE_HOME", self.path("cache"))
@@ -155,7 +157,7 @@ impl Hub {
     pub fn publish(bed: &Bed) -> PathBuf {
         let dir = bed.path("hub");
         let packed = packed(bed);
-        let published = Command::new(FORKD)
+        let published = Command::new(program::forkd())
             .args(["hub", "publish", packed.to_str().unwrap(), "--name", "deeplethe/python-numpy", "--hub"])
             .arg(&dir)
             .output()
@@ -200,7 +202,7 @@ impl Hub {
 
     fn start_within(mut self, attempts: u32) -> Hub {
         let listen = self.url.trim_start_matches("http://").trim_end_matches('/').to_owned();
-        let mut server = Command::new(FORKD)
+        let mut server = Command::new(program::forkd())
             .args(["hub", "serve", self.dir.to_str().unwrap(), "--listen", &listen])
             .args(&self.arguments)
             .stdout(Stdio::piped())
@@ -253,7 +255,7 @@ fn packed(bed: &Bed) -> PathBuf {
     let modified = |path: &Path| fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
     if modified(&pack) < modified(&snapshot) || modified(&pack).is_none() {
         let made = bed.path(PACK);
-        let output = Command::new(FORKD)
+        let output = Command::new(program::forkd())
             .env("XDG_DATA_HOME", &bed.data)
             .args(["pack", "--tag", "python-numpy", "--out"])
             .arg(&made)

@@ -2,6 +2,9 @@
 //! directories, the real `forkd` program, real hub servers and real mounts.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+#[path = "program.rs"]
+mod program;
+
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
@@ -68,7 +71,7 @@ impl Lab {
     }
 
     pub fn command<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_forkd"));
+        let mut command = Command::new(program::forkd());
         command
             .args(args)
             .current_dir(self.path("work"))
