@@ -73,6 +73,17 @@ pub fn fork_process(lifetime: Lifetime) -> Result<Forked, ForkError> {
     }
 }
 
+/// Has a process that was just forked begin on another processor than this one, if it may: Linux tends to keep it here until
+/// its parent waits for something. Where it runs later is not restricted.
+pub fn start_elsewhere(process: Pid) {
+    let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return };
+    let mut others = allowed;
+    others.unset(rustix::thread::sched_getcpu());
+    if others.count() > 0 && rustix::thread::sched_setaffinity(Some(process), &others).is_ok() {
+        let _ = rustix::thread::sched_setaffinity(Some(process), &allowed);
+    }
+}
+
 /// Ends this process at once, without destructors or exit handlers: closing a VM costs tens of milliseconds
 /// (measured on kvm_pvm), which the kernel then spends without anybody waiting.
 pub fn exit_now(code: i32) -> ! {

@@ -4,7 +4,7 @@
 //! It ends when its owner does: it then kills the machines that are left, waits for them and removes their cgroups. If it
 //! is killed itself, the kernel kills the machines.
 
-use crate::cgroup::{Group, Groups};
+use crate::cgroup::{CgroupError, Group, Groups};
 use crate::channel::{Channel, ChannelError};
 use crate::jail::{Cell, FILE_BYTES, Jail};
 use crate::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, describe, run_machine};
@@ -44,7 +44,7 @@ pub enum SpawnError {
 pub struct Zygote {
     /// Requests and answers alternate on it.
     channel: Mutex<Channel>,
-    cgroups: Option<Cgroups>,
+    cgroups: Result<Cgroups, CgroupError>,
 }
 
 /// Where machines' limits are set, and which there are.
@@ -67,11 +67,10 @@ impl Zygote {
     /// Forks the zygote. Must be called before this process starts any thread; the zygote and all machines end with it.
     pub fn start() -> Result<Zygote, SpawnError> {
         let (ours, theirs) = Channel::pair()?;
-        let groups = Groups::find()
-            .inspect_err(|error| tracing::debug!(error = describe(error), "machines get no cgroups"))
-            .ok();
+        let groups = Groups::find();
         match sys::fork_process(Lifetime::Independent)? {
-            Forked::Parent(_) => {
+            Forked::Parent(zygote) => {
+                sys::start_elsewhere(zygote);
                 let cgroups = groups.map(|groups| Cgroups {
                     path: groups.path().to_owned(),
                     controllers: groups.controllers().to_vec(),
@@ -80,7 +79,7 @@ impl Zygote {
             }
             Forked::Child => {
                 drop(ours);
-                serve(theirs, groups);
+                serve(theirs, groups.ok());
                 sys::exit_now(0)
             }
         }
@@ -105,8 +104,8 @@ impl Zygote {
         }
     }
 
-    /// The machines' cgroups, if this host lets this user have any.
-    pub fn cgroups(&self) -> Option<&Cgroups> {
+    /// The machines' cgroups, or why this host lets this user have none.
+    pub fn cgroups(&self) -> Result<&Cgroups, &CgroupError> {
         self.cgroups.as_ref()
     }
 }
