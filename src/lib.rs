@@ -45,13 +45,15 @@ use std::process::ExitCode;
 /// Parses `arguments` (the program's name first), runs the command and returns the exit code of DESIGN section 9:
 /// 0 done, 1 failed, 2 usage.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let arguments: Vec<OsString> = arguments.into_iter().collect();
+    let ahead = commands::fork::Ahead::of(&arguments);
     let invocation = match cli::parse(arguments) {
         Ok(invocation) => invocation,
         Err(stop) => return stop.print(),
     };
     start_logging(invocation.verbose);
     let output = output::Output::new(invocation.json);
-    match commands::dispatch(invocation.verb, &output) {
+    match commands::dispatch(invocation.verb, ahead, &output) {
         Ok(exit) => exit,
         Err(error) => error::report(&error, &output),
     }

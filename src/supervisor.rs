@@ -213,8 +213,9 @@ impl Supervisor {
         plan.allowance.check(zygote)?;
         let networks = Networks::new(plan.network)?;
         let run_dir = RunDir::create(paths)?;
-        if let Some(cgroups) = zygote.cgroups() {
-            run_dir.note_cgroups(&cgroups.path)?;
+        match zygote.cgroups() {
+            Ok(cgroups) => run_dir.note_cgroups(&cgroups.path)?,
+            Err(error) => tracing::debug!(error = chain(error), "children get no cgroups"),
         }
         let listener = run_dir.listen()?;
         let children = Mutex::default();
@@ -224,19 +225,21 @@ impl Supervisor {
         let cache = paths.cache.clone();
         let supervisor =
             Arc::new(Supervisor { run_dir, cache, sandbox, pack, children, spawning, turns, watcher });
-        // The first child must not wait for its memory until the last one is spawned.
-        let reports = Arc::clone(&supervisor);
-        std::thread::spawn(move || reports.follow());
-        let control = Arc::clone(&supervisor);
-        std::thread::spawn(move || control.serve_control(&listener));
+        let mut listener = Some(listener);
         let spawned = (1..=u64::from(plan.count)).try_for_each(|number| {
             let network = networks.of_child(number)?;
-            supervisor.spawn(zygote, plan, number, network)
+            supervisor.spawn(zygote, plan, number, network)?;
+            // The first child does not wait for threads, and not for its memory until the last one is spawned.
+            if let Some(listener) = listener.take() {
+                let (reports, control) = (Arc::clone(&supervisor), Arc::clone(&supervisor));
+                std::thread::spawn(move || reports.follow());
+                std::thread::spawn(move || control.serve_control(&listener));
+            }
+            Ok(())
         });
         supervisor.spawning.store(false, Ordering::Release);
         if spawned.is_err() {
-            supervisor.kill(None);
-            supervisor.remove_run_dir();
+            supervisor.end();
         }
         spawned.map(|()| supervisor)
     }
@@ -350,8 +353,9 @@ impl Supervisor {
         self.children().iter().all(|child| child.state.is_over())
     }
 
-    /// Removes what the fork left on disk. Its children must be over.
-    pub fn remove_run_dir(&self) {
+    /// Ends all children and removes what the fork left on disk.
+    pub fn end(&self) {
+        self.kill(None);
         self.run_dir.remove();
     }
 
@@ -568,8 +572,7 @@ impl Supervisor {
 
 impl Drop for Supervisor {
     fn drop(&mut self) {
-        self.kill(None);
-        self.remove_run_dir();
+        self.end();
     }
 }
 

@@ -1,8 +1,10 @@
 //! What `forkd fork` prints. The JSON form is a contract (DESIGN section 9). Callers: `fork.rs`.
 
+use super::fork_ask::Outcome;
 use crate::network::NetworkStatus;
 use crate::output::table;
 use crate::sandbox::{FaultFigures, PrefetchFigures, Sandbox};
+use crate::supervisor::{Child, Moment, Supervisor, milliseconds_since};
 use crate::units::show_size;
 use forkd_vmm::memory::PAGE_BYTES;
 use rustix::fd::BorrowedFd;
@@ -171,6 +173,58 @@ fn kib(rollup: &str, field: &str) -> u64 {
 }
 
 impl ForkReport {
+    /// Of the children as they are now, and what came of what they were asked, in the same order.
+    pub(super) fn new(
+        supervisor: &Supervisor,
+        name: String,
+        started_ns: u64,
+        timeline: Timeline,
+        outcomes: Vec<Outcome>,
+        json: bool,
+    ) -> ForkReport {
+        let progress = supervisor.sandbox().progress();
+        let since = |moment: &Moment| milliseconds_since(started_ns, moment.at_ns);
+        let children = supervisor.children();
+        let pids: Vec<_> =
+            children.iter().filter(|child| !child.state.is_over()).map(|child| child.pid).collect();
+        let earliest = |moments: &mut dyn Iterator<Item = Moment>| {
+            moments.min_by_key(|moment| moment.at_ns).map(|moment| moment.fetched)
+        };
+        let fetched = Fetched {
+            at_first_instruction: earliest(&mut children.iter().filter_map(|child| child.first_instruction)),
+            at_ready: earliest(&mut children.iter().filter_map(|child| child.ready)),
+            at_answered: earliest(
+                &mut outcomes.iter().filter(|outcome| outcome.error.is_none()).map(|o| o.at),
+            ),
+        };
+        let shown = |(child, outcome): (&Child, Outcome)| ChildReport {
+            id: child.id.clone(),
+            pid: child.pid,
+            first_instruction_ms: child.first_instruction.as_ref().map(since),
+            ready_ms: child.ready.as_ref().map(since),
+            answered_ms: outcome.error.is_none().then(|| since(&outcome.at)),
+            answer: outcome.answer,
+            exit_code: outcome.exit_code,
+            error: outcome.error,
+            network: child.network.clone(),
+        };
+        ForkReport {
+            pack: PackReport {
+                name,
+                bytes_total: progress.bytes_total,
+                bytes_fetched: progress.bytes_fetched,
+                requests: progress.requests,
+            },
+            timeline,
+            fetched,
+            memory: Memory::measure(&pids, &supervisor.sandbox().images()),
+            faults: Faults::of(supervisor.sandbox()),
+            // Only JSON shows it, and looking takes time.
+            prefetch: Prefetch::measure(supervisor.sandbox(), if json { &pids } else { &[] }),
+            children: children.iter().zip(outcomes).map(shown).collect(),
+        }
+    }
+
     /// For people.
     pub fn text(&self) -> String {
         let ms = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1} ms"));

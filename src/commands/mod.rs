@@ -1,4 +1,4 @@
-//! One file per subcommand. Each exposes `run(args, output)`; [`dispatch`] is the only caller.
+//! One file per subcommand. Each exposes `run(args, output)`; [`dispatch`] is the only caller, but for [`fork::Ahead`].
 //!
 //! Dispatch happens in a process with a single thread. A command that needs tokio asks [`runtime`] for it.
 
@@ -15,6 +15,7 @@ mod cleanup;
 pub mod completions;
 mod doctor;
 pub mod fork;
+mod fork_ask;
 mod fork_report;
 mod fork_timeline;
 pub mod hub_publish;
@@ -32,8 +33,8 @@ pub mod umount;
 pub mod unpack;
 pub mod warm;
 
-/// Runs the command. The exit code is 0 unless the command has one of its own to pass on (`forkd exec`).
-pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
+/// Runs the command, for which `ahead` was begun. The exit code is 0 unless the command has one of its own to pass on (`forkd exec`).
+pub fn dispatch(verb: Verb, ahead: Option<fork::Ahead>, output: &Output) -> Result<ExitCode, CommandError> {
     match verb {
         Verb::Completions(args) => completions::run(&args, output),
         Verb::Doctor => doctor::run(output),
@@ -57,7 +58,7 @@ pub fn dispatch(verb: Verb, output: &Output) -> Result<ExitCode, CommandError> {
         Verb::Cache(CacheVerb::Verify) => cache::verify(output),
         Verb::Cache(CacheVerb::Gc(args)) => cache::gc(&args, output),
         Verb::Trace(args) => trace::run(&args, output),
-        Verb::Fork(args) => fork::run(&args, output),
+        Verb::Fork(args) => fork::run(&args, ahead.unwrap_or_default(), output),
         Verb::Warm(args) => warm::run(&args, output),
         Verb::Ps => children::ps(output),
         Verb::Exec(args) => children::exec(&args, output),

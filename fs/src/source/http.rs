@@ -22,6 +22,7 @@ mod client;
 mod credentials;
 mod error;
 mod lanes;
+mod names;
 mod object;
 mod redirect;
 mod retry;

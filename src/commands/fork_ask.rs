@@ -1,0 +1,188 @@
+//! What `forkd fork` asks of its children, and how it hears of their answers. Callers: `fork.rs`.
+
+use crate::cli::ForkArgs;
+use crate::error::chain;
+use crate::output::Output;
+use crate::progress::Progress;
+use crate::supervisor::{Moment, Supervisor};
+use forkd_guest::client::{AgentClient, ClientError};
+use forkd_guest::protocol::{Answer, ExecRequest, Exit};
+use forkd_vmm::process::monotonic_ns;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a child may take to answer, its memory's way here included.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+/// Most output of an `--exec` that is kept, bytes.
+const OUTPUT_MAX: usize = 1 << 20;
+/// Pause between two looks at a child that does not answer.
+const POLL: Duration = Duration::from_millis(5);
+/// Looks at it, until its connection's failure is taken for the reason.
+const FAILURE_POLLS: u32 = 60;
+
+/// What is asked of every child.
+#[derive(Debug, Clone)]
+pub(super) enum Work {
+    Nothing,
+    Eval(String),
+    Exec(Vec<String>),
+}
+
+impl Work {
+    /// What the command line asks for.
+    pub(super) fn of(args: &ForkArgs) -> Work {
+        match (&args.eval, args.exec) {
+            (Some(code), _) => Work::Eval(code.clone()),
+            (None, true) => Work::Exec(args.command.clone()),
+            (None, false) => Work::Nothing,
+        }
+    }
+}
+
+/// What came of it.
+pub(super) struct Outcome {
+    pub(super) answer: Option<String>,
+    pub(super) error: Option<String>,
+    pub(super) exit_code: Option<i32>,
+    pub(super) at: Moment,
+}
+
+/// What [`ask_all`] waits for.
+enum Event {
+    /// A child goes on, got ready or is over.
+    Changed(usize),
+    Answered(usize, Outcome),
+}
+
+/// Asks every child at the same time, and waits until each has answered or is over.
+pub(super) fn ask_all(supervisor: &Arc<Supervisor>, work: &Work, output: &Output) -> Vec<Outcome> {
+    let (sender, events) = std::sync::mpsc::channel();
+    let changes = sender.clone();
+    // Nobody listens any more when all have answered.
+    supervisor.watch(move |at| drop(changes.send(Event::Changed(at))));
+    let count = supervisor.children().len();
+    let bar = Progress::steps(output, "children", count as u64);
+    let mut asked = vec![false; count];
+    let mut outcomes: Vec<Option<Outcome>> = asked.iter().map(|_| None).collect();
+    let mut known: std::collections::VecDeque<_> = (0..count).map(Event::Changed).collect();
+    while outcomes.iter().any(Option::is_none) {
+        let Some(event) = known.pop_front().or_else(|| events.recv().ok()) else { break };
+        let (Event::Changed(concerned) | Event::Answered(concerned, _)) = event;
+        match event {
+            Event::Answered(at, outcome) => outcomes[at] = Some(outcome),
+            Event::Changed(at) if outcomes[at].is_none() => {
+                // A machine that is gone refuses connections just like one that still starts; the state tells.
+                outcomes[at] = over(supervisor, at).or_else(|| without_asking(supervisor, at, work));
+                if outcomes[at].is_none() && !asked[at] && may_be_asked(supervisor, at, work) {
+                    asked[at] = true;
+                    let (sender, supervisor, work) = (sender.clone(), Arc::clone(supervisor), work.clone());
+                    std::thread::spawn(move || {
+                        drop(sender.send(Event::Answered(at, ask(&supervisor, at, &work))));
+                    });
+                }
+            }
+            Event::Changed(_) => {}
+        }
+        if outcomes[concerned].is_some() {
+            supervisor.end_turn(concerned);
+        }
+        bar.to(outcomes.iter().flatten().count() as u64);
+    }
+    supervisor.watch(|_| {});
+    outcomes.into_iter().flatten().collect()
+}
+
+/// Where nothing is asked for, being ready is the answer.
+fn without_asking(supervisor: &Supervisor, at: usize, work: &Work) -> Option<Outcome> {
+    let ready = supervisor.children()[at].ready.filter(|_| matches!(work, Work::Nothing));
+    ready.map(|at| Outcome { answer: None, error: None, exit_code: None, at })
+}
+
+/// A request that is there before the machine is ready saves it an interrupt. Before its first instruction it would wait for
+/// a page that comes with later ones, and one whose turn it is not would be asked again and again.
+fn may_be_asked(supervisor: &Supervisor, at: usize, work: &Work) -> bool {
+    !matches!(work, Work::Nothing) && supervisor.children()[at].goes_on
+}
+
+/// The outcome of a child that is over without an answer.
+fn over(supervisor: &Supervisor, at: usize) -> Option<Outcome> {
+    let error = {
+        let children = supervisor.children();
+        let child = &children[at];
+        child
+            .state
+            .is_over()
+            .then(|| child.error.clone().unwrap_or_else(|| "it ended before it answered".to_owned()))
+    };
+    error.map(|error| failed(supervisor, error))
+}
+
+fn now(supervisor: &Supervisor) -> Moment {
+    Moment { at_ns: monotonic_ns(), fetched: supervisor.sandbox().progress().bytes_fetched }
+}
+
+fn failed(supervisor: &Supervisor, error: String) -> Outcome {
+    Outcome { answer: None, error: Some(error), exit_code: None, at: now(supervisor) }
+}
+
+fn ask(supervisor: &Supervisor, at: usize, work: &Work) -> Outcome {
+    let socket = supervisor.children()[at].socket.clone();
+    let asked = match work {
+        Work::Nothing => return failed(supervisor, "it was asked nothing".to_owned()),
+        Work::Eval(code) => eval(supervisor, &socket, code),
+        Work::Exec(command) => exec(supervisor, &socket, command),
+    };
+    asked.unwrap_or_else(|error| {
+        // When its machine failed, that is why it does not answer; the report of that may be a moment behind.
+        for _ in 0..FAILURE_POLLS {
+            if let Some(outcome) = over(supervisor, at) {
+                return outcome;
+            }
+            std::thread::sleep(POLL);
+        }
+        failed(supervisor, chain(&error))
+    })
+}
+
+fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<Outcome, ClientError> {
+    let Answer { answer, error, output } =
+        AgentClient::connect(socket, ANSWER_TIMEOUT)?.eval(code, ANSWER_TIMEOUT)?;
+    let at = now(supervisor);
+    let printed = output.filter(|output| !output.is_empty());
+    let answer = match (printed, answer) {
+        (Some(printed), Some(answer)) => Some(format!("{printed}{answer}")),
+        (printed, answer) => printed.or(answer),
+    };
+    Ok(Outcome { answer, error, exit_code: None, at })
+}
+
+fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<Outcome, ClientError> {
+    let request = ExecRequest { argv: command.to_vec(), ..ExecRequest::default() };
+    let (mut stdout, mut stderr) = (Capped::default(), Capped::default());
+    let client = AgentClient::connect(socket, ANSWER_TIMEOUT)?;
+    let Exit { code, signal } = client.exec(request, None, &mut stdout, &mut stderr, Some(ANSWER_TIMEOUT))?;
+    let text = [stdout.0, stderr.0].concat();
+    Ok(Outcome {
+        answer: Some(String::from_utf8_lossy(&text).into_owned()),
+        error: None,
+        exit_code: code.or(signal.map(|signal| 128 + signal)),
+        at: now(supervisor),
+    })
+}
+
+/// Keeps the first [`OUTPUT_MAX`] bytes.
+#[derive(Default)]
+struct Capped(Vec<u8>);
+
+impl std::io::Write for Capped {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let room = OUTPUT_MAX.saturating_sub(self.0.len()).min(bytes.len());
+        self.0.extend_from_slice(&bytes[..room]);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
