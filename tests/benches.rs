@@ -3,7 +3,6 @@
 #[path = "support/program.rs"]
 mod program;
 
-use std::path::Path;
 use std::process::Command;
 
 const HERE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches");

@@ -1,6 +1,7 @@
 //! A hub with the real pack, directories of the test's own, and forkd run as a user does.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+#[allow(clippy::duplicate_mod, reason = "the soak has both harnesses")]
 #[path = "../support/program.rs"]
 mod program;
 

@@ -2,6 +2,7 @@
 //! directories, the real `forkd` program, real hub servers and real mounts.
 #![allow(dead_code, reason = "each test file uses its own part")]
 
+#[allow(clippy::duplicate_mod, reason = "the soak has both harnesses")]
 #[path = "program.rs"]
 mod program;
 
