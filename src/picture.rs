@@ -20,9 +20,9 @@ pub const PALE: &str = "#dddddd";
 /// A picture cannot be put where it was wanted.
 #[derive(Debug, thiserror::Error)]
 pub enum PictureError {
-    /// The place is a directory.
-    #[error("{} is a directory", path.display())]
-    Directory {
+    /// Something else than a file is there, which a picture must not take the place of: a directory, device or link.
+    #[error("{} is no regular file", path.display())]
+    Special {
         /// The place.
         path: PathBuf,
     },
@@ -169,8 +169,10 @@ pub fn check_place(path: &Path) -> Result<(), PictureError> {
 }
 
 fn draft(path: &Path) -> Result<NamedTempFile, PictureError> {
-    if path.is_dir() {
-        return Err(PictureError::Directory { path: path.to_owned() });
+    if let Ok(there) = path.symlink_metadata()
+        && !there.is_file()
+    {
+        return Err(PictureError::Special { path: path.to_owned() });
     }
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
     tempfile::Builder::new()
@@ -221,7 +223,15 @@ mod tests {
         Picture::new().write(&path).unwrap();
         assert!(std::fs::read_to_string(&path).unwrap().starts_with("<svg "));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(matches!(check_place(dir.path()), Err(PictureError::Directory { .. })));
+        let (device, link) = (Path::new("/dev/null"), dir.path().join("link"));
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        for special in [dir.path(), device, &link] {
+            assert!(
+                matches!(check_place(special), Err(PictureError::Special { .. })),
+                "{}",
+                special.display()
+            );
+        }
         let nowhere = dir.path().join("none/p.svg");
         let error = check_place(&nowhere).unwrap_err();
         assert!(error.to_string().contains("none/p.svg"), "{error}");
