@@ -9,7 +9,7 @@ use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const CODE: &str = "numpy.zeros(5).tolist()";
 const ZEROS: &str = "[0.0, 0.0, 0.0, 0.0, 0.0]";
@@ -230,4 +230,25 @@ fn a_trace_that_fails_or_is_interrupted_leaves_the_old_one() {
     assert!(code == Some(1) && text.contains("python-numpy") && text.contains("is kept"), "{text}");
     assert!(kept());
     copied.assert_only_the_snapshot();
+}
+
+#[test]
+fn a_trace_of_a_pack_is_interrupted_while_it_downloads() {
+    let bed = Bed::new();
+    let hub = Hub::serve(&bed, &["--bandwidth", "2MB/s"]);
+    let out = bed.path("out");
+    fs::create_dir(&out).unwrap();
+    let new_pack = out.join("new.tar.zst");
+    let arguments =
+        ["trace", "deeplethe/python-numpy", "--recipe", RECIPE, "--out", new_pack.to_str().unwrap()];
+    let mut interrupted = bed.command(&hub).args(arguments).stderr(Stdio::null()).spawn().unwrap();
+    let busy = || fs::read_dir(&out).unwrap().count() == 1;
+    assert!(wait_until(Duration::from_secs(20), busy), "nothing is unpacked");
+    std::thread::sleep(Duration::from_millis(500));
+    let pid = rustix::process::Pid::from_child(&interrupted);
+    let since = Instant::now();
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let ended = interrupted.wait().unwrap();
+    assert!(since.elapsed() < Duration::from_secs(5), "{:?} after Ctrl-C", since.elapsed());
+    assert_eq!((ended.code(), fs::read_dir(&out).unwrap().count()), (Some(130), 0));
 }

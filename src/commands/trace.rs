@@ -180,16 +180,15 @@ fn trace_pack(args: &TraceArgs, target: &str, output: &Output) -> Result<Report,
         CommandError::Runtime(source) => place(source),
         other => place(io::Error::other(other.to_string())),
     })?;
-    let (manifest, chunk_size) = runtime.block_on(take_apart(args, target, &paths, &work, output))?;
-    interrupt.check()?;
+    let (manifest, chunk_size) =
+        work.until(&interrupt, || runtime.block_on(take_apart(args, target, &paths, &work, output)))?;
     let members = work.members();
     let probe = probe(args, target, &manifest)?;
     let configuration = configuration(&members, &manifest)?;
     let recording = Recording { zygote: &zygote, configuration, probe, paths: &paths, interrupt: &interrupt };
     let mut report = recording.record(target, &members, &members, output)?;
     let options = pack::options(u64::from(chunk_size), args.level)?;
-    pack::write(options, &members, manifest, &work.pack(), output)?;
-    interrupt.check()?;
+    work.until(&interrupt, || pack::write(options, &members, manifest, &work.pack(), output))?;
     work.publish(out, args.force).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => PackError::Exists { path: out.to_owned() }.into(),
         _ => place(error),
@@ -213,7 +212,7 @@ async fn take_apart(
     if store.manifest().await?.requires.is_foreign() {
         return Err(TraceCommandError::Foreign);
     }
-    let progress = Progress::bytes(output, "unpacking", u64::from(store.index().stored_chunk_count()));
+    let progress = Progress::steps(output, "unpacking", u64::from(store.index().stored_chunk_count()));
     let done = |now: forkd_fs::store::Progress| progress.to(u64::from(now.chunks_fetched));
     let manifest = unpack(&store, &work.members(), &done).await?;
     Ok((Manifest::clone(&manifest), store.index().chunk_size()))

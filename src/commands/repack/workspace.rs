@@ -12,12 +12,18 @@ use rustix::fs::{FlockOperation, flock};
 use tempfile::{TempDir, TempPath};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::tools::Interrupt;
+
 /// How these directories are named.
 const PREFIX: &str = ".forkd-repack-";
 /// Age from which a directory that nobody has locked is garbage: its maker locks it right after creating it.
 const STALE_AFTER: Duration = Duration::from_secs(60);
 /// Attempts at removing a directory in which files still appear.
 const REMOVALS: u32 = 200;
+/// Time between them.
+const REMOVAL_PAUSE: Duration = Duration::from_millis(5);
+/// Longest time until an interruption is noticed.
+const INTERRUPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The directory; removed when dropped.
 #[derive(Debug)]
@@ -59,6 +65,33 @@ impl Workspace {
         self.path().join("pack")
     }
 
+    /// Does something that does not look at `interrupt` itself: once that is set, the directory is removed and the process
+    /// ends, exit status 130.
+    pub fn until<T>(&self, interrupt: &Interrupt, step: impl FnOnce() -> T) -> T {
+        let done = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let watcher = scope.spawn(|| {
+                while !done.load(SeqCst) {
+                    if interrupt.is_set() {
+                        // Whoever still writes into it fails once it is gone.
+                        for _ in 0..REMOVALS {
+                            if is_removed(self.path()) {
+                                break;
+                            }
+                            std::thread::sleep(REMOVAL_PAUSE);
+                        }
+                        std::process::exit(130);
+                    }
+                    std::thread::park_timeout(INTERRUPT_PAUSE);
+                }
+            });
+            let result = step();
+            done.store(true, SeqCst);
+            watcher.thread().unpark();
+            result
+        })
+    }
+
     /// Puts the new pack at `out`, at once and for good. Without `force` nothing may be there:
     /// [`io::ErrorKind::AlreadyExists`].
     pub fn publish(&self, out: &Path, force: bool) -> io::Result<()> {
@@ -67,6 +100,11 @@ impl Workspace {
         placed.map_err(|failed| failed.error)?;
         File::open(parent(out))?.sync_all()
     }
+}
+
+/// Whether a directory is gone, after one more attempt at removing it.
+fn is_removed(workspace: &Path) -> bool {
+    fs::remove_dir_all(workspace).map_or_else(|error| error.kind() == io::ErrorKind::NotFound, |()| true)
 }
 
 fn parent(out: &Path) -> &Path {
@@ -121,11 +159,10 @@ impl Signals {
         self.seen.store(true, SeqCst);
         // Whoever still writes into it fails once it is gone, and waits for the end.
         for _ in 0..REMOVALS {
-            match fs::remove_dir_all(&workspace) {
-                Ok(()) => break,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => break,
-                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            if is_removed(&workspace) {
+                break;
             }
+            tokio::time::sleep(REMOVAL_PAUSE).await;
         }
         std::process::exit(code);
     }
