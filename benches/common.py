@@ -97,9 +97,12 @@ class Place:
 
     def synthetic(self, tag, memory_mib, touched_mib, rest_percent, kind):
         """A snapshot of a machine of a few instructions (examples/synthetic_machine.rs); returns its TSC's kHz."""
-        program = self.forkd.parent / "examples/synthetic_machine"
-        if not program.exists():
-            sys.exit(f"{program} is missing: cargo build --release --example synthetic_machine")
+        # Cargo's, which `make build` links forkd from.
+        builds = (self.forkd.parent, self.forkd.parent.parent / "release")
+        programs = [build / "examples/synthetic_machine" for build in builds]
+        program = next((program for program in programs if program.exists()), None)
+        if program is None:
+            sys.exit(f"{programs[-1]} is missing: cargo build --release --example synthetic_machine")
         sizes = (memory_mib, touched_mib, rest_percent)
         made = run(program, self.snapshots / tag, *sizes, kind, stdout=subprocess.PIPE)
         return json.loads(made.stdout)["tsc_khz"]

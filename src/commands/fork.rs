@@ -87,9 +87,10 @@ pub struct Ahead {
 }
 
 impl Ahead {
-    /// For arguments (the program's name first) that look like a fork's.
+    /// For arguments (the program's name first) that look like a fork's: options before the verb take no values.
     pub fn of(arguments: &[OsString]) -> Option<Ahead> {
-        arguments.get(1).is_some_and(|verb| verb == "fork").then(Ahead::default)
+        let mut words = arguments.iter().skip(1).filter(|word| !word.as_encoded_bytes().starts_with(b"-"));
+        words.next().is_some_and(|verb| verb == "fork").then(Ahead::default)
     }
 }
 
