@@ -313,8 +313,12 @@ pub fn prepare_kicks() -> io::Result<()> {
 pub fn set_time_slice(slice: Duration) -> io::Result<()> {
     // SAFETY: sched_attr is plain old data for which all zeros is a value.
     let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
-    attributes.size = size_of::<libc::sched_attr>() as u32;
-    attributes.sched_policy = libc::SCHED_OTHER as u32;
+    let size = size_of::<libc::sched_attr>();
+    // SAFETY: sched_getattr(2) writes at most `size` bytes into the structure, and the thread is the calling one. What it
+    // says is kept: a niceness that forkd was started with cannot be taken back by an unprivileged user.
+    if unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
     attributes.sched_flags = libc::SCHED_FLAG_RESET_ON_FORK as u64;
     attributes.sched_runtime = slice.as_nanos() as u64;
     // SAFETY: sched_setattr(2) reads the structure, which says how long it is, and the thread is the calling one.
@@ -331,4 +335,23 @@ pub fn kick(thread: ThreadId) {
     // SAFETY: tgkill(2) reads no memory; the process is this one, so no stranger is signalled, and the handler that
     // `prepare_kicks` installed does nothing.
     unsafe { libc::syscall(libc::SYS_tgkill, process, thread, kick_signal()) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_longer_slice_leaves_the_niceness() {
+        std::thread::spawn(|| {
+            let nice = 7;
+            // SAFETY: setpriority(2) reads no memory; 0 is the calling thread.
+            assert_eq!(unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) }, 0);
+            set_time_slice(Duration::from_millis(50)).unwrap();
+            // SAFETY: as above.
+            assert_eq!(unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }, nice);
+        })
+        .join()
+        .unwrap();
+    }
 }
