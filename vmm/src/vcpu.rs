@@ -140,9 +140,9 @@ impl VcpuState {
         if let (KvmKind::Pvm, Some(deadline)) =
             (hypervisor.kind(), deadline.iter_mut().find(|deadline| deadline.data != 0))
         {
+            // Whatever it was: the counter that it was set against is another host's, behind or far ahead of this one's.
             let now = read_msr(vcpu, MSR_TSC)?.unwrap_or(0);
-            deadline.data =
-                deadline.data.max(now.saturating_add(pvm::timer_pause(self.tsc_khz.unwrap_or(0))));
+            deadline.data = now.saturating_add(pvm::timer_pause(self.tsc_khz.unwrap_or(0)));
         }
         set_msrs(vcpu, &deadline)
     }
