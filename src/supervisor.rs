@@ -60,6 +60,9 @@ pub enum ForkError {
         #[source]
         source: io::Error,
     },
+    /// A thread of its own.
+    #[error("a thread that looks after the children cannot be started")]
+    Thread(#[source] io::Error),
     /// A scratch disk.
     #[error(transparent)]
     Scratch(#[from] SnapshotError),
@@ -183,8 +186,8 @@ impl Supervisor {
             // The first child does not wait for threads, and not for its memory until the last one is spawned.
             if let Some(listener) = listener.take() {
                 let (reports, control) = (Arc::clone(&supervisor), Arc::clone(&supervisor));
-                std::thread::spawn(move || reports.follow());
-                std::thread::spawn(move || control.serve_control(&listener));
+                spawn_thread(move || reports.follow())?;
+                spawn_thread(move || control.serve_control(&listener))?;
             }
             Ok(())
         });
@@ -343,6 +346,10 @@ impl Supervisor {
             self.run_dir.answer(stream, || self.status(), |id| self.kill(id));
         }
     }
+}
+
+fn spawn_thread(run: impl FnOnce() + Send + 'static) -> Result<(), ForkError> {
+    std::thread::Builder::new().spawn(run).map(drop).map_err(ForkError::Thread)
 }
 
 impl Drop for Supervisor {

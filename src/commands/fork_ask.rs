@@ -70,16 +70,20 @@ pub(super) fn ask_all(supervisor: &Arc<Supervisor>, work: &Work, output: &Output
         let Some(event) = known.pop_front().or_else(|| events.recv().ok()) else { break };
         let (Event::Changed(concerned) | Event::Answered(concerned, _)) = event;
         match event {
-            Event::Answered(at, outcome) => outcomes[at] = Some(outcome),
+            Event::Answered(at, outcome) => drop(outcomes[at].get_or_insert(outcome)),
             Event::Changed(at) if outcomes[at].is_none() => {
                 // A machine that is gone refuses connections just like one that still starts; the state tells.
                 outcomes[at] = over(supervisor, at).or_else(|| without_asking(supervisor, at, work));
                 if outcomes[at].is_none() && !asked[at] && may_be_asked(supervisor, at, work) {
                     asked[at] = true;
-                    let (sender, supervisor, work) = (sender.clone(), Arc::clone(supervisor), work.clone());
-                    std::thread::spawn(move || {
-                        drop(sender.send(Event::Answered(at, ask(&supervisor, at, &work))));
+                    let (sender, asker, work) = (sender.clone(), Arc::clone(supervisor), work.clone());
+                    let spawned = std::thread::Builder::new().spawn(move || {
+                        drop(sender.send(Event::Answered(at, ask(&asker, at, &work))));
                     });
+                    // There is a limit on a user's threads.
+                    outcomes[at] = spawned
+                        .err()
+                        .map(|error| failed(supervisor, format!("there is no thread to ask it: {error}")));
                 }
             }
             Event::Changed(_) => {}
