@@ -11,7 +11,7 @@ PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse
 	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils git rsync attr python3 \
 	qemu-system-x86 busybox-static cpio
 
-.PHONY: build deps machine quickstart test lint clean bench-ttfi bench-fanout bench-fault bench-criterion bench-mount bench-machines \
+.PHONY: build install deps machine quickstart test lint clean bench-ttfi bench-fanout bench-fault bench-criterion bench-mount bench-machines \
 	fuzz soak test-hwvirt
 
 ## forkd and, beside it, the guest's agent (it runs as the only program of a root disk), both static. The links in SHIPPED
@@ -23,6 +23,12 @@ build:
 	install -m 755 $(TARGET)/guest/$(TRIPLE)/release/forkd-agent $(TARGET)/release/forkd-agent
 	mkdir -p $(SHIPPED)
 	ln -f $(TARGET)/release/forkd $(TARGET)/release/forkd-agent $(SHIPPED)
+
+## forkd and the agent that it puts into the machines it builds
+PREFIX ?= /usr/local
+install: build
+	install -d $(DESTDIR)$(PREFIX)/bin
+	install -m 755 $(FORKD) $(SHIPPED)/forkd-agent $(DESTDIR)$(PREFIX)/bin
 
 ## the system packages, when they are missing and we may install them
 deps:

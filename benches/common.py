@@ -44,7 +44,7 @@ def numbers(text):
 def arguments(doc):
     """The options that all benches have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("forkd", type=Path, help="a release build, its agent beside it")
+    parser.add_argument("forkd", type=Path, help="what `make build` leaves in target/static")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"at least {RUNS} for figures to be quoted")
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--svg", type=Path)

@@ -5,7 +5,7 @@ use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -105,32 +105,42 @@ impl Channel {
 
     /// Waits for the next message and its descriptors.
     pub fn receive<M: DeserializeOwned>(&self) -> Result<(M, Vec<OwnedFd>), ChannelError> {
-        let mut bytes = vec![0; MESSAGE_MAX];
+        let mut bytes = vec![0; self.next_length()?];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
             let mut parts = [IoSliceMut::new(&mut bytes)];
             match rustix::net::recvmsg(&self.socket, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC) {
-                Ok(received) => break received,
+                Ok(received) => break received.bytes,
                 Err(Errno::INTR) => {}
                 Err(Errno::CONNRESET) => return Err(ChannelError::Closed),
                 Err(errno) => return Err(ChannelError::Socket(errno)),
             }
         };
-        if received.bytes == 0 {
-            return Err(ChannelError::Closed);
-        }
-        if received.flags.contains(ReturnFlags::TRUNC) {
-            return Err(ChannelError::TooLarge { bytes: MESSAGE_MAX + 1 });
-        }
         let mut fds = Vec::new();
         for message in control.drain() {
             if let RecvAncillaryMessage::ScmRights(received) = message {
                 fds.extend(received);
             }
         }
-        let message = serde_json::from_slice(&bytes[..received.bytes]).map_err(ChannelError::Malformed)?;
+        let message = serde_json::from_slice(&bytes[..received]).map_err(ChannelError::Malformed)?;
         Ok((message, fds))
+    }
+}
+
+impl Channel {
+    /// Waits for the next message, which stays where it is, and returns its length in bytes. Room for the longest would take
+    /// longer to clear than most messages to carry.
+    fn next_length(&self) -> Result<usize, ChannelError> {
+        loop {
+            match rustix::net::recv(&self.socket, &mut [0; 1], RecvFlags::PEEK | RecvFlags::TRUNC) {
+                Ok((_, 0)) | Err(Errno::CONNRESET) => return Err(ChannelError::Closed),
+                Ok((_, bytes)) if bytes > MESSAGE_MAX => return Err(ChannelError::TooLarge { bytes }),
+                Ok((_, bytes)) => return Ok(bytes),
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(ChannelError::Socket(errno)),
+            }
+        }
     }
 }
 
@@ -165,6 +175,11 @@ mod tests {
 
     #[test]
     fn refuses_what_is_too_large_malformed_or_gone() {
+        let (a, b) = Channel::pair().unwrap();
+        rustix::net::send(&a.socket, &[b' '; MESSAGE_MAX + 1], SendFlags::empty()).unwrap();
+        assert!(
+            matches!(b.receive::<u32>(), Err(ChannelError::TooLarge { bytes }) if bytes == MESSAGE_MAX + 1)
+        );
         let (a, b) = Channel::pair().unwrap();
         let large = a.send(&"x".repeat(MESSAGE_MAX), &[]);
         assert!(matches!(large, Err(ChannelError::TooLarge { .. })), "{large:?}");
