@@ -178,10 +178,11 @@ enum Images {
 async fn fetch_all(
     store: &Arc<Store>,
     batches: &[Vec<PackChunk>],
+    class: Class,
     install: OnChunk<'_>,
 ) -> Result<(), ReadError> {
     loop {
-        match store.fetch(batches, Class::Prefetch, install).await {
+        match store.fetch(batches, class, install).await {
             Err(error @ ReadError::Source { .. }) => {
                 tracing::warn!(error = crate::error::chain(&error), "fetching ahead is interrupted");
                 tokio::time::sleep(FILL_RETRY).await;
@@ -328,9 +329,9 @@ impl Sandbox {
                     tracing::error!(?id, %error, "a fetched chunk could not be put in place");
                 }
             };
-            fetch_all(&pages.store, &working_set, &install).await?;
+            fetch_all(&pages.store, &working_set, Class::WorkingSet, &install).await?;
             rest_wanted.await;
-            fetch_all(&pages.store, &rest, &install).await?;
+            fetch_all(&pages.store, &rest, Class::Prefetch, &install).await?;
             // Chunks that could not be put in place (memory was short) are loaded when they are needed.
             Ok(pager.complete(|id| pages.is_zero(id)))
         }

@@ -23,11 +23,13 @@ use crate::source::{Class, Deadlines, FileSource, HttpClient, Source, SourceErro
 
 mod error;
 mod flight;
+mod head;
 mod open;
 mod run;
 
 pub use error::{OpenError, ReadError};
 use flight::{Entry, Flights, Lead, Waiter};
+use head::Head;
 
 /// How long a demand read waits for a prefetch that is fetching its chunk before it asks for it itself.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -110,7 +112,7 @@ pub struct StoreOptions {
     /// Frames at most this many bytes apart come in one request. See `tests/gap.rs` for what others cost.
     pub max_gap: u64,
     /// Bytes at the start of the pack to fetch along with a pinned index that is not cached, and to hold: whoever opens
-    /// a pack to restore it saves the round trip for the small members, which lie there. 0 fetches none.
+    /// a pack to restore it saves the round trip for the small members and hot pages, which lie there. 0 fetches none.
     pub head_bytes: u64,
     /// Who hears of requests and decodings; `None` spares measuring them.
     pub observer: Option<Arc<dyn Observer>>,
@@ -166,7 +168,7 @@ pub struct Store {
     index: Index,
     pin: IndexPin,
     /// The first bytes of the pack, not trusted more than any others; may be empty.
-    head: Bytes,
+    head: Head,
     cache: Option<Arc<ChunkCache>>,
     decoded: Decoded,
     flights: Arc<Flights>,
@@ -442,7 +444,7 @@ impl Store {
                 Wish::Granted(plain) => return Ok(plain),
                 Wish::Waiting(waiter) => waiter,
             };
-            let landed = match waiter.is_prefetch() {
+            let landed = match waiter.is_ahead() {
                 true => timeout(PATIENCE, waiter.landed()).await.unwrap_or(None),
                 false => waiter.landed().await,
             };

@@ -23,12 +23,14 @@ async fn opened() -> Opened {
 
 #[tokio::test]
 async fn a_lasting_flipped_byte_is_named_and_its_neighbours_are_not_affected() {
-    for class in [Class::Demand, Class::Prefetch] {
+    for class in [Class::Demand, Class::WorkingSet, Class::Prefetch] {
         let (fixture, server, store, id) = opened().await;
         server.flip(store.index().record(id).unwrap().offset as usize + 100, u32::MAX);
         let failed = match class {
             Class::Demand => store.chunk(id).await.map(drop),
-            Class::Prefetch => store.fetch(&[vec![id]], class, &|_, _| panic!("handed over")).await,
+            Class::WorkingSet | Class::Prefetch => {
+                store.fetch(&[vec![id]], class, &|_, _| panic!("handed over")).await
+            }
         };
         let Err(ReadError::Corrupt { file, chunk, expected, found, location }) = failed else {
             panic!("{failed:?}")

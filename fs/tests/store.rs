@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::index::ChunkId;
@@ -12,7 +12,7 @@ use forkd_fs::store::{ChunkData, OpenError, PackLocation, ReadError, Store, Stor
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 
 mod support;
-use support::server::{Fault, Server};
+use support::server::{Fault, Request, Server};
 use support::{CHUNK, Fixture, noise, options};
 
 fn cached(dir: &std::path::Path) -> StoreOptions {
@@ -106,6 +106,36 @@ async fn the_head_comes_along_with_the_index() {
         assert_eq!(plain, &fixture.files[*name], "{name}");
     }
     assert_eq!(server.request_count(), 2, "index and head, nothing more");
+    fixture.check_all(&store).await;
+}
+
+#[tokio::test]
+async fn the_head_is_read_while_it_arrives_and_asked_for_once() {
+    let fixture = Fixture::new();
+    let server = Server::start(fixture.bytes()).await;
+    let head_bytes = fixture.bytes().len() as u64 / 2;
+    let options = StoreOptions { head_bytes, ..options() };
+    server.set_bandwidth(head_bytes);
+    let began = Instant::now();
+    let store = Store::open(fixture.pinned(server.url()), options).await.unwrap();
+    store.read_files(&["snapshot.json", "vmstate", "trace"], 1 << 20).await.unwrap();
+    assert!(began.elapsed() < Duration::from_millis(500), "{:?}", began.elapsed());
+    assert_eq!(server.request_count(), 2, "index and head");
+    server.set_bandwidth(1 << 30);
+    fixture.check_all(&store).await;
+    // But for the frame across the head's end.
+    let end = head_bytes as usize - CHUNK;
+    let overlapping = |request: &&Request| request.range.as_ref().is_some_and(|range| range.start < end);
+    assert_eq!(server.requests().iter().filter(overlapping).count(), 1, "{:?}", server.requests());
+}
+
+#[tokio::test]
+async fn a_damaged_head_is_not_believed() {
+    let fixture = Fixture::new();
+    let server = Server::start(fixture.bytes()).await;
+    server.flip(3000, 1);
+    let options = StoreOptions { head_bytes: 64 << 10, ..options() };
+    let store = Store::open(fixture.pinned(server.url()), options).await.unwrap();
     fixture.check_all(&store).await;
 }
 

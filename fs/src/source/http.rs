@@ -248,7 +248,7 @@ impl HttpBody {
     /// Up to where to ask now: prefetch takes turns with demand.
     fn turn(&self) -> u64 {
         match self.class {
-            Class::Demand => self.end,
+            Class::Demand | Class::WorkingSet => self.end,
             Class::Prefetch => {
                 let turn = self.source.object.client.lanes().turn();
                 self.end.min(self.next.saturating_add(turn))
@@ -260,7 +260,7 @@ impl HttpBody {
     async fn permit(&mut self) -> Result<Permit, HttpError> {
         let object = &self.source.object;
         let permit = object.client.lanes().permit(self.class);
-        if self.class == Class::Prefetch {
+        if self.class.is_ahead() {
             let queued = Instant::now();
             let permit = permit.await;
             self.progress.0 += queued.elapsed();

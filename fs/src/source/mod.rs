@@ -16,8 +16,18 @@ pub use http::{Credentials, HttpClient, HttpError, HttpOptions, HttpSource, reda
 pub enum Class {
     /// Someone is waiting for them now.
     Demand,
+    /// A machine that starts will want them before it answers. Does not make way for demand, which would be for the same
+    /// bytes a moment later; otherwise as prefetch.
+    WorkingSet,
     /// Someone may want them soon.
     Prefetch,
+}
+
+impl Class {
+    /// Whether nobody waits for the bytes yet.
+    pub fn is_ahead(self) -> bool {
+        self != Class::Demand
+    }
 }
 
 /// How long a read may fail and be retried before it ends in an error. Counts from the last sign of progress; one silent
@@ -26,7 +36,7 @@ pub enum Class {
 pub struct Deadlines {
     /// For [`Class::Demand`].
     pub demand: Duration,
-    /// For [`Class::Prefetch`].
+    /// For the others.
     pub prefetch: Duration,
 }
 

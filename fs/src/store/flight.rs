@@ -56,7 +56,7 @@ impl Flights {
     pub(super) fn enter(self: &Arc<Self>, record: u32, class: Class, overtake: bool) -> Entry {
         let mut flights = self.0.lock().expect("no panics while held");
         let running = flights.get(&record);
-        if let Some(flight) = running.filter(|flight| !(overtake && flight.class == Class::Prefetch)) {
+        if let Some(flight) = running.filter(|flight| !(overtake && flight.class.is_ahead())) {
             return Entry::Join(Waiter { class: flight.class, landing: flight.landing.clone() });
         }
         let number = running.map_or(0, |flight| flight.number + 1);
@@ -94,8 +94,8 @@ impl Drop for Lead {
 
 impl Waiter {
     /// Whether the frame is being fetched ahead rather than because someone waits for it.
-    pub(super) fn is_prefetch(&self) -> bool {
-        self.class == Class::Prefetch
+    pub(super) fn is_ahead(&self) -> bool {
+        self.class.is_ahead()
     }
 
     /// The result; `None` when the fetching was abandoned.
@@ -150,7 +150,7 @@ mod tests {
         let patient = join(flights.enter(7, Class::Demand, false));
         let demand = lead(flights.enter(7, Class::Demand, true));
         let second = join(flights.enter(7, Class::Demand, true));
-        assert!(patient.is_prefetch() && !second.is_prefetch());
+        assert!(patient.is_ahead() && !second.is_ahead());
         prefetch.land(Ok(Bytes::from_static(b"late")));
         assert_eq!(patient.landed().await.unwrap().unwrap(), "late");
         // The overtaken flight does not take the newer one with it.

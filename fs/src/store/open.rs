@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 
+use super::head::Head;
 use super::{IndexPin, OpenError, PackLocation, StoreOptions};
 use crate::cache::ChunkCache;
 use crate::digest::Digest;
@@ -21,8 +22,8 @@ pub(super) struct Opened {
     pub(super) source: Source,
     pub(super) index: Index,
     pub(super) pin: IndexPin,
-    /// The first bytes of the pack, when they were fetched along with the index.
-    pub(super) head: Bytes,
+    /// The first bytes of the pack, when they were asked for along with the index.
+    pub(super) head: Head,
 }
 
 /// A source and its name, for errors.
@@ -36,11 +37,11 @@ pub(super) async fn open(location: &PackLocation, options: &StoreOptions) -> Res
     let Some(pin) = location.index else {
         let (pin, bytes) = opening.find_index().await?;
         let index = opening.parse(&bytes, Some(opening.size().await?))?;
-        return Ok(Opened { source: opening.source, index, pin, head: Bytes::new() });
+        return Ok(Opened { source: opening.source, index, pin, head: Head::none() });
     };
     let cached = options.cache.as_ref().and_then(|cache| cache.get(pin.sha256, pin.length));
     let (bytes, head) = match cached {
-        Some(bytes) => (bytes, Bytes::new()),
+        Some(bytes) => (bytes, Head::none()),
         None => opening.fetch_pinned(&pin, options).await?,
     };
     let index = opening.parse(&bytes, opening.source.known_size())?;
@@ -56,26 +57,15 @@ impl Opening {
         }
     }
 
-    /// The pinned index frame, checked against its digest, and the head of the pack if one is wanted: both at once, as
-    /// whoever opens a pack to restore it needs the small members next.
-    async fn fetch_pinned(
-        &self,
-        pin: &IndexPin,
-        options: &StoreOptions,
-    ) -> Result<(Bytes, Bytes), OpenError> {
+    /// The pinned index frame, checked against its digest. The head of the pack, if one is wanted, is asked for at the same
+    /// time, as whoever opens a pack to restore it needs the small members next; it is not waited for.
+    async fn fetch_pinned(&self, pin: &IndexPin, options: &StoreOptions) -> Result<(Bytes, Head), OpenError> {
         let size = self.source.known_size().unwrap_or(u64::MAX);
         if pin.length > MAX_INDEX_LEN || pin.offset.checked_add(pin.length).is_none_or(|end| end > size) {
             return Err(OpenError::Truncated { location: self.location.clone(), size });
         }
-        let head_len = options.head_bytes.min(pin.offset);
-        let (index, head) = tokio::join!(self.read(pin.offset, pin.length), async {
-            match head_len {
-                0 => Bytes::new(),
-                // Only a short cut: whoever needs these bytes will ask again and see the error.
-                len => self.source.read_at(0, len, Class::Demand).await.unwrap_or_default(),
-            }
-        });
-        let mut index = index?;
+        let head = Head::fetch(&self.source, options.head_bytes.min(pin.offset));
+        let mut index = self.read(pin.offset, pin.length).await?;
         let mut found = Digest::of(&index);
         if found != pin.sha256 {
             // Damage on the way is worth one more try.

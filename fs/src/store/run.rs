@@ -2,6 +2,7 @@
 //! is decoded. The only place where bytes become trusted.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -38,15 +39,31 @@ pub(super) struct Work {
     keep_gaps: bool,
 }
 
-/// Cuts ascending record numbers into those that go into one request each: frames at most `max_gap` bytes apart.
-fn coalesce<T>(index: &Index, max_gap: u64, items: Vec<T>, record: impl Fn(&T) -> u32) -> Vec<Vec<T>> {
+/// How frames are put together in requests.
+#[derive(Debug, Clone, Copy)]
+struct Cut {
+    /// Most bytes between two of one request.
+    max_gap: u64,
+    /// Frames that end here or before are on their way already, and go into no request with others.
+    head_len: u64,
+}
+
+/// Cuts ascending record numbers into those that go into one request each.
+fn coalesce<T>(index: &Index, cut: Cut, items: Vec<T>, record: impl Fn(&T) -> u32) -> Vec<Vec<T>> {
+    let Cut { max_gap, head_len } = cut;
     let mut runs: Vec<Vec<T>> = Vec::new();
     let (mut start, mut end) = (0, 0);
     for item in items {
         let frame = index.record_at(record(&item));
         let frame_end = frame.offset + u64::from(frame.length);
         match runs.last_mut() {
-            Some(run) if frame.offset - end <= max_gap && frame_end - start <= MAX_RUN => run.push(item),
+            Some(run)
+                if frame.offset - end <= max_gap
+                    && frame_end - start <= MAX_RUN
+                    && (end <= head_len) == (frame_end <= head_len) =>
+            {
+                run.push(item)
+            }
             _ => {
                 start = frame.offset;
                 runs.push(vec![item]);
@@ -74,7 +91,7 @@ impl Store {
                 }
             });
         }
-        for run in coalesce(&self.index, self.max_gap, missing, Lead::record) {
+        for run in coalesce(&self.index, self.cut(), missing, Lead::record) {
             let store = self.clone();
             tokio::spawn(async move { drop(store.fetch_run(run, Class::Demand, None).await) });
         }
@@ -86,7 +103,7 @@ impl Store {
             records.into_iter().partition(|&record| self.is_cached(record));
         let cached =
             cached.chunks(CACHED_TOGETHER).map(|part| Work { wanted: part.to_vec(), keep_gaps: false });
-        let missing = coalesce(&self.index, self.max_gap, missing, |&record| record);
+        let missing = coalesce(&self.index, self.cut(), missing, |&record| record);
         cached.chain(missing.into_iter().map(|wanted| Work { wanted, keep_gaps: true })).collect()
     }
 
@@ -94,7 +111,7 @@ impl Store {
     pub(super) async fn work(self: Arc<Self>, work: Work, class: Class, sink: Sink) -> Result<(), ReadError> {
         let (leads, joins) = self.claim(&work, class, &sink).await;
         // What others fetch already may leave holes, so the runs are cut anew.
-        for run in coalesce(&self.index, self.max_gap, leads, Lead::record) {
+        for run in coalesce(&self.index, self.cut(), leads, Lead::record) {
             self.fetch_run(run, class, Some(&sink)).await?;
         }
         for (record, waiter) in joins {
@@ -152,23 +169,24 @@ impl Store {
     ) -> Result<(), ReadError> {
         let (Some(first), Some(last)) = (leads.first(), leads.last()) else { return Ok(()) };
         let (first, last) = (self.index.record_at(first.record()), self.index.record_at(last.record()));
-        let mut frames = self.frames(first.offset, last.offset + u64::from(last.length), class);
+        let (start, end) = (first.offset, last.offset + u64::from(last.length));
+        let mut frames = None;
         let mut failure = None;
         for lead in leads {
             let record = lead.record();
             let outcome = match &failure {
                 // The connection is gone for all that follows.
                 Some(ReadError::Source { source, .. }) => Err(self.source_error(record, source.clone())),
-                _ => match frames.take(self.index.record_at(record)).await {
+                _ => match self.next_frame(record, start..end, class, &mut frames).await {
                     Ok(frame) => self.settle(record, frame).await,
                     Err(source) => Err(self.source_error(record, Arc::new(source))),
                 },
             };
             match (&outcome, class) {
-                (Err(error), Class::Prefetch) => return Err(error.clone()),
-                (Err(error), Class::Demand) => drop(failure.get_or_insert_with(|| error.clone())),
+                (Err(error), _) if class.is_ahead() => return Err(error.clone()),
+                (Err(error), _) => drop(failure.get_or_insert_with(|| error.clone())),
                 (Ok(plain), Class::Demand) => self.decoded.put(record, plain),
-                (Ok(_), Class::Prefetch) => {}
+                (Ok(_), _) => {}
             }
             lead.land(outcome.clone());
             if let (Some(sink), Ok(plain)) = (sink, outcome) {
@@ -178,13 +196,29 @@ impl Store {
         failure.map_or(Ok(()), Err)
     }
 
-    fn frames(&self, start: u64, end: u64, class: Class) -> Frames {
-        if end <= self.head.len() as u64 {
-            let buffer = BytesMut::from(&self.head[start as usize..end as usize]);
-            return Frames { body: None, at: start, buffer };
+    fn cut(&self) -> Cut {
+        Cut { max_gap: self.max_gap, head_len: self.head.len() }
+    }
+
+    /// The next frame of those in `range`: from the head, or else from `request`, which is made when it is first needed.
+    async fn next_frame(
+        &self,
+        number: u32,
+        range: Range<u64>,
+        class: Class,
+        request: &mut Option<Frames>,
+    ) -> Result<Bytes, SourceError> {
+        let record = self.index.record_at(number);
+        if range.end <= self.head.len()
+            && let Some(frame) = self.head.bytes(record.offset, record.length).await
+        {
+            return Ok(frame);
         }
-        let body = self.source.stream_at(start, end - start, class);
-        Frames { body: Some(body), at: start, buffer: BytesMut::new() }
+        let frames = request.get_or_insert_with(|| {
+            let at = record.offset;
+            Frames { body: self.source.stream_at(at, range.end - at, class), at, buffer: BytesMut::new() }
+        });
+        frames.take(record).await
     }
 
     /// Checks a frame as it came from the source, decodes it and keeps it in the cache. A frame that is not the one the
@@ -318,8 +352,7 @@ fn decode(frame: &[u8], plain_len: u32) -> Option<Bytes> {
 
 /// Cuts a range that is arriving into frames.
 struct Frames {
-    /// `None` when the whole range is in the buffer already.
-    body: Option<RangeBody>,
+    body: RangeBody,
     /// Offset in the pack of the buffer's first byte.
     at: u64,
     buffer: BytesMut,
@@ -344,8 +377,7 @@ impl Frames {
     }
 
     async fn fill(&mut self) -> Result<(), SourceError> {
-        let body = self.body.as_mut().expect("a range at hand holds all its frames");
-        let piece = body.next().await?.expect("a range delivers every byte or an error");
+        let piece = self.body.next().await?.expect("a range delivers every byte or an error");
         self.buffer.extend_from_slice(&piece);
         Ok(())
     }
@@ -374,9 +406,14 @@ mod tests {
         let offsets = [0, 1000, 2000 + MAX_GAP, 3001 + 2 * MAX_GAP, 4000 + MAX_RUN, 4000 + 2 * MAX_RUN];
         let records = offsets.iter().enumerate().map(|(chunk, &at)| record(chunk as u32, at)).collect();
         let index = Index::new(64 << 10, 1 << 30, vec![("m".into(), 1 << 20, records)]);
-        let runs = |wanted: &[u32]| coalesce(&index, MAX_GAP, wanted.to_vec(), |&r| r);
+        let cut = |wanted: &[u32], head_len| {
+            coalesce(&index, Cut { max_gap: MAX_GAP, head_len }, wanted.to_vec(), |&r| r)
+        };
+        let runs = |wanted: &[u32]| cut(wanted, 0);
         assert_eq!(runs(&[0, 1, 2, 3, 4, 5]), [vec![0, 1, 2], vec![3], vec![4], vec![5]]);
         assert_eq!(runs(&[0, 2]), [vec![0], vec![2]], "the gap counts between wanted frames");
         assert!(runs(&[]).is_empty());
+        assert_eq!(cut(&[0, 1, 2], 1999), [vec![0], vec![1, 2]], "what is on its way is not asked for again");
+        assert_eq!(cut(&[0, 1, 2], 2000), [vec![0, 1], vec![2]]);
     }
 }

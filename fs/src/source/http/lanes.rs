@@ -84,7 +84,7 @@ impl Lanes {
     pub(super) async fn permit(&self, class: Class) -> Permit {
         let budget = match class {
             Class::Demand => &self.demand,
-            Class::Prefetch => &self.prefetch,
+            Class::WorkingSet | Class::Prefetch => &self.prefetch,
         };
         let budget = budget.clone().acquire_owned().await.expect("the budgets are never closed");
         if class == Class::Prefetch {
@@ -135,7 +135,7 @@ impl Traffic {
     fn count(&self, class: Class) -> &AtomicUsize {
         match class {
             Class::Demand => &self.demands,
-            Class::Prefetch => &self.prefetches,
+            Class::WorkingSet | Class::Prefetch => &self.prefetches,
         }
     }
 

@@ -69,7 +69,7 @@ impl Object {
         let deadlines = self.deadlines.lock().expect("no panics while held");
         match class {
             Class::Demand => deadlines.demand,
-            Class::Prefetch => deadlines.prefetch,
+            Class::WorkingSet | Class::Prefetch => deadlines.prefetch,
         }
     }
 
