@@ -145,7 +145,7 @@ fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), us
     Trace { regions: images.map(region).collect() }
 }
 
-/// Connects while the machine starts, as a fork does that is asked something.
+/// Connects before the machine is ready, as a fork does that is asked something: after its first instruction.
 fn connect_early(machine: &Rig<'_>, doing: &'static str) -> Receiver<Result<AgentClient, BuildError>> {
     let (sender, connected) = mpsc::channel();
     let socket = machine.socket();
@@ -192,8 +192,8 @@ fn record_touches(
         _ => None,
     })?;
     pager.attach(ClientId(0), uffd, bases)?;
-    let early = trial.before_probe.is_zero().then(|| connect_early(&machine, doing));
     let resumed_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
+    let early = trial.before_probe.is_zero().then(|| connect_early(&machine, doing));
     let ready_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
     std::thread::sleep(trial.before_probe);
     ask(&machine, trials, early, doing)?;
