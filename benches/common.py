@@ -163,16 +163,11 @@ class Place:
     @contextlib.contextmanager
     def warm(self, *what):
         """A resident image (`forkd warm`) while the block runs; later forks of the same find it by themselves."""
-        process = subprocess.Popen([self.forkd, "warm", *what], stdout=subprocess.DEVNULL, env=self.env)
+        self.run("warm", *what)
         try:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                # One that stays in the foreground has had time enough then.
-                if process.wait(timeout=60) != 0:
-                    raise RuntimeError(f"forkd warm {' '.join(what)} failed")
             yield
         finally:
             self.run("warm", "--stop", "--all")
-            process.wait()
 
     def floor(self, count, memory_mib):
         """The least this host needs for as many machines (floor.c)."""

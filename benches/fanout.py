@@ -19,6 +19,7 @@ run, and every child's own of one detached fork a count (`PSS of each`).
 A synthetic machine (--synthetic, 64 MiB, 4 of them read) has no answer, and its guests do not idle once they are ready.
 """
 
+import contextlib
 import sys
 
 from common import ForkFailed, Place, Table, arguments, dots_svg, note, numbers, percentile, print_table, ratio, write_csv
@@ -55,7 +56,11 @@ def rollup(pid):
 
 def memory_of_each(report):
     """PSS and private memory of every living child."""
-    fields = [rollup(child["pid"]) for child in report["children"] if not child["error"]]
+    fields = []
+    for child in report["children"]:
+        # One that has failed since has no memory to be counted.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            fields.append(rollup(child["pid"]))
     private = [field["Private_Clean:"] + field["Private_Dirty:"] for field in fields]
     return [field["Pss:"] for field in fields], private
 

@@ -234,7 +234,7 @@ def data_offsets(memory, count):
     with open(memory, "rb") as file:
         while len(offsets) < count:
             offset = rng.randrange(size // PAGE) * PAGE
-            if any(os.pread(file.fileno(), PAGE, offset)):
+            if offset not in offsets and any(os.pread(file.fileno(), PAGE, offset)):
                 offsets.append(offset)
     return offsets
 
