@@ -7,10 +7,10 @@
 //! Whoever can reach the socket is the same user: the directory is private. Callers: `commands/{warm,fork,cleanup}.rs`.
 
 use crate::paths::{Paths, PathsError};
-use crate::sandbox::{Resident, Sandbox};
+use crate::sandbox::Resident;
 use crate::source::Wanted;
 use forkd_vmm::channel::{Channel, ChannelError};
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
@@ -18,16 +18,16 @@ use sha2::{Digest, Sha256};
 use std::fs;
 use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+mod daemon;
+
+pub use daemon::Daemon;
 
 const SUFFIX: &str = ".sock";
 /// How long a daemon may take to answer; a fork does better without it than waiting for it.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long somebody who connected may take to ask.
-const ASK_TIMEOUT: Duration = Duration::from_secs(1);
-/// Connections that wait.
-const BACKLOG: i32 = 128;
 
 /// A daemon cannot be started or reached.
 #[derive(Debug, thiserror::Error)]
@@ -184,92 +184,4 @@ fn directory(paths: &Paths) -> PathBuf {
 
 fn seqpacket() -> Result<OwnedFd, Errno> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-}
-
-/// The daemon's side.
-pub struct Daemon {
-    address: Address,
-    listener: OwnedFd,
-    /// Of the socket's file: another daemon may take its place.
-    inode: u64,
-    status: WarmStatus,
-}
-
-impl Daemon {
-    /// Listens in the place of whoever held the image before, who is ended. From now on forks find it.
-    pub fn start(
-        paths: &Paths,
-        address: Address,
-        name: String,
-        resident_bytes: u64,
-    ) -> Result<Daemon, WarmError> {
-        paths.create_runtime(Path::new("warm"))?;
-        let listener = seqpacket().map_err(|errno| address.failed("making", errno.into()))?;
-        let unborn = Address(address.0.with_extension(format!("new{}", std::process::id())));
-        // Left by a dead process with our number.
-        let _ = fs::remove_file(&unborn.0);
-        let bound = SocketAddrUnix::new(&unborn.0)
-            .and_then(|at| rustix::net::bind(&listener, &at))
-            .and_then(|()| rustix::net::listen(&listener, BACKLOG));
-        bound.map_err(|errno| unborn.failed("listening on", errno.into()))?;
-        let inode = fs::metadata(&unborn.0).map_err(|error| unborn.failed("reading", error))?.ino();
-        let before = address.connect().ok().flatten();
-        fs::rename(&unborn.0, &address.0).map_err(|error| address.failed("creating", error))?;
-        if let Some(before) = before {
-            // It may be on its way out already.
-            let _ = before.send(&Request::Stop, &[]);
-        }
-        let since_unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-        let status = WarmStatus { name, pid: std::process::id(), resident_bytes, since_unix, forks: 0 };
-        Ok(Daemon { address, listener, inode, status })
-    }
-
-    /// What is held.
-    pub fn status(&self) -> &WarmStatus {
-        &self.status
-    }
-
-    /// Hands `sandbox` out until told to stop.
-    pub fn serve(&mut self, sandbox: &Sandbox) -> Result<(), WarmError> {
-        let (resident, files) =
-            sandbox.resident().map_err(|error| self.address.failed("opening the images for", error))?;
-        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        loop {
-            let peer = match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
-                Ok(peer) => Channel::from_fd(peer),
-                Err(Errno::INTR | Errno::CONNABORTED) => continue,
-                Err(errno) => return Err(self.address.failed("accepting on", errno.into())),
-            };
-            // Who asks and does not wait for the answer, or says nothing, is none of ours to care for.
-            let Ok(Some((request, _))) = peer.receive_until(Instant::now() + ASK_TIMEOUT) else { continue };
-            match request {
-                Request::Image => {
-                    self.status.forks += u64::from(peer.send(&resident, &fds).is_ok());
-                }
-                Request::Status => drop(peer.send(&self.status, &[])),
-                Request::Stop => {
-                    self.remove_socket();
-                    drop(peer.send(&self.status, &[]));
-                    return Ok(());
-                }
-            }
-        }
-    }
-
-    /// Removes the socket, unless a successor has its place.
-    pub fn remove_socket(&self) {
-        remove_socket(&self.address.0, self.inode);
-    }
-
-    /// What removes the socket from wherever the process is ended.
-    pub fn remover(&self) -> impl Fn() + Send + 'static {
-        let (path, inode) = (self.address.0.clone(), self.inode);
-        move || remove_socket(&path, inode)
-    }
-}
-
-fn remove_socket(path: &Path, inode: u64) {
-    if fs::metadata(path).is_ok_and(|found| found.ino() == inode) {
-        let _ = fs::remove_file(path);
-    }
 }
