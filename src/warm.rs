@@ -4,7 +4,8 @@
 //! ```text
 //! <runtime>/warm/<key>.sock    SOCK_SEQPACKET; the key says what was loaded from where
 //! ```
-//! Whoever can reach the socket is the same user: the directory is private. Callers: `commands/{warm,fork,cleanup}.rs`.
+//! A daemon's own directory is private, but who asks may find one that somebody else made first (in a shared temporary
+//! directory): what answers must be a process of the same user. Callers: `commands/{warm,fork,cleanup}.rs`.
 
 use crate::paths::{Paths, PathsError};
 use crate::sandbox::Resident;
@@ -45,6 +46,14 @@ pub enum WarmError {
         /// Why.
         #[source]
         source: io::Error,
+    },
+    /// Somebody else listens there.
+    #[error("{} is answered by a process of user {owner}, not by one of ours", path.display())]
+    Foreign {
+        /// The socket.
+        path: PathBuf,
+        /// That process's user id.
+        owner: u32,
     },
     /// A daemon that answers nonsense, or nothing.
     #[error("the warm image's process behind {} does not answer", path.display())]
@@ -131,7 +140,13 @@ impl Address {
         let address = SocketAddrUnix::new(&self.0).map_err(failed)?;
         let socket = seqpacket().map_err(failed)?;
         match rustix::net::connect(&socket, &address) {
-            Ok(()) => Ok(Some(Channel::from_fd(socket))),
+            Ok(()) => {
+                let owner = rustix::net::sockopt::socket_peercred(&socket).map_err(failed)?.uid;
+                if owner != rustix::process::geteuid() {
+                    return Err(WarmError::Foreign { path: self.0.clone(), owner: owner.as_raw() });
+                }
+                Ok(Some(Channel::from_fd(socket)))
+            }
             Err(Errno::NOENT | Errno::CONNREFUSED) => Ok(None),
             Err(errno) => Err(failed(errno)),
         }
@@ -185,3 +200,6 @@ fn directory(paths: &Paths) -> PathBuf {
 fn seqpacket() -> Result<OwnedFd, Errno> {
     rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
 }
+
+#[cfg(test)]
+mod tests;

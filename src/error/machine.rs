@@ -46,6 +46,9 @@ pub(super) fn warm(error: &WarmCommandError) -> Row {
     let row = Row::failed("keep the image in memory", "");
     match error {
         WarmCommandError::Warm(WarmError::Paths(error)) => super::describe_paths(error),
+        WarmCommandError::Warm(WarmError::Foreign { .. }) => {
+            row.hint("set XDG_RUNTIME_DIR to a directory of your own")
+        }
         WarmCommandError::Warm(_) => row.hint("`forkd cleanup` removes what dead processes left"),
         WarmCommandError::Detach(_) => {
             row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
