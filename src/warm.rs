@@ -8,6 +8,7 @@
 //! directory): what answers must be a process of the same user. Callers: `commands/{warm,fork,cleanup}.rs`.
 
 use crate::paths::{Paths, PathsError};
+use crate::registry::{HubAddress, Reference};
 use crate::sandbox::Resident;
 use crate::source::Wanted;
 use forkd_vmm::channel::{Channel, ChannelError};
@@ -118,11 +119,11 @@ impl Address {
             add(b"disk");
             number.iter().for_each(|number| add(&number.to_le_bytes()));
         } else {
+            let reference: Reference = wanted.target?.parse().ok()?;
             add(b"hub");
-            // Without a hub's name that of the working directory is used.
-            let here = std::env::current_dir().unwrap_or_default();
-            add(wanted.hub.map_or(here.as_os_str().as_encoded_bytes(), str::as_bytes));
-            add(wanted.target?.as_bytes());
+            // A relative path is another hub in another directory.
+            add(HubAddress::find(wanted.hub).ok()?.spelled_out().as_bytes());
+            add(reference.to_string().as_bytes());
         }
         let key: String = key.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
         Some(Address(directory(paths).join(key + SUFFIX)))

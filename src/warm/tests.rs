@@ -26,3 +26,29 @@ fn an_image_is_taken_from_nobody_else() {
     assert!(matches!(found, Err(WarmError::Foreign { owner: 65534, .. })), "{found:?}");
     assert!(!address.remove_if_dead(), "what is not ours is left alone");
 }
+
+fn paths(dir: &Path) -> Paths {
+    Paths { data: dir.join("data"), cache: dir.join("cache"), runtime: dir.join("run") }
+}
+
+#[test]
+fn an_image_has_one_key_however_its_hub_is_spelled() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = |hub: Option<&str>, target: &str| {
+        Address::of(&paths(dir.path()), &Wanted { target: Some(target), tag: None, hub }).unwrap().0
+    };
+    let here = std::env::current_dir().unwrap().join("hub");
+    let same = [
+        (key(Some("http://h"), "o/n"), key(Some("http://h/"), "o/n")),
+        (key(Some("http://h"), "o/n"), key(Some("http://h/registry.json"), "o/n@latest")),
+        // The working directory is part of a relative one.
+        (key(Some("hub"), "o/n"), key(here.to_str(), "o/n")),
+    ];
+    for (a, b) in same {
+        assert_eq!(a, b);
+    }
+    let others = [(Some("http://i/"), "o/n"), (Some("http://h/"), "o/m"), (Some("http://h/"), "o/n@v1")];
+    for (hub, target) in others {
+        assert_ne!(key(Some("http://h/"), "o/n"), key(hub, target), "{hub:?} {target}");
+    }
+}
