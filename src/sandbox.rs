@@ -34,7 +34,7 @@ mod resident;
 use hot_pages::HotPages;
 use quality::FaultCounts;
 pub use quality::{FaultFigures, PrefetchFigures};
-pub use resident::Resident;
+pub use resident::{Resident, ResidentError};
 
 /// Largest small file that is read whole: vmstate and trace stay well below.
 const SMALL_FILE_MAX: u64 = 8 << 20;

@@ -140,10 +140,19 @@ impl Configuration {
             return Err(SnapshotError::Format { found: probe.format });
         }
         let parsed: Configuration = serde_json::from_slice(bytes).map_err(SnapshotError::Configuration)?;
-        parsed.layout.check()?;
-        check_vcpus(parsed.vcpus)?;
-        check_scratch(parsed.scratch_mib)?;
+        parsed.check()?;
         Ok(parsed)
+    }
+
+    /// Refuses a format or a machine that there is not, wherever the configuration came from.
+    pub fn check(&self) -> Result<(), SnapshotError> {
+        if self.format != FORMAT {
+            return Err(SnapshotError::Format { found: self.format });
+        }
+        self.layout.check()?;
+        check_vcpus(self.vcpus)?;
+        check_scratch(self.scratch_mib)?;
+        Ok(())
     }
 
     /// Refuses a host that cannot run it.

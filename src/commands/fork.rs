@@ -27,6 +27,7 @@ use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
 use forkd_vmm::process::monotonic_ns;
 use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::process::{Resource, Rlimit};
+use std::error::Error;
 use std::ffi::OsString;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
@@ -268,11 +269,12 @@ fn open_pack(runtime: &Runtime, name: &str, store: Arc<Store>) -> Result<Sandbox
 /// What `forkd warm` holds of it. Without, or when its daemon does not answer, everything is opened as always.
 fn resident(paths: &Paths, args: &ForkArgs) -> Option<Sandbox> {
     let address = Address::of(paths, &args.wanted()).filter(|_| !args.eager)?;
-    let found = address.image().unwrap_or_else(|error| {
-        tracing::warn!(error = chain(&error), "the warm image is not used");
+    let unused = |error: &dyn Error| tracing::warn!(error = chain(error), "the warm image is not used");
+    let (resident, files) = address.image().unwrap_or_else(|error| {
+        unused(&error);
         None
-    });
-    found.and_then(|(resident, files)| Sandbox::from_resident(resident, files))
+    })?;
+    Sandbox::from_resident(resident, files, KvmKind::detect()).inspect_err(|error| unused(error)).ok()
 }
 
 /// A thousand children need a few descriptors each.

@@ -2,8 +2,9 @@
 //! `commands/{warm,fork}.rs`.
 
 use super::{Images, Sandbox, SandboxError, images_of};
-use crate::snapshot::{Configuration, file_error};
-use forkd_vmm::memory::{create_image, longest_runs};
+use crate::snapshot::{Configuration, SnapshotError, file_error};
+use forkd_vmm::kvm::KvmKind;
+use forkd_vmm::memory::{PAGE_BYTES, create_image, longest_runs};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -21,6 +22,38 @@ pub struct Resident {
     configuration: Configuration,
     /// Per image, ranges (start and end, bytes) known to be zero.
     zero_runs: Vec<Vec<(u64, u64)>>,
+}
+
+/// What another process sent is not a machine that can be forked here.
+#[derive(Debug, thiserror::Error)]
+pub enum ResidentError {
+    /// Its configuration.
+    #[error(transparent)]
+    Configuration(#[from] SnapshotError),
+    /// Too many or too few files.
+    #[error("{found} files came with it instead of {wanted}")]
+    Files {
+        /// How many came.
+        found: usize,
+        /// How many a machine of this configuration has.
+        wanted: usize,
+    },
+    /// A file cannot be looked at.
+    #[error("a file that came with it cannot be looked at")]
+    Stat(#[source] Errno),
+    /// An image of another length than the machine's memory.
+    #[error("its {name} has {found} bytes instead of {wanted}")]
+    Size {
+        /// Which file.
+        name: &'static str,
+        /// Its size, bytes.
+        found: u64,
+        /// What the configuration says, bytes.
+        wanted: u64,
+    },
+    /// Ranges of zeros that no image of it has.
+    #[error("its ranges of zeros are not whole pages of its images")]
+    ZeroRuns,
 }
 
 impl Sandbox {
@@ -57,32 +90,44 @@ impl Sandbox {
         Ok((resident, files.collect::<io::Result<_>>()?))
     }
 
-    /// A sandbox that another process of this user holds. `None` when what came is not that of a whole machine.
+    /// A sandbox that another process of this user holds, which may be of another version, for a host of the kind `host`.
     pub fn from_resident(
         Resident { configuration, zero_runs }: Resident,
         mut files: Vec<OwnedFd>,
-    ) -> Option<Sandbox> {
-        if files.is_empty() {
-            return None;
+        host: KvmKind,
+    ) -> Result<Sandbox, ResidentError> {
+        configuration.check()?;
+        configuration.check_host(host)?;
+        let ids: Vec<_> = images_of(&configuration).collect();
+        let found = files.len();
+        // The machine's state comes first.
+        if found != ids.len() + 1 {
+            return Err(ResidentError::Files { found, wanted: ids.len() + 1 });
         }
         let vmstate = files.remove(0);
-        let wanted: Vec<_> =
-            images_of(&configuration).map(|id| configuration.layout.image_bytes(id)).collect();
-        // Reading past the end of a mapped file kills the reader.
-        let sizes = files.iter().map(|file| rustix::fs::fstat(file).map_or(0, |found| found.st_size as u64));
-        let fits = |(runs, bytes): (&Vec<(u64, u64)>, &u64)| {
-            runs.iter().all(|(start, end)| start <= end && end <= bytes)
-        };
-        let whole = sizes.eq(wanted.iter().copied())
-            && zero_runs.len() == wanted.len()
-            && zero_runs.iter().zip(&wanted).all(fits);
-        whole.then(|| Sandbox {
-            configuration,
-            vmstate,
-            images: Images::Local { files },
-            zero_runs,
-            complete: true,
-        })
+        for (id, file) in ids.iter().zip(&files) {
+            let (file, name) =
+                (rustix::fs::fstat(file).map_err(ResidentError::Stat)?, Sandbox::image_name(*id));
+            let (found, wanted) = (file.st_size as u64, configuration.layout.image_bytes(*id));
+            // Reading past the end of a mapped file kills the reader.
+            if found != wanted {
+                return Err(ResidentError::Size { name, found, wanted });
+            }
+        }
+        if zero_runs.len() != ids.len() {
+            return Err(ResidentError::ZeroRuns);
+        }
+        for (id, runs) in ids.iter().zip(&zero_runs) {
+            let bytes = configuration.layout.image_bytes(*id);
+            let fits = |(start, end): &(u64, u64)| start <= end && *end <= bytes;
+            // Anonymous memory takes their place, which whole pages only can be.
+            let aligned = |(start, end): &(u64, u64)| (start | end).is_multiple_of(PAGE_BYTES);
+            if !runs.iter().all(|run| fits(run) && aligned(run)) {
+                return Err(ResidentError::ZeroRuns);
+            }
+        }
+        let images = Images::Local { files };
+        Ok(Sandbox { configuration, vmstate, images, zero_runs, complete: true })
     }
 }
 
@@ -125,7 +170,6 @@ fn copy_range(from: &OwnedFd, to: &OwnedFd, mut start: u64, end: u64) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
-    use forkd_vmm::kvm::KvmKind;
     use forkd_vmm::memory::{ImageId, MemoryLayout};
     use std::os::unix::fs::FileExt;
 
@@ -167,22 +211,43 @@ mod tests {
     }
 
     #[test]
-    fn only_a_whole_machine_is_taken() {
+    fn only_a_whole_machine_of_this_host_is_taken() {
         let layout = MemoryLayout::new(64, 0).unwrap();
-        let configuration = Configuration::new(layout, 1, KvmKind::Pvm, 0);
+        let good = Configuration::new(layout, 1, KvmKind::Pvm, 0);
         let ram = layout.image_bytes(ImageId::Ram);
-        let files = |bytes: &[u64]| bytes.iter().map(|bytes| create_image("file", *bytes).unwrap()).collect();
-        let take = |runs: &[Vec<(u64, u64)>], bytes: &[u64]| {
-            Sandbox::from_resident(Resident { configuration, zero_runs: runs.to_vec() }, files(bytes))
-                .is_some()
+        let take = |configuration, runs: &[Vec<(u64, u64)>], bytes: &[u64], host| {
+            let files = bytes.iter().map(|bytes| create_image("file", *bytes).unwrap()).collect();
+            let resident = Resident { configuration, zero_runs: runs.to_vec() };
+            Sandbox::from_resident(resident, files, host).map(|_| ())
         };
-        assert!(take(&[vec![(0, ram)]], &[100, ram]));
-        assert!(!take(&[vec![]], &[]));
-        assert!(!take(&[vec![]], &[100]));
-        assert!(!take(&[vec![]], &[100, ram - 4096]));
-        assert!(!take(&[vec![]], &[100, ram, ram]));
-        assert!(!take(&[], &[100, ram]));
-        assert!(!take(&[vec![(0, ram + 4096)]], &[100, ram]));
-        assert!(!take(&[vec![(8192, 4096)]], &[100, ram]));
+        let of_files = |runs: &[Vec<(u64, u64)>], bytes: &[u64]| take(good, runs, bytes, KvmKind::Pvm);
+        of_files(&[vec![(0, ram)]], &[100, ram]).unwrap();
+        for bytes in [&[][..], &[100], &[100, ram, ram]] {
+            let refused = of_files(&[vec![]], bytes);
+            assert!(matches!(refused, Err(ResidentError::Files { wanted: 2, .. })), "{bytes:?}: {refused:?}");
+        }
+        let short = of_files(&[vec![]], &[100, ram - 4096]);
+        assert!(matches!(short, Err(ResidentError::Size { .. })), "{short:?}");
+        let bad_runs = [
+            vec![],
+            vec![vec![(0, ram + 4096)]],
+            vec![vec![(8192, 4096)]],
+            vec![vec![(0, 4095)]],
+            vec![vec![(512, 4096)]],
+        ];
+        for runs in bad_runs {
+            let refused = of_files(&runs, &[100, ram]);
+            assert!(matches!(refused, Err(ResidentError::ZeroRuns)), "{runs:?}: {refused:?}");
+        }
+        let of = |configuration, host| take(configuration, &[vec![]], &[100, ram], host).unwrap_err();
+        for (configuration, host) in [
+            (good, KvmKind::Hardware),
+            (Configuration { format: 2, ..good }, KvmKind::Pvm),
+            (Configuration { vcpus: 99, ..good }, KvmKind::Pvm),
+            (Configuration { scratch_mib: 1 << 30, ..good }, KvmKind::Pvm),
+        ] {
+            let refused = of(configuration, host);
+            assert!(matches!(refused, ResidentError::Configuration(_)), "{configuration:?}: {refused}");
+        }
     }
 }
