@@ -146,7 +146,7 @@ pub async fn open(
 }
 
 /// `target` as a path: when it looks like one it must exist, otherwise only when it does and is no name.
-fn as_path(target: &str) -> Result<Option<PathBuf>, SourceError> {
+pub fn as_path(target: &str) -> Result<Option<PathBuf>, SourceError> {
     let path = Path::new(target);
     let explicit = path.is_absolute() || target.starts_with("./") || target.starts_with("../");
     match (path.exists(), explicit) {

@@ -8,26 +8,24 @@
 //! directory): what answers must be a process of the same user. Callers: `commands/{warm,fork,cleanup}.rs`.
 
 use crate::paths::{Paths, PathsError};
-use crate::registry::{HubAddress, Reference};
 use crate::sandbox::Resident;
-use crate::source::Wanted;
 use forkd_vmm::channel::{Channel, ChannelError};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 mod daemon;
+mod key;
 
 pub use daemon::Daemon;
+pub use key::AddressError;
 
-const SUFFIX: &str = ".sock";
 /// How long a daemon may take to answer; a fork does better without it than waiting for it.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -96,39 +94,6 @@ pub struct WarmStatus {
 pub struct Address(PathBuf);
 
 impl Address {
-    /// Of what a command names. `None` for what is no fixed image: a folder of a mount, or a path with nothing there.
-    pub fn of(paths: &Paths, wanted: &Wanted<'_>) -> Option<Address> {
-        let mut key = Sha256::new();
-        let mut add = |part: &[u8]| {
-            key.update((part.len() as u64).to_le_bytes());
-            key.update(part);
-        };
-        let on_disk = match (wanted.tag, wanted.target) {
-            (Some(tag), _) => Some(paths.snapshot(tag).ok()?),
-            (None, Some(target)) => Some(PathBuf::from(target)).filter(|path| path.exists()),
-            (None, None) => return None,
-        };
-        if let Some(path) = on_disk {
-            let found = fs::metadata(&path).ok()?;
-            if wanted.tag.is_none() && !found.is_file() {
-                return None;
-            }
-            // A file or a snapshot that is replaced is another one.
-            let number =
-                [found.dev(), found.ino(), found.size(), found.mtime() as u64, found.mtime_nsec() as u64];
-            add(b"disk");
-            number.iter().for_each(|number| add(&number.to_le_bytes()));
-        } else {
-            let reference: Reference = wanted.target?.parse().ok()?;
-            add(b"hub");
-            // A relative path is another hub in another directory.
-            add(HubAddress::find(wanted.hub).ok()?.spelled_out().as_bytes());
-            add(reference.to_string().as_bytes());
-        }
-        let key: String = key.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-        Some(Address(directory(paths).join(key + SUFFIX)))
-    }
-
     /// All that may have a daemon.
     pub fn all(paths: &Paths) -> Vec<Address> {
         let entries = fs::read_dir(directory(paths)).into_iter().flatten().flatten();

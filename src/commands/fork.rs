@@ -268,7 +268,8 @@ fn open_pack(runtime: &Runtime, name: &str, store: Arc<Store>) -> Result<Sandbox
 
 /// What `forkd warm` holds of it. Without, or when its daemon does not answer, everything is opened as always.
 fn resident(paths: &Paths, args: &ForkArgs) -> Option<Sandbox> {
-    let address = Address::of(paths, &args.wanted()).filter(|_| !args.eager)?;
+    // What is wrong with the name is found again and said by those who open it.
+    let address = Address::of(paths, &args.wanted()).ok().filter(|_| !args.eager)?;
     let unused = |error: &dyn Error| tracing::warn!(error = chain(error), "the warm image is not used");
     let (resident, files) = address.image().unwrap_or_else(|error| {
         unused(&error);

@@ -10,10 +10,9 @@ use crate::progress::Progress;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::source::{self, OpenedSource, Origin, SourceError};
 use crate::units::show_size;
-use crate::warm::{Address, Daemon, WarmError, WarmStatus};
+use crate::warm::{Address, AddressError, Daemon, WarmError, WarmStatus};
 use forkd_fs::store::ReadError;
 use forkd_vmm::kvm::KvmKind;
-use std::path::PathBuf;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -53,12 +52,9 @@ pub enum WarmCommandError {
         /// What was to be loaded.
         name: String,
     },
-    /// A path that may be another image the next time.
-    #[error("{} cannot be kept in memory: name a pack's file, a package of the hub or, with --tag, a snapshot", path.display())]
-    NotFixed {
-        /// What was named.
-        path: PathBuf,
-    },
+    /// What is named.
+    #[error(transparent)]
+    Address(#[from] AddressError),
     /// `--stop` of something that is not warm.
     #[error("{name} is not warm")]
     NotWarm {
@@ -77,8 +73,7 @@ pub fn run(args: &WarmArgs, output: &Output) -> Result<ExitCode, CommandError> {
         return stop(&Address::all(&paths), output);
     }
     let wanted = args.wanted();
-    let not_fixed = || WarmCommandError::NotFixed { path: PathBuf::from(wanted.name()) };
-    let address = Address::of(&paths, &wanted).ok_or_else(not_fixed)?;
+    let address = Address::of(&paths, &wanted).map_err(WarmCommandError::from)?;
     if args.stop {
         if address.status().map_err(WarmCommandError::from)?.is_none() {
             return Err(WarmCommandError::NotWarm { name: wanted.name().to_owned() }.into());

@@ -13,7 +13,7 @@ use crate::run_dir::RunDirError;
 use crate::sandbox::SandboxError;
 use crate::source::SourceError;
 use crate::supervisor::ForkError;
-use crate::warm::WarmError;
+use crate::warm::{AddressError, WarmError};
 use forkd_vmm::kvm::KvmError;
 use forkd_vmm::pager::PagerError;
 use forkd_vmm::uffd::UffdError;
@@ -53,11 +53,17 @@ pub(super) fn warm(error: &WarmCommandError) -> Row {
         WarmCommandError::Detach(_) => {
             row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
         }
-        WarmCommandError::Source(error) => source(error),
+        WarmCommandError::Source(SourceError::NoSuchPath { .. })
+        | WarmCommandError::Address(AddressError::Source(SourceError::NoSuchPath { .. })) => row,
+        WarmCommandError::Source(error) | WarmCommandError::Address(AddressError::Source(error)) => {
+            source(error)
+        }
         WarmCommandError::Sandbox { source, .. } => sandbox(source),
         WarmCommandError::Download { .. } => row.hint("run it again: what was fetched is kept"),
         WarmCommandError::Incomplete { .. } => row.hint("check the free memory of this host"),
-        WarmCommandError::NotFixed { .. } => Row::usage("keep the image in memory", ""),
+        WarmCommandError::Address(AddressError::NotFixed { .. }) => {
+            Row::usage("keep the image in memory", "")
+        }
         WarmCommandError::NotWarm { .. } => row.hint("`forkd warm --list` shows what is"),
     }
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::source::Wanted;
 use rustix::process::Uid;
 use std::path::Path;
 
@@ -51,4 +52,43 @@ fn an_image_has_one_key_however_its_hub_is_spelled() {
     for (hub, target) in others {
         assert_ne!(key(Some("http://h/"), "o/n"), key(hub, target), "{hub:?} {target}");
     }
+}
+
+#[test]
+fn what_has_no_key_says_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = paths(dir.path());
+    let of = |target: Option<&str>, tag: Option<&str>| {
+        let found = Address::of(&paths, &Wanted { target, tag, hub: Some("http://h/") });
+        found.map(|address| address.0).map_err(|error| error.to_string())
+    };
+    let of_tag = |tag| of(None, Some(tag)).unwrap_err();
+    assert_eq!(of_tag("nothing"), "there is no local snapshot `nothing`");
+    assert!(of_tag("a/b").contains("is not a tag"), "{}", of_tag("a/b"));
+    fs::create_dir_all(paths.snapshot("t").unwrap()).unwrap();
+    let tag = of(None, Some("t")).unwrap();
+    assert_eq!(of(None, Some("t")).unwrap(), tag);
+    assert_eq!(of(Some("/nowhere"), None).unwrap_err(), "there is no pack or snapshot at /nowhere");
+    assert!(of(Some("/"), None).unwrap_err().contains("cannot be kept in memory"));
+    assert!(of(Some("nothing"), None).unwrap_err().contains("is not a package name"));
+    // Tests run in the package's directory: a folder does not hide the package of its name, a file does.
+    assert!(Path::new("src/commands").is_dir());
+    of(Some("src/commands"), None).unwrap();
+    assert_ne!(of(Some("src/warm.rs"), None).unwrap(), of(Some("src/warm.rs@latest"), None).unwrap());
+}
+
+#[test]
+fn a_replaced_file_has_another_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("pack");
+    let key = || {
+        let wanted = Wanted { target: file.to_str(), tag: None, hub: None };
+        Address::of(&paths(dir.path()), &wanted).unwrap().0
+    };
+    fs::write(&file, "one").unwrap();
+    let before = key();
+    assert_eq!(key(), before);
+    fs::write(dir.path().join("new"), "two").unwrap();
+    fs::rename(dir.path().join("new"), &file).unwrap();
+    assert_ne!(key(), before);
 }

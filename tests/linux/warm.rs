@@ -92,9 +92,10 @@ fn what_cannot_be_kept_is_said() {
     let hub = Hub::at("http://127.0.0.1:9/".to_owned());
     for (arguments, says) in [
         (&["warm", "--tag", "nothing"][..], "nothing"),
-        (&["warm", "/nowhere"], "/nowhere"),
+        (&["warm", "/nowhere"], "keep the image in memory: there is no pack or snapshot at /nowhere"),
+        (&["warm", "nothing"], "`nothing` is not a package name"),
         (&["warm", "/tmp"], "cannot be kept in memory"),
-        (&["warm", "deeplethe/python-numpy"], "127.0.0.1:9"),
+        (&["warm", "deeplethe/python-numpy"], "127.0.0.1:9/registry.json cannot be reached"),
     ] {
         let said = bed.run(&hub, arguments).failure();
         assert!(said.contains(says), "{arguments:?}: {said}");
