@@ -60,6 +60,14 @@ pub enum ChildrenError {
         #[source]
         source: io::Error,
     },
+    /// Nothing in its memory is an image as this forkd names them.
+    #[error("no image is mapped in the memory of {id} (process {pid})")]
+    NoImage {
+        /// The child.
+        id: String,
+        /// Its process.
+        pid: i32,
+    },
     /// Its console.
     #[error("the console of {id} cannot be shown")]
     Console {

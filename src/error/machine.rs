@@ -194,6 +194,9 @@ pub(super) fn children(error: &ChildrenError) -> Row {
     match error {
         ChildrenError::RunDir(error) => run_dir(error),
         ChildrenError::Memory { .. } => row.hint("looking into a child's process takes root"),
+        ChildrenError::NoImage { .. } => {
+            row.hint("was it started by another version of forkd? Look at it with that one")
+        }
         ChildrenError::Console { .. } | ChildrenError::Code { .. } => row,
         ChildrenError::Agent { .. } => {
             row.hint("`forkd ps` says whether it is stalled, `forkd logs` shows its console")

@@ -63,7 +63,7 @@ impl Sandbox {
             self.zero_runs.clear();
             for (id, file) in images_of(&self.configuration).zip(files) {
                 let bytes = self.configuration.layout.image_bytes(id);
-                let memory = create_image(Sandbox::image_name(id), bytes)?;
+                let memory = create_image(id.file_name(), bytes)?;
                 let failed = file_error("loading", Path::new(Sandbox::image_name(id)));
                 self.zero_runs.push(copy_data(file, &memory, bytes).map_err(|errno| failed(errno.into()))?);
                 *file = memory;

@@ -65,6 +65,11 @@ fn daemons_follow_each_other_and_leave_nothing() {
         bed.json(&hub, &["fork", "--tag", "python-numpy", "--detach", "--eval", "numpy.zeros(2).tolist()"]);
     assert_eq!(fork["children"][0]["answer"], "[0.0, 0.0]");
     let child = fork["children"][0]["id"].as_str().unwrap();
+    let seen = bed.json(&hub, &["inspect", "--child", child]);
+    let mapped =
+        |image: &Value| image["pages"].as_u64() > Some(1000) && image["mapped_pages"].as_u64() > Some(0);
+    let images = seen["images"].as_array().unwrap();
+    assert!(images.len() == 2 && images.iter().all(mapped), "{seen}");
 
     bed.run(&hub, &["warm", "--stop", "--tag", "python-numpy"]).success();
     assert!(wait_until(SOON, || !alive(second["pid"].as_i64().unwrap())));

@@ -50,6 +50,14 @@ impl ImageId {
     pub fn index(self) -> usize {
         self as usize
     }
+
+    /// Name of a memory file that holds it, by which the mappings of a process tell it.
+    pub fn file_name(self) -> &'static str {
+        match self {
+            ImageId::Ram => "forkd-Ram",
+            ImageId::RootDisk => "forkd-RootDisk",
+        }
+    }
 }
 
 /// Memory could not be arranged.

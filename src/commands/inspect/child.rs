@@ -4,6 +4,7 @@ use std::io;
 use std::process::ExitCode;
 
 use forkd_fs::format::{MEMORY, ROOTFS};
+use forkd_vmm::memory::ImageId;
 use serde::Serialize;
 
 use crate::commands::children::ChildrenError;
@@ -20,9 +21,8 @@ use crate::units::{show_share, show_size};
 const CHUNK: u64 = 256 << 10;
 /// Largest image: guests have 16 GiB of memory at most, root disks less than a pack's largest file.
 const IMAGE_MAX: u64 = 1 << 40;
-/// How the kernel names the images of a lazy fork, and of a local snapshot's.
-const IMAGES: [(&str, [&str; 2]); 2] =
-    [(MEMORY, ["/memfd:forkd-Ram", MEMORY]), (ROOTFS, ["/memfd:forkd-RootDisk", ROOTFS])];
+/// A local snapshot's files; those of other forks are in memory.
+const IMAGES: [(&str, ImageId); 2] = [(MEMORY, ImageId::Ram), (ROOTFS, ImageId::RootDisk)];
 const PRIVATE: &str = "#c0392b";
 const MAPPED: &str = "#4e79a7";
 
@@ -73,17 +73,20 @@ fn look(id: &str) -> Result<Report, ChildrenError> {
     let failed = |source| ChildrenError::Memory { id: id.to_owned(), source };
     let mappings = pagemap::mapped_files(pid).map_err(failed)?;
     let pages = Pagemap::open(pid).map_err(failed)?;
-    let images = IMAGES.iter().filter_map(|(name, names)| {
-        let own = mappings.iter().filter(|mapping| is_image(mapping, names)).collect::<Vec<_>>();
+    let images = IMAGES.iter().filter_map(|(name, id)| {
+        let own = mappings.iter().filter(|mapping| is_image(mapping, *id, name)).collect::<Vec<_>>();
         look_at(pid, name, &own, &pages).transpose()
     });
     let images = images.collect::<io::Result<Vec<_>>>().map_err(failed)?;
+    if images.is_empty() {
+        return Err(ChildrenError::NoImage { id: id.to_owned(), pid });
+    }
     Ok(Report { child: id.to_owned(), pid, pack, images })
 }
 
-fn is_image(mapping: &MappedFile, [memfd, file]: &[&str; 2]) -> bool {
+fn is_image(mapping: &MappedFile, id: ImageId, file: &str) -> bool {
     let path = mapping.path.trim_end_matches(" (deleted)");
-    path == *memfd || path.rsplit('/').next() == Some(*file)
+    path.strip_prefix("/memfd:") == Some(id.file_name()) || path.rsplit('/').next() == Some(file)
 }
 
 /// An image whose parts are mapped at `own`. What lies between them is anonymous memory in place of zeros.

@@ -25,7 +25,7 @@ impl Image {
             shape.bytes.is_multiple_of(PAGE_BYTES) && shape.chunk_bytes.is_multiple_of(PAGE_BYTES),
             "whole pages only"
         );
-        let file = create_image(&format!("forkd-{id:?}"), shape.bytes)?;
+        let file = create_image(id.file_name(), shape.bytes)?;
         let alias = Mapping::of_file(&file, shape.bytes, Sharing::Shared)?;
         uffd.register(&alias)?;
         let present = (0..shape.chunks()).map(|_| AtomicBool::new(false)).collect();
