@@ -2,7 +2,7 @@
 //! same name that asks. Such a fork opens no pack, decodes nothing and waits for no page.
 //!
 //! ```text
-//! <runtime>/warm/<key>.sock    SOCK_SEQPACKET; the key says what was loaded from where
+//! <runtime>/warm/<family>-<key>.sock    SOCK_SEQPACKET; the family says what was named, the key what it was then
 //! ```
 //! A daemon's own directory is private, but who asks may find one that somebody else made first (in a shared temporary
 //! directory): what answers must be a process of the same user. Callers: `commands/{warm,fork,cleanup}.rs`.

@@ -85,7 +85,7 @@ pub struct WarmArgs {
     /// List what is kept
     #[arg(long, conflicts_with = "stop")]
     pub list: bool,
-    /// Keep it no longer; copies that run go on
+    /// Keep it no longer, even if its file or tag has been replaced or removed; copies that run go on
     #[arg(long)]
     pub stop: bool,
     /// With --stop: all that is kept

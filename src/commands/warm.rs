@@ -8,7 +8,7 @@ use crate::output::{Output, table};
 use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::sandbox::{Sandbox, SandboxError};
-use crate::source::{self, OpenedSource, Origin, SourceError};
+use crate::source::{self, OpenedSource, Origin, SourceError, Wanted};
 use crate::units::show_size;
 use crate::warm::{Address, AddressError, Daemon, WarmError, WarmStatus};
 use forkd_fs::store::ReadError;
@@ -70,16 +70,13 @@ pub fn run(args: &WarmArgs, output: &Output) -> Result<ExitCode, CommandError> {
         return list(&paths, output);
     }
     if args.stop && args.all {
-        return stop(&Address::all(&paths), output);
+        return Ok(report_stopped(&stop(&Address::all(&paths))?, output));
     }
     let wanted = args.wanted();
-    let address = Address::of(&paths, &wanted).map_err(WarmCommandError::from)?;
     if args.stop {
-        if address.status().map_err(WarmCommandError::from)?.is_none() {
-            return Err(WarmCommandError::NotWarm { name: wanted.name().to_owned() }.into());
-        }
-        return stop(&[address], output);
+        return Ok(report_stopped(&stop_named(&paths, &wanted)?, output));
     }
+    let address = Address::of(&paths, &wanted).map_err(WarmCommandError::from)?;
     let handover = if args.foreground {
         None
     } else {
@@ -190,13 +187,35 @@ fn list(paths: &Paths, output: &Output) -> Result<ExitCode, CommandError> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn stop(addresses: &[Address], output: &Output) -> Result<ExitCode, CommandError> {
+/// Stops what holds it, whatever has become of its file, tag or hub since.
+fn stop_named(paths: &Paths, wanted: &Wanted<'_>) -> Result<Vec<WarmStatus>, WarmCommandError> {
+    let family = Address::family_of(paths, wanted);
+    let mut stopped = stop(family.as_deref().unwrap_or_default())?;
+    if stopped.is_empty() {
+        // As `--list` shows it: from another directory, or where another hub is meant now.
+        let has_name = |address: &Address| {
+            address.status().is_ok_and(|held| held.is_some_and(|held| held.name == wanted.name()))
+        };
+        stopped = stop(&Address::all(paths).into_iter().filter(has_name).collect::<Vec<_>>())?;
+    }
+    match family {
+        _ if !stopped.is_empty() => Ok(stopped),
+        Ok(_) => Err(WarmCommandError::NotWarm { name: wanted.name().to_owned() }),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn stop(addresses: &[Address]) -> Result<Vec<WarmStatus>, WarmCommandError> {
     let mut stopped = Vec::new();
     for address in addresses {
-        stopped.extend(address.stop().map_err(WarmCommandError::from)?);
+        stopped.extend(address.stop()?);
     }
-    output.report(&stopped, |stopped: &Vec<WarmStatus>| {
+    Ok(stopped)
+}
+
+fn report_stopped(stopped: &Vec<WarmStatus>, output: &Output) -> ExitCode {
+    output.report(stopped, |stopped| {
         stopped.iter().map(|held| format!("{} is no longer warm\n", held.name)).collect()
     });
-    Ok(ExitCode::SUCCESS)
+    ExitCode::SUCCESS
 }

@@ -27,7 +27,7 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Listens in the place of whoever held the image before, who is ended. From now on forks find it.
+    /// Listens in the place of whoever held the image before, or what had its name; they are ended. From now on forks find it.
     pub fn start(
         paths: &Paths,
         address: Address,
@@ -44,9 +44,10 @@ impl Daemon {
             .and_then(|()| rustix::net::listen(&listener, BACKLOG));
         bound.map_err(|errno| unborn.failed("listening on", errno.into()))?;
         let inode = fs::metadata(&unborn.0).map_err(|error| unborn.failed("reading", error))?.ino();
-        let before = address.connect().ok().flatten();
+        let before: Vec<_> =
+            address.family(paths).iter().filter_map(|address| address.connect().ok().flatten()).collect();
         fs::rename(&unborn.0, &address.0).map_err(|error| address.failed("creating", error))?;
-        if let Some(before) = before {
+        for before in before {
             // It may be on its way out already.
             let _ = before.send(&Request::Stop, &[]);
         }

@@ -6,12 +6,16 @@ use crate::registry::{HubAddress, Reference};
 use crate::snapshot::{SnapshotError, file_error};
 use crate::source::{SourceError, Wanted, as_path};
 use sha2::{Digest, Sha256};
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 const SUFFIX: &str = ".sock";
+/// A socket's path has a hundred bytes or so.
+const FAMILY_DIGITS: usize = 10;
+const KEY_DIGITS: usize = 22;
 
 /// What is named cannot be kept in memory.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +54,13 @@ impl Named {
             }),
             Err(error) => Err(error),
         }
+    }
+
+    /// How the names of all sockets begin that had this name when they were made.
+    fn family(&self) -> String {
+        let mut key = Key::default();
+        self.add_to(&mut key);
+        key.hex(FAMILY_DIGITS) + "-"
     }
 
     fn add_to(&self, key: &mut Key) {
@@ -113,6 +124,26 @@ impl Address {
         let mut key = Key::default();
         named.add_to(&mut key);
         named.add_state_to(&mut key)?;
-        Ok(Address(directory(paths).join(key.hex(32) + SUFFIX)))
+        let (family, key) = (named.family(), key.hex(KEY_DIGITS));
+        Ok(Address(directory(paths).join(format!("{family}{key}{SUFFIX}"))))
+    }
+
+    /// Of all that hold what a command names as it is now or as it was: it may have been replaced or be gone.
+    pub fn family_of(paths: &Paths, wanted: &Wanted<'_>) -> Result<Vec<Address>, SourceError> {
+        let family = Named::by(paths, wanted)?.family();
+        Ok(Address::all(paths).into_iter().filter(|address| address.is_of(&family)).collect())
+    }
+
+    /// All that hold what this one holds, as it is now or as it was.
+    pub(super) fn family(&self, paths: &Paths) -> Vec<Address> {
+        let name = self.0.file_name().and_then(OsStr::to_str).unwrap_or_default();
+        let family = &name[..name.find('-').map_or(name.len(), |dash| dash + 1)];
+        Address::all(paths).into_iter().filter(|address| address.is_of(family)).collect()
+    }
+
+    fn is_of(&self, family: &str) -> bool {
+        // One that is being made has no suffix yet.
+        let name = self.0.file_name().and_then(OsStr::to_str);
+        name.is_some_and(|name| name.starts_with(family) && name.ends_with(SUFFIX))
     }
 }

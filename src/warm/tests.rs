@@ -78,17 +78,30 @@ fn what_has_no_key_says_why() {
 }
 
 #[test]
-fn a_replaced_file_has_another_key() {
+fn a_replaced_file_has_another_key_and_the_same_family() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("pack");
-    let key = || {
-        let wanted = Wanted { target: file.to_str(), tag: None, hub: None };
-        Address::of(&paths(dir.path()), &wanted).unwrap().0
+    let paths = paths(dir.path());
+    let wanted = Wanted { target: file.to_str(), tag: None, hub: None };
+    let key = || Address::of(&paths, &wanted).unwrap().0;
+    let family = || -> Vec<_> {
+        Address::family_of(&paths, &wanted).unwrap().into_iter().map(|address| address.0).collect()
     };
+    fs::create_dir_all(directory(&paths)).unwrap();
     fs::write(&file, "one").unwrap();
     let before = key();
+    let _first = listen(&before, 1);
+    let of_tag = Wanted { target: None, tag: Some("pack"), hub: None };
+    fs::create_dir_all(paths.snapshot("pack").unwrap()).unwrap();
+    let _other = listen(&Address::of(&paths, &of_tag).unwrap().0, 1);
     assert_eq!(key(), before);
     fs::write(dir.path().join("new"), "two").unwrap();
     fs::rename(dir.path().join("new"), &file).unwrap();
     assert_ne!(key(), before);
+    let _second = listen(&key(), 1);
+    let both = family();
+    assert_eq!((both.len(), both.contains(&before), both.contains(&key())), (2, true, true));
+    assert_eq!(Address(key()).family(&paths).len(), 2);
+    fs::remove_file(&file).unwrap();
+    assert_eq!(family(), both, "what is gone is not found by its name");
 }

@@ -100,10 +100,34 @@ fn what_cannot_be_kept_is_said() {
         (&["warm", "/nowhere"], "keep the image in memory: there is no pack or snapshot at /nowhere"),
         (&["warm", "nothing"], "`nothing` is not a package name"),
         (&["warm", "/tmp"], "cannot be kept in memory"),
-        (&["warm", "deeplethe/python-numpy"], "127.0.0.1:9/registry.json cannot be reached"),
+        (&["warm", "deeplethe/python-numpy"], "cannot reach http://127.0.0.1:9/registry.json"),
     ] {
         let said = bed.run(&hub, arguments).failure();
         assert!(said.contains(says), "{arguments:?}: {said}");
     }
+    assert!(sockets(&bed).is_empty());
+}
+
+#[test]
+fn a_daemon_is_reached_by_the_name_of_a_file_that_is_another_or_gone() {
+    let bed = Bed::new();
+    let hub = Hub::at("http://127.0.0.1:9/".to_owned());
+    let published = fs::read_dir(Hub::publish(&bed)).unwrap().flatten();
+    let pack = published.map(|entry| entry.path()).find(|path| path.extension() == Some("zst".as_ref()));
+    let (pack, file) = (pack.unwrap(), bed.path("file.zst"));
+    let name = file.to_str().unwrap();
+    fs::copy(&pack, &file).unwrap();
+    let first = warm(&bed, &hub, &[name]);
+    fs::remove_file(&file).unwrap();
+    fs::copy(&pack, &file).unwrap();
+    let second = warm(&bed, &hub, &[name]);
+    let ended = |held: &Value| wait_until(SOON, || !alive(held["pid"].as_i64().unwrap()));
+    assert!(ended(&first), "the daemon of the file that was replaced holds its image on");
+    assert_eq!(sockets(&bed).len(), 1);
+    fs::remove_file(&file).unwrap();
+    bed.run(&hub, &["warm", "--stop", name]).success();
+    assert!(ended(&second));
+    let again = bed.run(&hub, &["warm", "--stop", name]).failure();
+    assert!(again.contains("is not warm"), "{again}");
     assert!(sockets(&bed).is_empty());
 }
