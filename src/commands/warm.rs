@@ -105,8 +105,7 @@ fn hold(
         cache.flush();
     }
     // The name of a replaced snapshot leads elsewhere by now; what was opened is what is served, under what it was asked for.
-    let mut daemon =
-        Daemon::start(paths, address, name, sandbox.resident_bytes()).map_err(WarmCommandError::from)?;
+    let mut daemon = Daemon::start(paths, address, name, &sandbox).map_err(WarmCommandError::from)?;
     runtime.spawn(end_on_signal(daemon.remover()));
     output.report(daemon.status(), |status| {
         format!(
@@ -119,7 +118,7 @@ fn hold(
     if let Some(handover) = handover {
         handover.finish(0);
     }
-    daemon.serve(&sandbox).map_err(WarmCommandError::from)?;
+    daemon.serve().map_err(WarmCommandError::from)?;
     runtime.shutdown_background();
     Ok(ExitCode::SUCCESS)
 }

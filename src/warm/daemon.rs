@@ -2,8 +2,9 @@
 
 use super::{Address, Request, WarmError, WarmStatus, seqpacket};
 use crate::paths::Paths;
-use crate::sandbox::Sandbox;
+use crate::sandbox::{Resident, Sandbox};
 use forkd_vmm::channel::Channel;
+use rustix::event::{PollFd, PollFlags};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{SocketAddrUnix, SocketFlags};
@@ -14,16 +15,20 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long somebody who connected may take to ask.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+/// Pause when the host, or this process, has no descriptor or memory for a connection.
+const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that wait.
 const BACKLOG: i32 = 128;
 
-/// Holds one image and hands it out.
+/// Holds one image and hands it out. Its socket goes when it is dropped.
 pub struct Daemon {
     address: Address,
     listener: OwnedFd,
     /// Of the socket's file: another daemon may take its place.
     inode: u64,
     status: WarmStatus,
+    resident: Resident,
+    files: Vec<OwnedFd>,
 }
 
 impl Daemon {
@@ -32,28 +37,20 @@ impl Daemon {
         paths: &Paths,
         address: Address,
         name: String,
-        resident_bytes: u64,
+        sandbox: &Sandbox,
     ) -> Result<Daemon, WarmError> {
+        let (resident, files) =
+            sandbox.resident().map_err(|error| address.failed("opening the images for", error))?;
         paths.create_runtime(Path::new("warm"))?;
-        let listener = seqpacket().map_err(|errno| address.failed("making", errno.into()))?;
         let unborn = Address(address.0.with_extension(format!("new{}", std::process::id())));
         // Left by a dead process with our number.
         let _ = fs::remove_file(&unborn.0);
-        let bound = SocketAddrUnix::new(&unborn.0)
-            .and_then(|at| rustix::net::bind(&listener, &at))
-            .and_then(|()| rustix::net::listen(&listener, BACKLOG));
-        bound.map_err(|errno| unborn.failed("listening on", errno.into()))?;
-        let inode = fs::metadata(&unborn.0).map_err(|error| unborn.failed("reading", error))?.ino();
-        let before: Vec<_> =
-            address.family(paths).iter().filter_map(|address| address.connect().ok().flatten()).collect();
-        fs::rename(&unborn.0, &address.0).map_err(|error| address.failed("creating", error))?;
-        for before in before {
-            // It may be on its way out already.
-            let _ = before.send(&Request::Stop, &[]);
-        }
+        let announced = announce(paths, &unborn, &address);
+        let (listener, inode) = announced.inspect_err(|_| drop(fs::remove_file(&unborn.0)))?;
         let since_unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let resident_bytes = sandbox.resident_bytes();
         let status = WarmStatus { name, pid: std::process::id(), resident_bytes, since_unix, forks: 0 };
-        Ok(Daemon { address, listener, inode, status })
+        Ok(Daemon { address, listener, inode, status, resident, files })
     }
 
     /// What is held.
@@ -61,35 +58,57 @@ impl Daemon {
         &self.status
     }
 
-    /// Hands `sandbox` out until told to stop.
-    pub fn serve(&mut self, sandbox: &Sandbox) -> Result<(), WarmError> {
-        let (resident, files) =
-            sandbox.resident().map_err(|error| self.address.failed("opening the images for", error))?;
-        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+    /// Hands the image out until told to stop.
+    pub fn serve(&mut self) -> Result<(), WarmError> {
         loop {
-            let peer = match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
-                Ok(peer) => Channel::from_fd(peer),
-                Err(Errno::INTR | Errno::CONNABORTED) => continue,
-                Err(errno) => return Err(self.address.failed("accepting on", errno.into())),
-            };
+            let Some(peer) = self.accept()? else { continue };
             // Who asks and does not wait for the answer, or says nothing, is none of ours to care for.
             let Ok(Some((request, _))) = peer.receive_until(Instant::now() + ASK_TIMEOUT) else { continue };
-            match request {
-                Request::Image => {
-                    self.status.forks += u64::from(peer.send(&resident, &fds).is_ok());
-                }
-                Request::Status => drop(peer.send(&self.status, &[])),
-                Request::Stop => {
-                    self.remove_socket();
-                    drop(peer.send(&self.status, &[]));
-                    return Ok(());
-                }
+            if self.answer(&peer, &request) {
+                return Ok(());
             }
         }
     }
 
+    /// The next who asks; `None` where that cannot be had now.
+    fn accept(&self) -> Result<Option<Channel>, WarmError> {
+        let failed = |errno: Errno| self.address.failed("accepting on", errno.into());
+        let mut polled = [PollFd::new(&self.listener, PollFlags::IN)];
+        match rustix::event::poll(&mut polled, None) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(errno) => return Err(failed(errno)),
+        }
+        match rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC) {
+            Ok(peer) => Ok(Some(Channel::from_fd(peer))),
+            Err(Errno::INTR | Errno::CONNABORTED | Errno::AGAIN) => Ok(None),
+            Err(errno @ (Errno::MFILE | Errno::NFILE | Errno::NOMEM | Errno::NOBUFS)) => {
+                tracing::warn!(%errno, "a fork that asks for the warm image waits");
+                std::thread::sleep(SCARCITY_PAUSE);
+                Ok(None)
+            }
+            Err(errno) => Err(failed(errno)),
+        }
+    }
+
+    /// Returns whether it was the last one.
+    fn answer(&mut self, peer: &Channel, request: &Request) -> bool {
+        match request {
+            Request::Image => {
+                let fds: Vec<_> = self.files.iter().map(AsFd::as_fd).collect();
+                self.status.forks += u64::from(peer.send(&self.resident, &fds).is_ok());
+            }
+            Request::Status => drop(peer.send(&self.status, &[])),
+            Request::Stop => {
+                self.remove_socket();
+                drop(peer.send(&self.status, &[]));
+                return true;
+            }
+        }
+        false
+    }
+
     /// Removes the socket, unless a successor has its place.
-    pub fn remove_socket(&self) {
+    fn remove_socket(&self) {
         remove_socket(&self.address.0, self.inode);
     }
 
@@ -98,6 +117,30 @@ impl Daemon {
         let (path, inode) = (self.address.0.clone(), self.inode);
         move || remove_socket(&path, inode)
     }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.remove_socket();
+    }
+}
+
+/// Puts a socket in the place of `address`, and ends who held what had its name. Returns the socket's inode number too.
+fn announce(paths: &Paths, unborn: &Address, address: &Address) -> Result<(OwnedFd, u64), WarmError> {
+    let listener = seqpacket().map_err(|errno| address.failed("making", errno.into()))?;
+    let bound = SocketAddrUnix::new(&unborn.0)
+        .and_then(|at| rustix::net::bind(&listener, &at))
+        .and_then(|()| rustix::net::listen(&listener, BACKLOG));
+    bound.map_err(|errno| unborn.failed("listening on", errno.into()))?;
+    let inode = fs::metadata(&unborn.0).map_err(|error| unborn.failed("reading", error))?.ino();
+    let before: Vec<_> =
+        address.family(paths).iter().filter_map(|address| address.connect().ok().flatten()).collect();
+    fs::rename(&unborn.0, &address.0).map_err(|error| address.failed("creating", error))?;
+    for before in before {
+        // It may be on its way out already.
+        let _ = before.send(&Request::Stop, &[]);
+    }
+    Ok((listener, inode))
 }
 
 fn remove_socket(path: &Path, inode: u64) {
