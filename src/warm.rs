@@ -13,6 +13,7 @@ use forkd_vmm::channel::{Channel, ChannelError};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::Pid;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
@@ -55,10 +56,12 @@ pub enum WarmError {
         owner: u32,
     },
     /// A daemon that answers nonsense, or nothing.
-    #[error("the warm image's process behind {} does not answer", path.display())]
+    #[error("the process {} behind {} does not answer", pid.map_or("of a warm image".to_owned(), |pid| pid.to_string()), path.display())]
     Silent {
         /// Its socket.
         path: PathBuf,
+        /// The process, where it could be connected to.
+        pid: Option<i32>,
         /// Why, where that is known.
         #[source]
         source: Option<ChannelError>,
@@ -101,19 +104,21 @@ impl Address {
         sockets.map(|entry| Address(entry.path())).collect()
     }
 
-    fn connect(&self) -> Result<Option<Channel>, WarmError> {
+    fn connect(&self) -> Result<Option<(Channel, Pid)>, WarmError> {
         let failed = |errno: Errno| self.failed("connecting to", errno.into());
         let address = SocketAddrUnix::new(&self.0).map_err(failed)?;
         let socket = seqpacket().map_err(failed)?;
         match rustix::net::connect(&socket, &address) {
             Ok(()) => {
-                let owner = rustix::net::sockopt::socket_peercred(&socket).map_err(failed)?.uid;
-                if owner != rustix::process::geteuid() {
-                    return Err(WarmError::Foreign { path: self.0.clone(), owner: owner.as_raw() });
+                let peer = rustix::net::sockopt::socket_peercred(&socket).map_err(failed)?;
+                if peer.uid != rustix::process::geteuid() {
+                    return Err(WarmError::Foreign { path: self.0.clone(), owner: peer.uid.as_raw() });
                 }
-                Ok(Some(Channel::from_fd(socket)))
+                Ok(Some((Channel::from_fd(socket), peer.pid)))
             }
             Err(Errno::NOENT | Errno::CONNREFUSED) => Ok(None),
+            // As many as may wait for it do.
+            Err(Errno::AGAIN) => Err(WarmError::Silent { path: self.0.clone(), pid: None, source: None }),
             Err(errno) => Err(failed(errno)),
         }
     }
@@ -122,8 +127,9 @@ impl Address {
         &self,
         request: &Request,
     ) -> Result<Option<(A, Vec<OwnedFd>)>, WarmError> {
-        let silent = |source| WarmError::Silent { path: self.0.clone(), source };
-        let Some(channel) = self.connect()? else { return Ok(None) };
+        let Some((channel, pid)) = self.connect()? else { return Ok(None) };
+        let pid = Some(pid.as_raw_nonzero().get());
+        let silent = |source| WarmError::Silent { path: self.0.clone(), pid, source };
         let sent = channel.send(request, &[]);
         match sent.and_then(|()| channel.receive_until(Instant::now() + ANSWER_TIMEOUT)) {
             Ok(Some(answer)) => Ok(Some(answer)),
@@ -163,8 +169,10 @@ fn directory(paths: &Paths) -> PathBuf {
     paths.runtime.join("warm")
 }
 
+/// A socket that waits for nobody: connecting to a process that has been stopped would never end.
 fn seqpacket() -> Result<OwnedFd, Errno> {
-    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)
 }
 
 #[cfg(test)]

@@ -136,7 +136,7 @@ fn announce(paths: &Paths, unborn: &Address, address: &Address) -> Result<(Owned
     let before: Vec<_> =
         address.family(paths).iter().filter_map(|address| address.connect().ok().flatten()).collect();
     fs::rename(&unborn.0, &address.0).map_err(|error| address.failed("creating", error))?;
-    for before in before {
+    for (before, _) in before {
         // It may be on its way out already.
         let _ = before.send(&Request::Stop, &[]);
     }

@@ -105,3 +105,20 @@ fn a_replaced_file_has_another_key_and_the_same_family() {
     fs::remove_file(&file).unwrap();
     assert_eq!(family(), both, "what is gone is not found by its name");
 }
+
+#[test]
+fn nobody_waits_for_a_daemon_with_a_full_backlog() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = Address(dir.path().join("a.sock"));
+    let _daemon = listen(&address.0, 1);
+    let (done, waited) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut held = Vec::new();
+        while let Ok(Some(connected)) = address.connect() {
+            held.push(connected);
+        }
+        done.send((held.len(), address.status().map(|_| ()))).unwrap();
+    });
+    let (connected, found) = waited.recv_timeout(Duration::from_secs(10)).expect("connecting does not end");
+    assert!(connected > 0 && matches!(found, Err(WarmError::Silent { pid: None, .. })), "{found:?}");
+}
