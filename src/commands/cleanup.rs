@@ -47,11 +47,12 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
         let count =
             |number: usize, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });
         format!(
-            "removed {}, {}, {} and {}\n",
+            "removed {}, {}, {}, {} and {}\n",
             count(cleaned.forks.len(), "dead fork"),
             count(cleaned.mounts.len(), "dead mount"),
             count(cleaned.drafts.len(), "unfinished snapshot"),
-            count(cleaned.cgroups, "empty cgroup")
+            count(cleaned.cgroups, "empty cgroup"),
+            count(cleaned.warm, "socket") + " of dead warm images",
         )
     });
     Ok(ExitCode::SUCCESS)
