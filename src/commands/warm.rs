@@ -3,7 +3,7 @@
 use crate::cli::WarmArgs;
 use crate::commands::runtime;
 use crate::detach::{DetachError, Detached, Handover, split};
-use crate::error::CommandError;
+use crate::error::{self, CommandError, chain};
 use crate::output::{Output, table};
 use crate::paths::Paths;
 use crate::progress::Progress;
@@ -55,6 +55,12 @@ pub enum WarmCommandError {
     /// What is named.
     #[error(transparent)]
     Address(#[from] AddressError),
+    /// Daemons that were asked, and did not answer.
+    #[error("{}", errors.iter().map(|error| chain(error)).collect::<Vec<_>>().join("; "))]
+    Unanswered {
+        /// One a daemon.
+        errors: Vec<WarmError>,
+    },
     /// `--stop` of something that is not warm.
     #[error("{name} is not warm")]
     NotWarm {
@@ -67,14 +73,15 @@ pub enum WarmCommandError {
 pub fn run(args: &WarmArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     if args.list {
-        return list(&paths, output);
+        return Ok(list(&paths, output));
     }
     if args.stop && args.all {
-        return Ok(report_stopped(&stop(&Address::all(&paths))?, output));
+        let (stopped, unanswered) = each(&Address::all(&paths), Address::stop);
+        return Ok(report_stopped(&stopped, unanswered, output));
     }
     let wanted = args.wanted();
     if args.stop {
-        return Ok(report_stopped(&stop_named(&paths, &wanted)?, output));
+        return stop_named(&paths, &wanted, output);
     }
     let address = Address::of(&paths, &wanted).map_err(WarmCommandError::from)?;
     let handover = if args.foreground {
@@ -165,11 +172,8 @@ async fn end_on_signal(remove_socket: impl Fn()) {
     std::process::exit(code);
 }
 
-fn list(paths: &Paths, output: &Output) -> Result<ExitCode, CommandError> {
-    let mut held = Vec::new();
-    for address in Address::all(paths) {
-        held.extend(address.status().map_err(WarmCommandError::from)?);
-    }
+fn list(paths: &Paths, output: &Output) -> ExitCode {
+    let (mut held, unanswered) = each(&Address::all(paths), Address::status);
     held.sort_by(|a, b| a.name.cmp(&b.name));
     output.report(&held, |held: &Vec<WarmStatus>| {
         let mut rows = vec![["NAME", ">MEMORY", ">FORKS", ">PID"].map(str::to_owned).to_vec()];
@@ -183,38 +187,55 @@ fn list(paths: &Paths, output: &Output) -> Result<ExitCode, CommandError> {
         }));
         table(&rows)
     });
-    Ok(ExitCode::SUCCESS)
+    exit(unanswered)
 }
 
 /// Stops what holds it, whatever has become of its file, tag or hub since.
-fn stop_named(paths: &Paths, wanted: &Wanted<'_>) -> Result<Vec<WarmStatus>, WarmCommandError> {
+fn stop_named(paths: &Paths, wanted: &Wanted<'_>, output: &Output) -> Result<ExitCode, CommandError> {
     let family = Address::family_of(paths, wanted);
-    let mut stopped = stop(family.as_deref().unwrap_or_default())?;
-    if stopped.is_empty() {
+    let (mut stopped, mut unanswered) = each(family.as_deref().unwrap_or_default(), Address::stop);
+    if stopped.is_empty() && unanswered.is_empty() {
         // As `--list` shows it: from another directory, or where another hub is meant now.
         let has_name = |address: &Address| {
             address.status().is_ok_and(|held| held.is_some_and(|held| held.name == wanted.name()))
         };
-        stopped = stop(&Address::all(paths).into_iter().filter(has_name).collect::<Vec<_>>())?;
+        let named = Address::all(paths).into_iter().filter(has_name).collect::<Vec<_>>();
+        (stopped, unanswered) = each(&named, Address::stop);
     }
-    match family {
-        _ if !stopped.is_empty() => Ok(stopped),
-        Ok(_) => Err(WarmCommandError::NotWarm { name: wanted.name().to_owned() }),
-        Err(error) => Err(error.into()),
+    if stopped.is_empty() && unanswered.is_empty() {
+        family.map_err(WarmCommandError::from)?;
+        return Err(WarmCommandError::NotWarm { name: wanted.name().to_owned() }.into());
     }
+    Ok(report_stopped(&stopped, unanswered, output))
 }
 
-fn stop(addresses: &[Address]) -> Result<Vec<WarmStatus>, WarmCommandError> {
-    let mut stopped = Vec::new();
+/// Asks them all: one that does not answer is in the others' way no more than in its own.
+fn each(
+    addresses: &[Address],
+    ask: impl Fn(&Address) -> Result<Option<WarmStatus>, WarmError>,
+) -> (Vec<WarmStatus>, Vec<WarmError>) {
+    let (mut answers, mut unanswered) = (Vec::new(), Vec::new());
     for address in addresses {
-        stopped.extend(address.stop()?);
+        match ask(address) {
+            Ok(answer) => answers.extend(answer),
+            Err(error) => unanswered.push(error),
+        }
     }
-    Ok(stopped)
+    (answers, unanswered)
 }
 
-fn report_stopped(stopped: &Vec<WarmStatus>, output: &Output) -> ExitCode {
+fn report_stopped(stopped: &Vec<WarmStatus>, unanswered: Vec<WarmError>, output: &Output) -> ExitCode {
     output.report(stopped, |stopped| {
         stopped.iter().map(|held| format!("{} is no longer warm\n", held.name)).collect()
     });
-    ExitCode::SUCCESS
+    exit(unanswered)
+}
+
+/// What worked has been reported, with `--json` as the one document that there is: the rest is said on stderr.
+fn exit(unanswered: Vec<WarmError>) -> ExitCode {
+    if unanswered.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        error::report(&WarmCommandError::Unanswered { errors: unanswered }.into(), &Output::new(false))
+    }
 }

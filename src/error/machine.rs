@@ -20,6 +20,8 @@ use forkd_vmm::uffd::UffdError;
 
 const DOCTOR: &str = "run `forkd doctor`: it says what this host lacks";
 
+const END_SILENT: &str = "end it with `kill -9 PID` (`ss -xlp` shows whose socket it is); forks of its image go on. Then run `forkd cleanup`";
+
 pub(super) fn fork(error: &ForkCommandError) -> Row {
     let row = Row::failed("fork", "");
     match error {
@@ -48,6 +50,10 @@ pub(super) fn warm(error: &WarmCommandError) -> Row {
         WarmCommandError::Warm(WarmError::Paths(error)) => super::describe_paths(error),
         WarmCommandError::Warm(WarmError::Foreign { .. }) => {
             row.hint("set XDG_RUNTIME_DIR to a directory of your own")
+        }
+        WarmCommandError::Warm(WarmError::Silent { .. }) => row.hint(END_SILENT),
+        WarmCommandError::Unanswered { .. } => {
+            Row::failed("ask every warm image's process", "").hint(END_SILENT)
         }
         WarmCommandError::Warm(_) => row.hint("`forkd cleanup` removes what dead processes left"),
         WarmCommandError::Detach(_) => {

@@ -1,6 +1,7 @@
 //! `forkd warm`: forks from an image that a daemon holds in memory, and what happens when the daemon is not there any more.
 
 use super::harness::{Bed, Hub, alive, wait_until};
+use rustix::process::{Pid, Resource, Rlimit, Signal};
 use serde_json::Value;
 use std::fs;
 use std::path::PathBuf;
@@ -18,9 +19,9 @@ fn warm(bed: &Bed, hub: &Hub, what: &[&str]) -> Value {
     bed.json(hub, &[&["warm"], what].concat())
 }
 
-fn kill(pid: &Value, signal: rustix::process::Signal) {
+fn kill(pid: &Value, signal: Signal) {
     let pid = pid.as_i64().unwrap();
-    rustix::process::kill_process(rustix::process::Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
+    rustix::process::kill_process(Pid::from_raw(pid as i32).unwrap(), signal).unwrap();
     assert!(wait_until(SOON, || !alive(pid)));
 }
 
@@ -42,7 +43,7 @@ fn forks_of_a_warm_pack_need_no_hub_and_share_nothing_they_write() {
     }
     assert_eq!(bed.json(&hub, &["warm", "--list"])[0]["forks"], 2);
 
-    kill(&held["pid"], rustix::process::Signal::KILL);
+    kill(&held["pid"], Signal::KILL);
     assert_eq!(bed.json(&hub, &["warm", "--list"]), serde_json::json!([]));
     let hub = hub.start_again();
     let report = bed.json(&hub, &["fork", PACK, "--eval", "6 * 7"]);
@@ -84,7 +85,7 @@ fn daemons_follow_each_other_and_leave_nothing() {
     assert!(again.contains("is not warm"), "{again}");
 
     let third = warm(&bed, &hub, &["--tag", "python-numpy"]);
-    kill(&third["pid"], rustix::process::Signal::TERM);
+    kill(&third["pid"], Signal::TERM);
     assert!(sockets(&bed).is_empty(), "SIGTERM leaves the socket");
     bed.assert_nothing_left(
         fork["children"].as_array().unwrap().iter().map(|child| child["pid"].as_i64().unwrap()),
@@ -129,5 +130,41 @@ fn a_daemon_is_reached_by_the_name_of_a_file_that_is_another_or_gone() {
     assert!(ended(&second));
     let again = bed.run(&hub, &["warm", "--stop", name]).failure();
     assert!(again.contains("is not warm"), "{again}");
+    assert!(sockets(&bed).is_empty());
+}
+
+#[test]
+fn a_daemon_that_hangs_is_named_and_in_nobodys_way() {
+    let bed = Bed::new();
+    let hub = Hub::serve(&bed, &[]);
+    let hung = warm(&bed, &hub, &["--tag", "python-numpy"]);
+    let other = warm(&bed, &hub, &[PACK]);
+    let pid = |held: &Value| Pid::from_raw(held["pid"].as_i64().unwrap() as i32).unwrap();
+    let limit = |descriptors| {
+        let limit = Rlimit { current: Some(descriptors), maximum: Some(1 << 10) };
+        rustix::process::prlimit(Some(pid(&hung)), Resource::Nofile, limit).unwrap();
+    };
+    let ask = |arguments: &[&str]| bed.command(&hub).arg("--json").args(arguments).output().unwrap();
+    let one_of = |output: &std::process::Output| {
+        let (shown, said): (Value, _) =
+            (serde_json::from_slice(&output.stdout).unwrap(), String::from_utf8_lossy(&output.stderr));
+        assert!(said.contains(&format!("the process {} behind", hung["pid"])), "{said}");
+        assert!(said.contains("does not answer") && said.contains("kill -9"), "{said}");
+        assert_eq!((output.status.code(), shown.as_array().unwrap().len()), (Some(1), 1), "{shown}");
+        assert_eq!(shown[0]["pid"], other["pid"]);
+    };
+    // It can accept nobody, and later it can.
+    limit(3);
+    one_of(&ask(&["warm", "--list"]));
+    limit(1 << 10);
+    assert_eq!(bed.json(&hub, &["warm", "--list"]).as_array().unwrap().len(), 2);
+
+    rustix::process::kill_process(pid(&hung), Signal::STOP).unwrap();
+    one_of(&ask(&["warm", "--list"]));
+    one_of(&ask(&["warm", "--stop", "--all"]));
+    assert!(wait_until(SOON, || !alive(other["pid"].as_i64().unwrap())));
+    kill(&hung["pid"], Signal::KILL);
+    let cleaned = bed.run(&hub, &["cleanup"]).success();
+    assert!(cleaned.contains("1 socket of dead warm images"), "{cleaned}");
     assert!(sockets(&bed).is_empty());
 }
