@@ -34,6 +34,8 @@ mod resident;
 use hot_pages::HotPages;
 use quality::FaultCounts;
 pub use quality::{FaultFigures, PrefetchFigures};
+#[cfg(test)]
+pub(crate) use resident::empty_sandbox;
 pub use resident::{Resident, ResidentError};
 
 /// Largest small file that is read whole: vmstate and trace stay well below.

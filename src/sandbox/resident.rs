@@ -167,6 +167,17 @@ fn copy_range(from: &OwnedFd, to: &OwnedFd, mut start: u64, end: u64) -> Result<
     Ok(())
 }
 
+/// A machine of 64 MiB without content.
+#[cfg(test)]
+pub(crate) fn empty_sandbox() -> Sandbox {
+    let layout = forkd_vmm::memory::MemoryLayout::new(64, 0).unwrap();
+    let configuration = Configuration::new(layout, 1, KvmKind::Pvm, 0);
+    let ram = layout.image_bytes(forkd_vmm::memory::ImageId::Ram);
+    let files = [100, ram].map(|bytes| create_image("empty", bytes).unwrap()).into();
+    let resident = Resident { configuration, zero_runs: vec![vec![(0, ram)]] };
+    Sandbox::from_resident(resident, files, KvmKind::Pvm).unwrap()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@ use super::{Address, Request, WarmError, WarmStatus, seqpacket};
 use crate::paths::Paths;
 use crate::sandbox::{Resident, Sandbox};
 use forkd_vmm::channel::Channel;
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::net::{SocketAddrUnix, SocketFlags};
@@ -15,6 +15,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How long somebody who connected may take to ask.
 const ASK_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a daemon that nobody asks looks whether its socket still has its name: two that start at once, or a cleanup
+/// between them, can take it from one, which would hold its image on unseen.
+const NAME_CHECK: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 /// Pause when the host, or this process, has no descriptor or memory for a connection.
 const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that wait.
@@ -58,10 +61,15 @@ impl Daemon {
         &self.status
     }
 
-    /// Hands the image out until told to stop.
+    /// Hands the image out until told to stop, or until nobody can find it any more.
     pub fn serve(&mut self) -> Result<(), WarmError> {
         loop {
-            let Some(peer) = self.accept()? else { continue };
+            let Some(peer) = self.accept()? else {
+                if !is_at(&self.address.0, self.inode) {
+                    return Ok(());
+                }
+                continue;
+            };
             // Who asks and does not wait for the answer, or says nothing, is none of ours to care for.
             let Ok(Some((request, _))) = peer.receive_until(Instant::now() + ASK_TIMEOUT) else { continue };
             if self.answer(&peer, &request) {
@@ -74,7 +82,7 @@ impl Daemon {
     fn accept(&self) -> Result<Option<Channel>, WarmError> {
         let failed = |errno: Errno| self.address.failed("accepting on", errno.into());
         let mut polled = [PollFd::new(&self.listener, PollFlags::IN)];
-        match rustix::event::poll(&mut polled, None) {
+        match rustix::event::poll(&mut polled, Some(&NAME_CHECK)) {
             Ok(_) | Err(Errno::INTR) => {}
             Err(errno) => return Err(failed(errno)),
         }
@@ -144,7 +152,11 @@ fn announce(paths: &Paths, unborn: &Address, address: &Address) -> Result<(Owned
 }
 
 fn remove_socket(path: &Path, inode: u64) {
-    if fs::metadata(path).is_ok_and(|found| found.ino() == inode) {
+    if is_at(path, inode) {
         let _ = fs::remove_file(path);
     }
+}
+
+fn is_at(path: &Path, inode: u64) -> bool {
+    fs::metadata(path).is_ok_and(|found| found.ino() == inode)
 }

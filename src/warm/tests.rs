@@ -122,3 +122,31 @@ fn nobody_waits_for_a_daemon_with_a_full_backlog() {
     let (connected, found) = waited.recv_timeout(Duration::from_secs(10)).expect("connecting does not end");
     assert!(connected > 0 && matches!(found, Err(WarmError::Silent { pid: None, .. })), "{found:?}");
 }
+
+#[test]
+fn a_daemon_without_its_name_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = paths(dir.path());
+    let address = Address(directory(&paths).join("f-k.sock"));
+    let start =
+        || Daemon::start(&paths, address.clone(), "x".to_owned(), &crate::sandbox::empty_sandbox()).unwrap();
+    let mut lost = start();
+    // Another took the name without having seen the first.
+    fs::rename(&address.0, dir.path().join("elsewhere")).unwrap();
+    let mut found = start();
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(lost.serve().is_ok()));
+    let holder = std::thread::spawn(move || found.serve().is_ok());
+    assert_eq!(address.status().unwrap().unwrap().name, "x");
+    assert!(ended.recv_timeout(Duration::from_secs(20)).expect("it holds its image on unseen"));
+    assert!(address.image().unwrap().is_some(), "the other one has lost its name too");
+    assert_eq!(address.stop().unwrap().unwrap().forks, 1);
+    assert!(holder.join().unwrap());
+    assert_eq!(fs::read_dir(directory(&paths)).unwrap().count(), 0);
+    drop(start());
+    assert_eq!(
+        fs::read_dir(directory(&paths)).unwrap().count(),
+        0,
+        "a daemon that is dropped leaves its socket"
+    );
+}
