@@ -333,6 +333,21 @@ impl Catalogue {
         self.located(reference.clone(), entry)
     }
 
+    /// The reference of a pack by a version that stays, where [`LATEST`], which moves, is the same pack as one.
+    pub fn settled(&self, resolved: &Resolved) -> Reference {
+        let Resolved { reference, entry, .. } = resolved;
+        let known = self.registry.packages.get(&reference.package.to_string());
+        let same = |(version, other): &(&String, &Version)| {
+            let digest = entry.sha256.as_deref().filter(|digest| !digest.is_empty());
+            let is_same = other.url == entry.url || (digest.is_some() && other.sha256.as_deref() == digest);
+            *version != LATEST && is_plain_name(version) && is_same
+        };
+        let stays = known.into_iter().flat_map(|package| &package.versions).find(same);
+        let version =
+            stays.filter(|_| reference.version == LATEST).map_or(&reference.version, |(name, _)| name);
+        Reference { package: reference.package.clone(), version: version.clone() }
+    }
+
     fn located(&self, reference: Reference, entry: &Version) -> Result<Resolved, RegistryError> {
         let location = pin(entry).and_then(|index| {
             let source = self.address.join(&entry.url)?;

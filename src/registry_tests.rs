@@ -96,6 +96,25 @@ fn relative_urls_lead_beside_the_registry_and_pins_come_along() {
 }
 
 #[test]
+fn a_moving_version_is_known_by_one_that_stays() {
+    let json = r#"{"schema_version": 1, "packages": {
+        "a/url": {"versions": {"latest": {"url": "2"}, "v1": {"url": "1"}, "v2": {"url": "2"}}},
+        "a/sum": {"versions": {"latest": {"url": "x", "sha256": "2"}, "v1": {"url": "1", "sha256": "1"},
+                               "v2": {"url": "2", "sha256": "2"}}},
+        "a/none": {"versions": {"latest": {"url": "3", "sha256": ""}, "v1": {"url": "1", "sha256": ""}}}
+    }}"#;
+    let catalogue = catalogue(web(), json);
+    let settled = |name: &str| {
+        let found = catalogue.resolve(&name.parse().unwrap()).unwrap();
+        catalogue.settled(&found).to_string()
+    };
+    assert_eq!(settled("a/url"), "a/url@v2");
+    assert_eq!(settled("a/sum"), "a/sum@v2");
+    assert_eq!(settled("a/sum@v1"), "a/sum@v1");
+    assert_eq!(settled("a/none"), "a/none@latest");
+}
+
+#[test]
 fn a_registry_on_the_web_cannot_name_local_files() {
     assert!(matches!(resolve(web(), "deeplethe/python-numpy@local"), Err(RegistryError::Entry { .. })));
     let local = HubAddress::Path("/srv/registry.json".into());

@@ -60,10 +60,19 @@ pub enum Stage {
 pub struct OpenedSource {
     /// As people know it.
     pub name: String,
+    /// What that was when it was opened: owner/name@version for a package of the hub, otherwise the same.
+    pub resolved: String,
     /// Where it is.
     pub origin: Origin,
     /// The chunk cache it uses; to be flushed before the process exits.
     pub cache: Option<Arc<ChunkCache>>,
+}
+
+impl OpenedSource {
+    fn local(name: &str, held: Held) -> OpenedSource {
+        let (name, resolved) = (name.to_owned(), name.to_owned());
+        OpenedSource { name, resolved, origin: Origin::Directory(held), cache: None }
+    }
 }
 
 /// Where it is.
@@ -103,7 +112,7 @@ pub async fn open(
     let Some(target) = wanted.target else {
         let tag = wanted.tag.unwrap_or_default();
         let held = Held::find(paths, tag)?;
-        return Ok(OpenedSource { name: tag.to_owned(), origin: Origin::Directory(held), cache: None });
+        return Ok(OpenedSource::local(tag, held));
     };
     let http = packs::http_client();
     let hub = wanted.hub.map(str::to_owned);
@@ -113,23 +122,22 @@ pub async fn open(
             Some((hub, reference)) => Ok((Some(hub), reference)),
             None if path.join(snapshot::CONFIGURATION).exists() => {
                 let held = Held::open(&path).map_err(file_error("opening", &path))?;
-                return Ok(OpenedSource {
-                    name: target.to_owned(),
-                    origin: Origin::Directory(held),
-                    cache: None,
-                });
+                return Ok(OpenedSource::local(target, held));
             }
             None => return Err(SourceError::NoSuchPath { path }),
         },
         Some(path) => Err(PackLocation { source: PackSource::Path(path), size: None, index: None }),
         None => Ok((hub, target.parse()?)),
     };
+    let mut resolved_name = target.to_owned();
     let location = match named {
         Ok((hub, reference)) => {
             packs::preconnect(hub.as_deref(), &http);
             let catalogue = packs::catalogue(paths, hub.as_deref(), &http).await?;
             reached(Stage::Registry);
-            packs::warn_unpinned(catalogue.resolve(&reference)?).location
+            let resolved = packs::warn_unpinned(catalogue.resolve(&reference)?);
+            resolved_name = catalogue.settled(&resolved).to_string();
+            resolved.location
         }
         Err(location) => location,
     };
@@ -142,7 +150,7 @@ pub async fn open(
     let cache = options.cache.clone();
     let store = Store::open(location, options).await?;
     reached(Stage::Index);
-    Ok(OpenedSource { name: target.to_owned(), origin: Origin::Pack(store), cache })
+    Ok(OpenedSource { name: target.to_owned(), resolved: resolved_name, origin: Origin::Pack(store), cache })
 }
 
 /// `target` as a path: when it looks like one it must exist, otherwise only when it does and is no name.

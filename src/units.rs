@@ -2,7 +2,7 @@
 //!
 //! Pure; used by `cli` to parse and by commands to print.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Why a size, rate or duration could not be read.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -124,6 +124,21 @@ pub fn show_share(part: u64, whole: u64) -> String {
     if whole == 0 { "-".to_owned() } else { format!("{:.1}%", part as f64 * 100.0 / whole as f64) }
 }
 
+/// `3 min ago`: how long ago a time in seconds since 1970 is.
+pub fn show_since(unix: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    show_ago(now.saturating_sub(unix))
+}
+
+fn show_ago(seconds: u64) -> String {
+    match seconds {
+        0..60 => format!("{seconds} s ago"),
+        60..3600 => format!("{} min ago", seconds / 60),
+        3600..172_800 => format!("{} h ago", seconds / 3600),
+        _ => format!("{} days ago", seconds / 86_400),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -153,6 +168,13 @@ mod tests {
         assert_eq!(parse_duration("1.5s"), Ok(Duration::from_millis(1500)));
         assert_eq!(parse_duration("0"), Ok(Duration::ZERO));
         assert!(matches!(parse_duration("20"), Err(UnitError::Unit { .. })));
+    }
+
+    #[test]
+    fn times_print_for_people() {
+        let shown = [59, 60, 3599, 3600, 172_799, 172_800].map(show_ago);
+        assert_eq!(shown, ["59 s ago", "1 min ago", "59 min ago", "1 h ago", "47 h ago", "2 days ago"]);
+        assert!(show_since(u64::MAX).starts_with("0 s"), "a clock that was set back");
     }
 
     #[test]

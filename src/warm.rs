@@ -82,6 +82,8 @@ enum Request {
 pub struct WarmStatus {
     /// What it was loaded from.
     pub name: String,
+    /// What that was then: owner/name@version for a package of the hub, otherwise the same.
+    pub resolved: String,
     /// The daemon.
     pub pid: u32,
     /// Bytes of memory that its images take.
@@ -90,6 +92,15 @@ pub struct WarmStatus {
     pub since_unix: u64,
     /// Forks it was handed to.
     pub forks: u64,
+}
+
+/// An image and what is said of it; its files come with it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Handed {
+    /// What is held.
+    pub status: WarmStatus,
+    /// The machine.
+    pub resident: Resident,
 }
 
 /// Where the daemon of one image listens, or would.
@@ -141,7 +152,7 @@ impl Address {
     }
 
     /// The image, if a daemon holds it.
-    pub fn image(&self) -> Result<Option<(Resident, Vec<OwnedFd>)>, WarmError> {
+    pub fn image(&self) -> Result<Option<(Handed, Vec<OwnedFd>)>, WarmError> {
         self.ask(&Request::Image)
     }
 

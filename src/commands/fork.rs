@@ -5,7 +5,7 @@
 
 use crate::cli::ForkArgs;
 use crate::commands::fork_ask::{Work, ask_all};
-use crate::commands::fork_report::{ForkReport, Timeline};
+use crate::commands::fork_report::{ForkReport, Timeline, WarmReport};
 use crate::commands::{fork_timeline, runtime};
 use crate::detach::{Detached, split};
 use crate::error::{CommandError, chain};
@@ -18,8 +18,9 @@ use crate::snapshot::Held;
 use crate::source::{self, Origin, SourceError, Stage};
 use crate::supervisor::{Allowance, ForkError, Plan, Supervisor, milliseconds_since, process_start_ns};
 use crate::timeline::Recorder;
+use crate::units::show_since;
 use crate::variables::{Variables, VariablesError};
-use crate::warm::Address;
+use crate::warm::{Address, Handed, WarmStatus};
 use forkd_fs::cache::ChunkCache;
 use forkd_fs::observe::Observer;
 use forkd_fs::store::{ReadError, Store};
@@ -132,14 +133,22 @@ pub fn run(args: &ForkArgs, ahead: Ahead, output: &Output) -> Result<ExitCode, C
     let plan = Plan { count: args.count, variables, network: args.net, allowance };
     let supervisor = Supervisor::start(&paths, &zygote, opened.sandbox, opened.name.clone(), &plan)
         .map_err(ForkCommandError::from)?;
+    if let Some(held) = &opened.warm {
+        output.note(format!(
+            "from the warm image of {}, loaded {}",
+            held.resolved,
+            show_since(held.since_unix)
+        ));
+    }
     let background = opened.background.take().map_or_else(Background::start, Ok);
     let background = background.inspect_err(|_| supervisor.end())?;
     let _ = background.supervisor.set(Arc::clone(&supervisor));
 
     let work = Work::of(args);
     let outcomes = ask_all(&supervisor, &work, output);
-    let report =
+    let mut report =
         ForkReport::new(&supervisor, opened.name, started_ns, opened.timeline, outcomes, output.is_json());
+    report.pack.warm = opened.warm.map(WarmReport::from);
     let drawn = fork_timeline::draw(args.timeline.as_deref(), opened.recorder.as_deref(), &report);
     let failed = !drawn
         || report.children.iter().any(|child| child.error.is_some() || child.exit_code.unwrap_or(0) != 0);
@@ -208,6 +217,8 @@ impl Background {
 struct Opened {
     sandbox: Arc<Sandbox>,
     name: String,
+    /// The daemon that held it.
+    warm: Option<WarmStatus>,
     cache: Option<Arc<ChunkCache>>,
     timeline: Timeline,
     recorder: Option<Arc<Recorder>>,
@@ -220,10 +231,13 @@ impl Opened {
         let since_start = || milliseconds_since(started_ns, monotonic_ns());
         let recorder = args.timeline.as_ref().map(|_| Arc::new(Recorder::new(since_start())));
         let wanted = args.wanted();
-        let (mut timeline, mut background, mut cache) = (Timeline::default(), None, None);
+        let (mut timeline, mut background, mut cache, mut warm) = (Timeline::default(), None, None, None);
         let mut name = wanted.name().to_owned();
         let mut sandbox = match (resident(paths, args), wanted.tag) {
-            (Some(sandbox), _) => sandbox,
+            (Some((sandbox, status)), _) => {
+                warm = Some(status);
+                sandbox
+            }
             (None, Some(tag)) => open_local(
                 &name,
                 &Held::find(paths, tag).map_err(SourceError::from).map_err(ForkCommandError::from)?,
@@ -250,7 +264,7 @@ impl Opened {
         if let Some(recorder) = &recorder {
             sandbox.record_in(recorder);
         }
-        Ok(Opened { sandbox: Arc::new(sandbox), name, cache, timeline, recorder, background })
+        Ok(Opened { sandbox: Arc::new(sandbox), name, warm, cache, timeline, recorder, background })
     }
 }
 
@@ -267,15 +281,16 @@ fn open_pack(runtime: &Runtime, name: &str, store: Arc<Store>) -> Result<Sandbox
 }
 
 /// What `forkd warm` holds of it. Without, or when its daemon does not answer, everything is opened as always.
-fn resident(paths: &Paths, args: &ForkArgs) -> Option<Sandbox> {
+fn resident(paths: &Paths, args: &ForkArgs) -> Option<(Sandbox, WarmStatus)> {
     // What is wrong with the name is found again and said by those who open it.
     let address = Address::of(paths, &args.wanted()).ok().filter(|_| !args.eager)?;
     let unused = |error: &dyn Error| tracing::warn!(error = chain(error), "the warm image is not used");
-    let (resident, files) = address.image().unwrap_or_else(|error| {
+    let (Handed { status, resident }, files) = address.image().unwrap_or_else(|error| {
         unused(&error);
         None
     })?;
-    Sandbox::from_resident(resident, files, KvmKind::detect()).inspect_err(|error| unused(error)).ok()
+    let sandbox = Sandbox::from_resident(resident, files, KvmKind::detect());
+    Some((sandbox.inspect_err(|error| unused(error)).ok()?, status))
 }
 
 /// A thousand children need a few descriptors each.

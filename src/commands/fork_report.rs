@@ -6,6 +6,7 @@ use crate::output::table;
 use crate::sandbox::{FaultFigures, PrefetchFigures, Sandbox};
 use crate::supervisor::{Child, Moment, Supervisor, milliseconds_since};
 use crate::units::show_size;
+use crate::warm::WarmStatus;
 use forkd_vmm::memory::PAGE_BYTES;
 use rustix::fd::BorrowedFd;
 use serde::Serialize;
@@ -40,6 +41,24 @@ pub struct PackReport {
     pub bytes_fetched: u64,
     /// Requests made until then.
     pub requests: u64,
+    /// The image in memory that was used instead of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warm: Option<WarmReport>,
+}
+
+/// An image that `forkd warm` holds.
+#[derive(Debug, Serialize)]
+pub struct WarmReport {
+    /// What it was loaded from: owner/name@version, path or tag.
+    pub resolved: String,
+    /// When, seconds since 1970.
+    pub since_unix: u64,
+}
+
+impl From<WarmStatus> for WarmReport {
+    fn from(WarmStatus { resolved, since_unix, .. }: WarmStatus) -> WarmReport {
+        WarmReport { resolved, since_unix }
+    }
 }
 
 /// Milliseconds from process start.
@@ -214,6 +233,7 @@ impl ForkReport {
                 bytes_total: progress.bytes_total,
                 bytes_fetched: progress.bytes_fetched,
                 requests: progress.requests,
+                warm: None,
             },
             timeline,
             fetched,

@@ -9,7 +9,7 @@ use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::sandbox::{Sandbox, SandboxError};
 use crate::source::{self, OpenedSource, Origin, SourceError, Wanted};
-use crate::units::show_size;
+use crate::units::{show_since, show_size};
 use crate::warm::{Address, AddressError, Daemon, WarmError, WarmStatus};
 use forkd_fs::store::ReadError;
 use forkd_vmm::kvm::KvmKind;
@@ -106,18 +106,20 @@ fn hold(
     let runtime = runtime()?;
     let wanted = args.wanted();
     let opening = source::open(paths, &wanted, &args.cache, None, |_| {});
-    let OpenedSource { name, origin, cache } = runtime.block_on(opening).map_err(WarmCommandError::from)?;
+    let OpenedSource { name, resolved, origin, cache } =
+        runtime.block_on(opening).map_err(WarmCommandError::from)?;
     let sandbox = load(&runtime, &name, origin, output)?;
     if let Some(cache) = cache {
         cache.flush();
     }
     // The name of a replaced snapshot leads elsewhere by now; what was opened is what is served, under what it was asked for.
-    let mut daemon = Daemon::start(paths, address, name, &sandbox).map_err(WarmCommandError::from)?;
+    let mut daemon =
+        Daemon::start(paths, address, name, resolved, &sandbox).map_err(WarmCommandError::from)?;
     runtime.spawn(end_on_signal(daemon.remover()));
     output.report(daemon.status(), |status| {
         format!(
             "{} is warm: {} in memory, held by process {}\n",
-            status.name,
+            status.resolved,
             show_size(status.resident_bytes),
             status.pid
         )
@@ -176,10 +178,13 @@ fn list(paths: &Paths, output: &Output) -> ExitCode {
     let (mut held, unanswered) = each(&Address::all(paths), Address::status);
     held.sort_by(|a, b| a.name.cmp(&b.name));
     output.report(&held, |held: &Vec<WarmStatus>| {
-        let mut rows = vec![["NAME", ">MEMORY", ">FORKS", ">PID"].map(str::to_owned).to_vec()];
+        let mut rows =
+            vec![["NAME", "IMAGE", "LOADED", ">MEMORY", ">FORKS", ">PID"].map(str::to_owned).to_vec()];
         rows.extend(held.iter().map(|held| {
             vec![
                 held.name.clone(),
+                held.resolved.clone(),
+                show_since(held.since_unix),
                 show_size(held.resident_bytes),
                 held.forks.to_string(),
                 held.pid.to_string(),

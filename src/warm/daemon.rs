@@ -1,8 +1,8 @@
 //! The daemon's side of an image that stays in memory. Callers: `commands/warm.rs`.
 
-use super::{Address, Request, WarmError, WarmStatus, seqpacket};
+use super::{Address, Handed, Request, WarmError, WarmStatus, seqpacket};
 use crate::paths::Paths;
-use crate::sandbox::{Resident, Sandbox};
+use crate::sandbox::Sandbox;
 use forkd_vmm::channel::Channel;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
@@ -29,8 +29,7 @@ pub struct Daemon {
     listener: OwnedFd,
     /// Of the socket's file: another daemon may take its place.
     inode: u64,
-    status: WarmStatus,
-    resident: Resident,
+    handed: Handed,
     files: Vec<OwnedFd>,
 }
 
@@ -40,6 +39,7 @@ impl Daemon {
         paths: &Paths,
         address: Address,
         name: String,
+        resolved: String,
         sandbox: &Sandbox,
     ) -> Result<Daemon, WarmError> {
         let (resident, files) =
@@ -52,13 +52,14 @@ impl Daemon {
         let (listener, inode) = announced.inspect_err(|_| drop(fs::remove_file(&unborn.0)))?;
         let since_unix = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         let resident_bytes = sandbox.resident_bytes();
-        let status = WarmStatus { name, pid: std::process::id(), resident_bytes, since_unix, forks: 0 };
-        Ok(Daemon { address, listener, inode, status, resident, files })
+        let pid = std::process::id();
+        let status = WarmStatus { name, resolved, pid, resident_bytes, since_unix, forks: 0 };
+        Ok(Daemon { address, listener, inode, handed: Handed { status, resident }, files })
     }
 
     /// What is held.
     pub fn status(&self) -> &WarmStatus {
-        &self.status
+        &self.handed.status
     }
 
     /// Hands the image out until told to stop, or until nobody can find it any more.
@@ -103,12 +104,12 @@ impl Daemon {
         match request {
             Request::Image => {
                 let fds: Vec<_> = self.files.iter().map(AsFd::as_fd).collect();
-                self.status.forks += u64::from(peer.send(&self.resident, &fds).is_ok());
+                self.handed.status.forks += u64::from(peer.send(&self.handed, &fds).is_ok());
             }
-            Request::Status => drop(peer.send(&self.status, &[])),
+            Request::Status => drop(peer.send(&self.handed.status, &[])),
             Request::Stop => {
                 self.remove_socket();
-                drop(peer.send(&self.status, &[]));
+                drop(peer.send(&self.handed.status, &[]));
                 return true;
             }
         }

@@ -128,8 +128,16 @@ fn a_daemon_without_its_name_ends() {
     let dir = tempfile::tempdir().unwrap();
     let paths = paths(dir.path());
     let address = Address(directory(&paths).join("f-k.sock"));
-    let start =
-        || Daemon::start(&paths, address.clone(), "x".to_owned(), &crate::sandbox::empty_sandbox()).unwrap();
+    let start = || {
+        Daemon::start(
+            &paths,
+            address.clone(),
+            "x".to_owned(),
+            "x@v1".to_owned(),
+            &crate::sandbox::empty_sandbox(),
+        )
+        .unwrap()
+    };
     let mut lost = start();
     // Another took the name without having seen the first.
     fs::rename(&address.0, dir.path().join("elsewhere")).unwrap();

@@ -40,13 +40,19 @@ fn forks_of_a_warm_pack_need_no_hub_and_share_nothing_they_write() {
         }
         assert_eq!(report["pack"]["bytes_fetched"], 0, "{report}");
         assert!(report["timeline"]["registry_ms"].is_null(), "{report}");
+        assert_eq!(report["pack"]["warm"]["resolved"], format!("{PACK}@v1"), "{report}");
+        assert_eq!(report["pack"]["warm"]["since_unix"], held["since_unix"], "{report}");
     }
-    assert_eq!(bed.json(&hub, &["warm", "--list"])[0]["forks"], 2);
+    let listed = &bed.json(&hub, &["warm", "--list"])[0];
+    assert_eq!((&listed["forks"], &listed["resolved"]), (&2.into(), &format!("{PACK}@v1").into()));
+    let noted = bed.run(&hub, &["fork", PACK, "--eval", "6 * 7"]).both().1;
+    assert!(noted.contains(&format!("from the warm image of {PACK}@v1, loaded ")), "{noted}");
 
     kill(&held["pid"], Signal::KILL);
     assert_eq!(bed.json(&hub, &["warm", "--list"]), serde_json::json!([]));
     let hub = hub.start_again();
     let report = bed.json(&hub, &["fork", PACK, "--eval", "6 * 7"]);
+    assert!(report["pack"].get("warm").is_none(), "{report}");
     assert_eq!(report["children"][0]["answer"], "42", "a dead daemon is in nobody's way");
     assert_eq!(bed.json(&hub, &["cleanup"])["warm"], 1);
     assert!(sockets(&bed).is_empty());
