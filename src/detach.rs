@@ -1,10 +1,14 @@
 //! Going to the background: the process splits in two; the one in front waits until the other has reported.
-//! Callers: `commands/fork.rs`, before any thread exists.
+//! Callers: `commands/{fork,warm}.rs`, before any thread exists.
 
 use forkd_vmm::sys::{self, ForkError, Forked, Lifetime};
+use rustix::event::{PollFd, PollFlags};
 use rustix::fd::OwnedFd;
 use rustix::fs::{Mode, OFlags};
+use rustix::process::Signal;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The process could not be split.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +31,8 @@ pub enum Detached {
 
 /// Lets go of the terminal when the background process has reported.
 pub struct Handover {
-    report: OwnedFd,
+    report: Arc<OwnedFd>,
+    finished: Arc<AtomicBool>,
 }
 
 /// Splits the process.
@@ -38,7 +43,7 @@ pub fn split() -> Result<Detached, DetachError> {
         Forked::Child => {
             // A new session: Ctrl-C in the terminal no longer reaches this process.
             let _ = rustix::process::setsid();
-            Ok(Detached::Background(Handover { report }))
+            Ok(Detached::Background(Handover::new(report)))
         }
         Forked::Parent(_) => {
             drop(report);
@@ -51,13 +56,37 @@ pub fn split() -> Result<Detached, DetachError> {
 }
 
 impl Handover {
-    /// The report is printed: the process in front exits with `code`, this one gives its output up.
-    pub fn finish(self, code: u8) {
+    fn new(report: OwnedFd) -> Handover {
+        Handover { report: Arc::new(report), finished: Arc::default() }
+    }
+
+    /// Has this process asked to end (SIGTERM) when the one in front goes before the report: what was begun was begun for
+    /// it, and Ctrl-C reaches only that one. To be called where this process may have threads.
+    pub fn end_with_foreground(&self) {
+        let (report, finished) = (Arc::clone(&self.report), Arc::clone(&self.finished));
+        let watch = move || {
+            // A pipe that nobody reads is an error, which is waited for without being named.
+            let mut polled = [PollFd::new(&*report, PollFlags::empty())];
+            let ended = rustix::io::retry_on_intr(|| rustix::event::poll(&mut polled, None));
+            if ended.is_ok() && !finished.load(Ordering::Acquire) {
+                let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::TERM);
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("foreground".to_owned()).spawn(watch) {
+            tracing::debug!(%error, "Ctrl-C is noticed only when everything is done");
+        }
+    }
+
+    /// The report is printed: the process in front exits with `code`, this one gives its output up. Returns whether it was
+    /// still there; if not, nobody wants what this process has made.
+    #[must_use]
+    pub fn finish(self, code: u8) -> bool {
         if let Ok(null) = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()) {
             let _ = rustix::stdio::dup2_stdin(&null);
             let _ = rustix::stdio::dup2_stdout(&null);
             let _ = rustix::stdio::dup2_stderr(&null);
         }
-        let _ = rustix::io::write(&self.report, &[code]);
+        self.finished.store(true, Ordering::Release);
+        rustix::io::retry_on_intr(|| rustix::io::write(&*self.report, &[code])).is_ok()
     }
 }

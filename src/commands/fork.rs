@@ -7,7 +7,7 @@ use crate::cli::ForkArgs;
 use crate::commands::fork_ask::{Work, ask_all};
 use crate::commands::fork_report::{ForkReport, Timeline, WarmReport};
 use crate::commands::{fork_timeline, runtime};
-use crate::detach::{Detached, split};
+use crate::detach::{Detached, Handover, split};
 use crate::error::{CommandError, chain};
 use crate::output::Output;
 use crate::paths::Paths;
@@ -108,14 +108,12 @@ impl Default for Ahead {
 pub fn run(args: &ForkArgs, ahead: Ahead, output: &Output) -> Result<ExitCode, CommandError> {
     let Ahead { started_ns, zygote } = ahead;
     let variables = Variables::new(&args.env, &args.vary, args.count).map_err(ForkCommandError::from)?;
-    let detached = if args.detach {
-        match split().map_err(ForkCommandError::Detach)? {
-            Detached::Foreground(exit) => return Ok(exit),
-            Detached::Background(handover) => Some(handover),
-        }
-    } else {
-        None
+    let detached = match args.detach.then(split).transpose().map_err(ForkCommandError::Detach)? {
+        Some(Detached::Foreground(exit)) => return Ok(exit),
+        Some(Detached::Background(handover)) => Some(handover),
+        None => None,
     };
+    detached.iter().for_each(Handover::end_with_foreground);
     if let Some(file) = &args.timeline {
         check_place(file).map_err(ForkCommandError::from)?;
     }
@@ -133,13 +131,7 @@ pub fn run(args: &ForkArgs, ahead: Ahead, output: &Output) -> Result<ExitCode, C
     let plan = Plan { count: args.count, variables, network: args.net, allowance };
     let supervisor = Supervisor::start(&paths, &zygote, opened.sandbox, opened.name.clone(), &plan)
         .map_err(ForkCommandError::from)?;
-    if let Some(held) = &opened.warm {
-        output.note(format!(
-            "from the warm image of {}, loaded {}",
-            held.resolved,
-            show_since(held.since_unix)
-        ));
-    }
+    note_warm(opened.warm.as_ref(), output);
     let background = opened.background.take().map_or_else(Background::start, Ok);
     let background = background.inspect_err(|_| supervisor.end())?;
     let _ = background.supervisor.set(Arc::clone(&supervisor));
@@ -154,18 +146,17 @@ pub fn run(args: &ForkArgs, ahead: Ahead, output: &Output) -> Result<ExitCode, C
         || report.children.iter().any(|child| child.error.is_some() || child.exit_code.unwrap_or(0) != 0);
     output.report(&report, ForkReport::text);
     let exit = if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS };
-    let stays = detached.is_some() || matches!(work, Work::Nothing);
-    if let Some(handover) = detached {
-        handover.finish(if failed { 1 } else { 0 });
-    }
+    // Children that whoever asked for them did not wait for are nobody's.
+    let stays = match detached {
+        Some(handover) => handover.finish(if failed { 1 } else { 0 }),
+        None => matches!(work, Work::Nothing),
+    };
     if stays {
         if !args.detach {
             output.note("children run until Ctrl-C; `forkd exec ID -- CMD` reaches them");
         }
         drop(rest_wanted);
-        while !supervisor.all_over() {
-            std::thread::sleep(Duration::from_millis(50));
-        }
+        wait_for_end(&supervisor);
     }
     supervisor.end();
     if let Some(cache) = opened.cache {
@@ -173,6 +164,12 @@ pub fn run(args: &ForkArgs, ahead: Ahead, output: &Output) -> Result<ExitCode, C
     }
     background.runtime.shutdown_background();
     Ok(exit)
+}
+
+fn wait_for_end(supervisor: &Supervisor) {
+    while !supervisor.all_over() {
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// What happens beside the children: signals are waited for, packs are fetched.
@@ -265,6 +262,14 @@ impl Opened {
             sandbox.record_in(recorder);
         }
         Ok(Opened { sandbox: Arc::new(sandbox), name, warm, cache, timeline, recorder, background })
+    }
+}
+
+/// It may be older than what its name means now.
+fn note_warm(held: Option<&WarmStatus>, output: &Output) {
+    if let Some(held) = held {
+        let since = show_since(held.since_unix);
+        output.note(format!("from the warm image of {}, loaded {since}", held.resolved));
     }
 }
 

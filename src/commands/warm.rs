@@ -103,6 +103,9 @@ fn hold(
     handover: Option<Handover>,
     output: &Output,
 ) -> Result<ExitCode, CommandError> {
+    if let Some(handover) = &handover {
+        handover.end_with_foreground();
+    }
     let runtime = runtime()?;
     let wanted = args.wanted();
     let opening = source::open(paths, &wanted, &args.cache, None, |_| {});
@@ -124,8 +127,8 @@ fn hold(
             status.pid
         )
     });
-    if let Some(handover) = handover {
-        handover.finish(0);
+    if handover.is_some_and(|handover| !handover.finish(0)) {
+        return Ok(ExitCode::FAILURE);
     }
     daemon.serve().map_err(WarmCommandError::from)?;
     runtime.shutdown_background();

@@ -4,7 +4,9 @@ use super::harness::{Bed, Hub, alive, wait_until};
 use rustix::process::{Pid, Resource, Rlimit, Signal};
 use serde_json::Value;
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 const PACK: &str = "deeplethe/python-numpy";
@@ -173,4 +175,52 @@ fn a_daemon_that_hangs_is_named_and_in_nobodys_way() {
     let cleaned = bed.run(&hub, &["cleanup"]).success();
     assert!(cleaned.contains("1 socket of dead warm images"), "{cleaned}");
     assert!(sockets(&bed).is_empty());
+}
+
+/// The processes that `pid` has started.
+fn children_of(pid: u32) -> Vec<i64> {
+    let parent = format!("PPid:\t{pid}\n");
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i64>().ok());
+    let is_child = |number: &i64| {
+        fs::read_to_string(format!("/proc/{number}/status")).is_ok_and(|status| status.contains(&parent))
+    };
+    numbers.filter(is_child).collect()
+}
+
+fn interrupt(foreground: &mut Child) {
+    rustix::process::kill_process(Pid::from_child(foreground), Signal::INT).unwrap();
+    assert_eq!(foreground.wait().unwrap().signal(), Some(Signal::INT.as_raw()));
+}
+
+#[test]
+fn an_interrupt_ends_what_goes_to_the_background() {
+    let bed = Bed::new();
+    // Too slow for the test to end before the interrupt.
+    let hub = Hub::serve(&bed, &["--bandwidth", "100kB/s"]);
+    let spawn = |hub: &Hub, arguments: &[&str]| {
+        bed.command(hub).args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    let mut warm = spawn(&hub, &["warm", PACK]);
+    assert!(wait_until(SOON, || bed.path("cache/forkd").exists()), "it does not begin to load");
+    let background = children_of(warm.id());
+    assert_eq!(background.len(), 1);
+    interrupt(&mut warm);
+    assert!(wait_until(SOON, || !alive(background[0])), "it loads on for nobody");
+    assert!(sockets(&bed).is_empty());
+
+    let wait = "__import__('time').sleep(600)";
+    let mut fork = spawn(&hub, &["fork", "--tag", "python-numpy", "--detach", "--eval", wait]);
+    let mut pid = None;
+    assert!(wait_until(Duration::from_secs(60), || {
+        let child = &bed.json(&hub, &["ps"])[0]["children"][0];
+        pid = child["pid"].as_i64().filter(|_| child["state"] == "ready");
+        pid.is_some()
+    }));
+    let background = children_of(fork.id());
+    interrupt(&mut fork);
+    for pid in background.into_iter().chain(pid) {
+        assert!(wait_until(SOON, || !alive(pid)), "process {pid} runs on for nobody");
+    }
+    bed.assert_nothing_left(pid.into_iter());
 }
