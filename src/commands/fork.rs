@@ -6,7 +6,7 @@
 use crate::cli::ForkArgs;
 use crate::commands::fork_ask::{Work, ask_all};
 use crate::commands::fork_report::{ForkReport, Timeline, WarmReport};
-use crate::commands::{fork_timeline, runtime};
+use crate::commands::{end_on_signal, fork_timeline, runtime};
 use crate::detach::{Detached, Handover, split};
 use crate::error::{CommandError, chain};
 use crate::output::Output;
@@ -34,7 +34,6 @@ use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 
 /// `forkd fork` failed.
@@ -181,7 +180,7 @@ struct Background {
 impl Background {
     fn start() -> Result<Background, CommandError> {
         let background = Background { runtime: runtime()?, supervisor: Arc::default() };
-        background.runtime.spawn(end_on_signal(Arc::clone(&background.supervisor)));
+        background.runtime.spawn(end_children_on_signal(Arc::clone(&background.supervisor)));
         Ok(background)
     }
 
@@ -308,16 +307,11 @@ fn raise_file_limit() {
 }
 
 /// Ctrl-C, SIGTERM and SIGHUP end the children and remove what is left of them.
-async fn end_on_signal(supervisor: Arc<OnceLock<Arc<Supervisor>>>) {
-    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = kinds.map(signal) else { return };
-    let code = tokio::select! {
-        _ = interrupt.recv() => 130,
-        _ = terminate.recv() => 143,
-        _ = hangup.recv() => 129,
-    };
-    if let Some(supervisor) = supervisor.get() {
-        supervisor.end();
-    }
-    std::process::exit(code);
+async fn end_children_on_signal(supervisor: Arc<OnceLock<Arc<Supervisor>>>) {
+    end_on_signal(|| {
+        if let Some(supervisor) = supervisor.get() {
+            supervisor.end();
+        }
+    })
+    .await
 }

@@ -4,6 +4,8 @@
 
 use std::process::ExitCode;
 
+use tokio::signal::unix::{SignalKind, signal};
+
 use crate::cli::{CacheVerb, HubVerb, KernelVerb, Verb};
 use crate::error::CommandError;
 use crate::output::Output;
@@ -67,6 +69,20 @@ pub fn dispatch(verb: Verb, ahead: Option<fork::Ahead>, output: &Output) -> Resu
         Verb::Kill(args) => children::kill(&args, output),
         Verb::Cleanup => cleanup::run(output),
     }
+}
+
+/// Waits for Ctrl-C, SIGTERM or SIGHUP, cleans up and ends the process with the status that shells give to that signal.
+/// Where signals cannot be had they end the process by themselves.
+async fn end_on_signal(clean_up: impl FnOnce()) {
+    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = kinds.map(signal) else { return };
+    let code = tokio::select! {
+        _ = interrupt.recv() => 130,
+        _ = terminate.recv() => 143,
+        _ = hangup.recv() => 129,
+    };
+    clean_up();
+    std::process::exit(code);
 }
 
 /// A tokio runtime for a command that does I/O; its threads start here and end with it.

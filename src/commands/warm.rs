@@ -1,7 +1,7 @@
 //! `forkd warm`: keeps an image in memory, so that forks of it open no pack, decode nothing and wait for no page.
 
 use crate::cli::WarmArgs;
-use crate::commands::runtime;
+use crate::commands::{end_on_signal, runtime};
 use crate::detach::{DetachError, Detached, Handover, split};
 use crate::error::{self, CommandError, chain};
 use crate::output::{Output, table};
@@ -14,7 +14,6 @@ use crate::warm::{Address, AddressError, Daemon, WarmError, WarmStatus};
 use forkd_fs::store::ReadError;
 use forkd_vmm::kvm::KvmKind;
 use std::process::ExitCode;
-use tokio::signal::unix::{SignalKind, signal};
 
 /// `forkd warm` failed.
 #[derive(Debug, thiserror::Error)]
@@ -163,18 +162,6 @@ fn load(
         }
     }
     Ok(sandbox)
-}
-
-async fn end_on_signal(remove_socket: impl Fn()) {
-    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = kinds.map(signal) else { return };
-    let code = tokio::select! {
-        _ = interrupt.recv() => 130,
-        _ = terminate.recv() => 143,
-        _ = hangup.recv() => 129,
-    };
-    remove_socket();
-    std::process::exit(code);
 }
 
 fn list(paths: &Paths, output: &Output) -> ExitCode {
