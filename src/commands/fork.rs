@@ -180,7 +180,12 @@ struct Background {
 impl Background {
     fn start() -> Result<Background, CommandError> {
         let background = Background { runtime: runtime()?, supervisor: Arc::default() };
-        background.runtime.spawn(end_children_on_signal(Arc::clone(&background.supervisor)));
+        let supervisor = Arc::clone(&background.supervisor);
+        end_on_signal(&background.runtime, move || {
+            if let Some(supervisor) = supervisor.get() {
+                supervisor.end();
+            }
+        });
         Ok(background)
     }
 
@@ -304,14 +309,4 @@ fn raise_file_limit() {
     if let Err(errno) = rustix::process::setrlimit(Resource::Nofile, raised) {
         tracing::debug!(%errno, "the limit on open files stays as it is");
     }
-}
-
-/// Ctrl-C, SIGTERM and SIGHUP end the children and remove what is left of them.
-async fn end_children_on_signal(supervisor: Arc<OnceLock<Arc<Supervisor>>>) {
-    end_on_signal(|| {
-        if let Some(supervisor) = supervisor.get() {
-            supervisor.end();
-        }
-    })
-    .await
 }

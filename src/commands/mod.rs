@@ -4,6 +4,7 @@
 
 use std::process::ExitCode;
 
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{CacheVerb, HubVerb, KernelVerb, Verb};
@@ -71,21 +72,24 @@ pub fn dispatch(verb: Verb, ahead: Option<fork::Ahead>, output: &Output) -> Resu
     }
 }
 
-/// Waits for Ctrl-C, SIGTERM or SIGHUP, cleans up and ends the process with the status that shells give to that signal.
-/// Where signals cannot be had they end the process by themselves.
-async fn end_on_signal(clean_up: impl FnOnce()) {
+/// Has Ctrl-C, SIGTERM and SIGHUP clean up and end the process with the status that shells give to that signal, from when
+/// this returns. Where signals cannot be had they end the process by themselves.
+fn end_on_signal(runtime: &Runtime, clean_up: impl FnOnce() + Send + 'static) {
+    let _context = runtime.enter();
     let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
     let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = kinds.map(signal) else { return };
-    let code = tokio::select! {
-        _ = interrupt.recv() => 130,
-        _ = terminate.recv() => 143,
-        _ = hangup.recv() => 129,
-    };
-    clean_up();
-    std::process::exit(code);
+    runtime.spawn(async move {
+        let code = tokio::select! {
+            _ = interrupt.recv() => 130,
+            _ = terminate.recv() => 143,
+            _ = hangup.recv() => 129,
+        };
+        clean_up();
+        std::process::exit(code);
+    });
 }
 
 /// A tokio runtime for a command that does I/O; its threads start here and end with it.
-pub fn runtime() -> Result<tokio::runtime::Runtime, CommandError> {
+pub fn runtime() -> Result<Runtime, CommandError> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CommandError::Runtime)
 }

@@ -117,7 +117,7 @@ fn hold(
     // The name of a replaced snapshot leads elsewhere by now; what was opened is what is served, under what it was asked for.
     let mut daemon =
         Daemon::start(paths, address, name, resolved, &sandbox).map_err(WarmCommandError::from)?;
-    runtime.spawn(end_on_signal(daemon.remover()));
+    end_on_signal(&runtime, daemon.remover());
     output.report(daemon.status(), |status| {
         format!(
             "{} is warm: {} in memory, held by process {}\n",
