@@ -1,6 +1,6 @@
 //! `forkd fork`: copies of a machine, from a pack that need not be there yet.
 //!
-//! Order matters here. The zygote is forked and the process split (for `--detach`) while there is one thread; only then
+//! Order matters here. The process is split (for `--detach`) and the zygote forked while there is one thread; only then
 //! come the runtime, the registry, the pack and the children.
 
 use crate::cli::ForkArgs;
@@ -84,23 +84,31 @@ pub enum ForkCommandError {
 /// build than the command line to parse.
 pub struct Ahead {
     started_ns: u64,
-    zygote: Result<Zygote, SpawnError>,
+    /// Not yet where the process will split: the zygote is to be a child of the one that goes on.
+    zygote: Option<Result<Zygote, SpawnError>>,
 }
 
 impl Ahead {
     /// For arguments (the program's name first) that look like a fork's: options before the verb take no values.
     pub fn of(arguments: &[OsString]) -> Option<Ahead> {
         let mut words = arguments.iter().skip(1).filter(|word| !word.as_encoded_bytes().starts_with(b"-"));
-        words.next().is_some_and(|verb| verb == "fork").then(Ahead::default)
+        let splits = arguments.iter().any(|word| word == "--detach");
+        words
+            .next()
+            .is_some_and(|verb| verb == "fork")
+            .then(|| Ahead { started_ns: process_start_ns(), zygote: (!splits).then(start_zygote) })
     }
 }
 
 impl Default for Ahead {
     fn default() -> Ahead {
-        let started_ns = process_start_ns();
-        raise_file_limit();
-        Ahead { started_ns, zygote: Zygote::start() }
+        Ahead { started_ns: process_start_ns(), zygote: None }
     }
+}
+
+fn start_zygote() -> Result<Zygote, SpawnError> {
+    raise_file_limit();
+    Zygote::start()
 }
 
 /// Runs the command.
@@ -112,6 +120,8 @@ pub fn run(args: &ForkArgs, ahead: Ahead, output: &Output) -> Result<ExitCode, C
         Some(Detached::Background(handover)) => Some(handover),
         None => None,
     };
+    // No thread was started yet.
+    let zygote = zygote.unwrap_or_else(start_zygote);
     detached.iter().for_each(Handover::end_with_foreground);
     if let Some(file) = &args.timeline {
         check_place(file).map_err(ForkCommandError::from)?;
