@@ -89,7 +89,7 @@ fn timelines_show_lazy_cached_eager_and_local_forks() {
         "index",
         "machine state",
         "demand, ",
-        "prefetch, ",
+        "working set, ",
         "of memory.bin for",
         "until answered",
     ] {
