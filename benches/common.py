@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -53,6 +54,24 @@ def arguments(doc):
 
 class ForkFailed(Exception):
     """`forkd fork` has printed no report."""
+
+
+def processor_times():
+    """Jiffies that the processors have spent: (idle, all)."""
+    with open("/proc/stat") as file:
+        times = [int(time) for time in file.readline().split()[1:9]]
+    return times[3] + times[4], sum(times)
+
+
+def settle(limit_s=20):
+    """Waits until the processors idle: the kernel takes machines and namespaces apart long after their processes are gone."""
+    until = time.monotonic() + limit_s
+    while time.monotonic() < until:
+        before = processor_times()
+        time.sleep(0.3)
+        idle, total = (now - then for now, then in zip(processor_times(), before))
+        if idle > 0.9 * total:
+            return
 
 
 class Place:

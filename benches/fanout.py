@@ -3,7 +3,7 @@
 
     benches/fanout.py FORKD [--runs 5] [--counts 1,10,100,300] [--tag python-numpy | --synthetic] [--csv FILE] [--svg FILE]
 
-The ways, one after the other in each run:
+The ways, one after the other in each run, each once the processors idle:
 
     floor     a process and a KVM machine each, without forkd (floor.c): the denominator
     local     children of a snapshot on this disk (`--tag`), its files in the page cache
@@ -22,7 +22,7 @@ A synthetic machine (--synthetic, 64 MiB, 4 of them read) has no answer, and its
 import contextlib
 import sys
 
-from common import ForkFailed, Place, Table, arguments, dots_svg, note, numbers, percentile, print_table, ratio, write_csv
+from common import ForkFailed, Place, Table, arguments, dots_svg, note, numbers, percentile, print_table, ratio, settle, write_csv
 
 CODE = "numpy.zeros(5).tolist()"
 ANSWER = "[0.0, 0.0, 0.0, 0.0, 0.0]"
@@ -83,6 +83,7 @@ def note_children(table, key, machine, count, report):
 
 def fork(place, machine, count, *what, look=None):
     """A report, or none when forkd failed as a whole."""
+    settle()
     try:
         return place.fork(*what, "-n", count, *machine.ask, look=look)
     except ForkFailed as failure:
@@ -91,6 +92,7 @@ def fork(place, machine, count, *what, look=None):
 
 
 def floor_round(table, place, machine, count):
+    settle()
     measured, key = place.floor(count, machine.memory_mib), (count, "floor")
     table.add((*key, WALL), "ms", measured["total_ms"])
     table.add((*key, "first instruction, p50"), "ms", percentile(measured["each_ms"], 0.5))
