@@ -38,6 +38,9 @@ pub const TRIALS: [Trial; 4] = [
     Trial { page_delay: Duration::ZERO, before_probe: Duration::ZERO, variable: false },
 ];
 
+/// A page that one trial touched, and in which phase; every page once.
+type Touch = (ImageId, usize, u32);
+
 /// What a trial restore needs besides the snapshot.
 #[derive(Debug, Clone, Copy)]
 pub struct Trials<'a> {
@@ -57,17 +60,11 @@ pub fn record(
     into: &Path,
     trials: &Trials<'_>,
 ) -> Result<Trace, BuildError> {
-    let mut touched = BTreeMap::new();
-    for trial in &TRIALS {
-        for (image, phase, page) in record_touches(zygote, configuration, dir, trials, trial)? {
-            // What a held up guest does before its first instruction others do later, and it would make the first bucket,
-            // which each fork waits for, too large for its place beside the index.
-            let phase = if trial.page_delay.is_zero() { phase } else { phase.max(1) };
-            let first = touched.entry((image, page)).or_insert(phase);
-            *first = phase.min(*first);
-        }
-    }
-    let trace = trace_of(configuration, &touched);
+    let records: Vec<_> = TRIALS
+        .iter()
+        .map(|trial| record_touches(zygote, configuration, dir, trials, trial))
+        .collect::<Result<_, _>>()?;
+    let trace = trace_of(configuration, &merge(&records));
     let path = into.join(snapshot::TRACE);
     std::fs::write(&path, trace.encode()?).map_err(file_error("writing", &path))?;
     let path = into.join(snapshot::HOTSET);
@@ -130,6 +127,20 @@ impl PageSource for Recorder {
     }
 }
 
+/// The earliest phase in which any trial touched each page. Before the first instruction, which each fork waits for, is only
+/// what every trial touched there: a guest that is held up on the way has a timer to serve, others serve it later.
+fn merge(records: &[Vec<Touch>]) -> BTreeMap<(ImageId, u32), usize> {
+    let mut touched = BTreeMap::new();
+    for &(image, phase, page) in records.iter().flatten() {
+        let (first, at_once) = touched.entry((image, page)).or_insert((phase, 0));
+        *first = phase.min(*first);
+        *at_once += usize::from(phase == 0);
+    }
+    let settled =
+        |(first, at_once): (usize, usize)| if at_once < records.len() { first.max(1) } else { first };
+    touched.into_iter().map(|(page, found)| (page, settled(found))).collect()
+}
+
 /// The trace of pages and the earliest phase in which each was touched.
 fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), usize>) -> Trace {
     let region = |id: ImageId| RegionTrace {
@@ -164,7 +175,7 @@ fn record_touches(
     dir: &Path,
     trials: &Trials<'_>,
     trial: &Trial,
-) -> Result<Vec<(ImageId, usize, u32)>, BuildError> {
+) -> Result<Vec<Touch>, BuildError> {
     let layout = configuration.layout;
     let ids: Vec<_> = ImageId::ALL.into_iter().filter(|id| layout.image_bytes(*id) > 0).collect();
     let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
@@ -230,4 +241,21 @@ fn ask(
     });
     trials.interrupt.check()?;
     asked
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_every_trial_touched_there_is_before_the_first_instruction() {
+        const RAM: ImageId = ImageId::Ram;
+        let merged = merge(&[
+            vec![(RAM, 0, 1), (RAM, 0, 2), (RAM, 1, 3), (RAM, 2, 4), (RAM, 0, 6)],
+            vec![(RAM, 0, 1), (RAM, 2, 2), (RAM, 2, 3), (RAM, 2, 4), (RAM, 2, 5)],
+        ]);
+        let expected = [(1, 0), (2, 1), (3, 1), (4, 2), (5, 2), (6, 1)];
+        assert_eq!(merged, expected.map(|(page, phase)| ((RAM, page), phase)).into());
+        assert!(merge(&[]).is_empty());
+    }
 }
