@@ -5,7 +5,7 @@ use crate::paths::Paths;
 use crate::registry::{HubAddress, Reference};
 use crate::snapshot::{SnapshotError, file_error};
 use crate::source::{SourceError, Wanted, as_path};
-use sha2::{Digest, Sha256};
+use forkd_fs::digest::Hasher;
 use std::ffi::OsStr;
 use std::fs;
 use std::io;
@@ -101,17 +101,17 @@ impl Named {
 
 /// A hash over parts that cannot run into each other.
 #[derive(Default)]
-struct Key(Sha256);
+struct Key(Hasher);
 
 impl Key {
     fn add(&mut self, part: &[u8]) -> &mut Key {
-        self.0.update((part.len() as u64).to_le_bytes());
+        self.0.update(&(part.len() as u64).to_le_bytes());
         self.0.update(part);
         self
     }
 
     fn hex(self, digits: usize) -> String {
-        let mut text: String = self.0.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let mut text = self.0.finish().to_string();
         text.truncate(digits);
         text
     }
