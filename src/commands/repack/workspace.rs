@@ -73,13 +73,7 @@ impl Workspace {
             let watcher = scope.spawn(|| {
                 while !done.load(SeqCst) {
                     if interrupt.is_set() {
-                        // Whoever still writes into it fails once it is gone.
-                        for _ in 0..REMOVALS {
-                            if is_removed(self.path()) {
-                                break;
-                            }
-                            std::thread::sleep(REMOVAL_PAUSE);
-                        }
+                        remove(self.path());
                         std::process::exit(130);
                     }
                     std::thread::park_timeout(INTERRUPT_PAUSE);
@@ -102,9 +96,15 @@ impl Workspace {
     }
 }
 
-/// Whether a directory is gone, after one more attempt at removing it.
-fn is_removed(workspace: &Path) -> bool {
-    fs::remove_dir_all(workspace).map_or_else(|error| error.kind() == io::ErrorKind::NotFound, |()| true)
+/// Removes a directory before the process ends. Whoever still writes into it fails once it is gone, and waits for the end.
+fn remove(workspace: &Path) {
+    for _ in 0..REMOVALS {
+        match fs::remove_dir_all(workspace) {
+            Ok(()) => return,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
+            Err(_) => std::thread::sleep(REMOVAL_PAUSE),
+        }
+    }
 }
 
 fn parent(out: &Path) -> &Path {
@@ -157,13 +157,7 @@ impl Signals {
             _ = self.hangup.recv() => 129,
         };
         self.seen.store(true, SeqCst);
-        // Whoever still writes into it fails once it is gone, and waits for the end.
-        for _ in 0..REMOVALS {
-            if is_removed(&workspace) {
-                break;
-            }
-            tokio::time::sleep(REMOVAL_PAUSE).await;
-        }
+        remove(&workspace);
         std::process::exit(code);
     }
 }
