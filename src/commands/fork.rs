@@ -288,15 +288,19 @@ fn note_warm(held: Option<&WarmStatus>, output: &Output) {
 }
 
 fn open_local(name: &str, held: &Held) -> Result<Sandbox, ForkCommandError> {
-    let opened = Sandbox::open_local(&held.path(), KvmKind::detect());
-    opened.map_err(|source| ForkCommandError::Sandbox { name: name.to_owned(), source: Box::new(source) })
+    Sandbox::open_local(&held.path(), KvmKind::detect()).map_err(sandbox_error(name))
 }
 
 fn open_pack(runtime: &Runtime, name: &str, store: Arc<Store>) -> Result<Sandbox, ForkCommandError> {
     let opening = Sandbox::open_pack(store.clone(), runtime.handle().clone(), KvmKind::detect());
     let opened = runtime.block_on(opening);
     store.set_demand_deadline(source::DEMAND_DEADLINE);
-    opened.map_err(|source| ForkCommandError::Sandbox { name: name.to_owned(), source: Box::new(source) })
+    opened.map_err(sandbox_error(name))
+}
+
+fn sandbox_error(name: &str) -> impl FnOnce(SandboxError) -> ForkCommandError {
+    let name = name.to_owned();
+    move |source| ForkCommandError::Sandbox { name, source: Box::new(source) }
 }
 
 /// What `forkd warm` holds of it. Without, or when its daemon does not answer, everything is opened as always.
