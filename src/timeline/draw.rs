@@ -121,11 +121,11 @@ impl Scene {
     }
 
     fn summary(&self) -> Vec<String> {
-        let class = |is_ahead: bool| {
+        let sums = |is_ahead: bool| {
             let of_class = self.events.requests.iter().filter(|request| request.class.is_ahead() == is_ahead);
             of_class.fold((0, 0), |(count, bytes), request| (count + 1, bytes + request.bytes))
         };
-        let ((demand, demand_bytes), (prefetch, prefetch_bytes)) = (class(false), class(true));
+        let ((demand, demand_bytes), (prefetch, prefetch_bytes)) = (sums(false), sums(true));
         let (decoded, faults) = (self.events.decodings.len(), &self.events.faults);
         let worst = faults.iter().map(|fault| fault.span.until - fault.span.from).fold(0.0, f64::max);
         let mut lines = vec![

@@ -126,9 +126,7 @@ impl Channel {
         let message = serde_json::from_slice(&bytes[..received]).map_err(ChannelError::Malformed)?;
         Ok((message, fds))
     }
-}
 
-impl Channel {
     /// Waits for the next message, which stays where it is, and returns its length in bytes. Room for the longest would take
     /// longer to clear than most messages to carry.
     fn next_length(&self) -> Result<usize, ChannelError> {

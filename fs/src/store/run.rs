@@ -182,11 +182,11 @@ impl Store {
                     Err(source) => Err(self.source_error(record, Arc::new(source))),
                 },
             };
-            match (&outcome, class) {
-                (Err(error), _) if class.is_ahead() => return Err(error.clone()),
-                (Err(error), _) => drop(failure.get_or_insert_with(|| error.clone())),
-                (Ok(plain), Class::Demand) => self.decoded.put(record, plain),
-                (Ok(_), _) => {}
+            match (&outcome, class.is_ahead()) {
+                (Err(error), true) => return Err(error.clone()),
+                (Err(error), false) => drop(failure.get_or_insert_with(|| error.clone())),
+                (Ok(plain), false) => self.decoded.put(record, plain),
+                (Ok(_), true) => {}
             }
             lead.land(outcome.clone());
             if let (Some(sink), Ok(plain)) = (sink, outcome) {

@@ -220,6 +220,7 @@ fn calls(own_pid: u32) -> Vec<(c_long, Verdict)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::jail::program::X86_64;
     use seccompiler::{
         SeccompAction, SeccompCmpArgLen as Width, SeccompCmpOp as Compare, SeccompCondition, SeccompFilter,
         SeccompRule, TargetArch,
@@ -227,7 +228,6 @@ mod tests {
     use std::collections::BTreeMap;
 
     const PID: u32 = 7;
-    const X86_64: u32 = 0xc000_003e;
     const I386: u32 = 0x4000_0003;
 
     /// What a filter sees of a call (`struct seccomp_data`), as the 32-bit words that it reads.

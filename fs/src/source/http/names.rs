@@ -40,9 +40,9 @@ impl Resolve for SystemNames {
     fn resolve(&self, name: Name) -> Resolving {
         Box::pin(async move {
             // reqwest puts the port in.
-            let addresses: Vec<_> =
-                lookup(name.as_str()).await?.into_iter().map(|address| SocketAddr::new(address, 0)).collect();
-            Ok(Box::new(addresses.into_iter()) as Addrs)
+            let addresses =
+                lookup(name.as_str()).await?.into_iter().map(|address| SocketAddr::new(address, 0));
+            Ok(Box::new(addresses) as Addrs)
         })
     }
 }
