@@ -3,6 +3,7 @@
 //! Leaves: Intel SDM volume 2, "CPUID"; KVM's: Documentation/virt/kvm/x86/cpuid.rst. Callers: `machine.rs`.
 
 use crate::kvm::{Hypervisor, KvmError, KvmKind};
+use crate::pvm;
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -21,9 +22,13 @@ const HYPER_THREADING: u32 = 1 << 28;
 /// Most of /proc/cpuinfo that is read, bytes: one processor takes two thousand.
 const CPUINFO_MAX: u64 = 16 << 10;
 
-/// Leaves for vCPU `id` of `vcpus`.
-pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
+/// Leaves for vCPU `id` of `vcpus` on a KVM of this kind.
+pub fn for_vcpu(supported: &CpuId, kind: KvmKind, id: u8, vcpus: u8) -> CpuId {
     let mut cpuid = supported.clone();
+    let hidden = match kind {
+        KvmKind::Hardware => ASYNC_PAGE_FAULTS,
+        KvmKind::Pvm => ASYNC_PAGE_FAULTS | pvm::HYPERCALLS,
+    };
     let (id, vcpus) = (u32::from(id), u32::from(vcpus));
     let id_bits = vcpus.next_power_of_two().trailing_zeros();
     for leaf in cpuid.as_mut_slice() {
@@ -35,7 +40,7 @@ pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
             }
             4 => leaf.eax = leaf.eax & 0x3ff | (vcpus.next_power_of_two() - 1) << 26,
             0xb | 0x1f => topology(leaf, id, vcpus, id_bits),
-            KVM_FEATURES => leaf.eax &= !ASYNC_PAGE_FAULTS,
+            KVM_FEATURES => leaf.eax &= !hidden,
             0x8000_0008 => leaf.ecx = leaf.ecx & !0xf0ff | id_bits << 12 | (vcpus - 1),
             0x8000_001d => leaf.eax &= !(0xfff << 14),
             0x8000_001e => {
@@ -202,7 +207,7 @@ mod tests {
     fn every_vcpu_knows_its_place() {
         let leaves = [leaf(1, 0), leaf(0xb, 0), leaf(0xb, 1), leaf(0xb, 2)];
         let supported = CpuId::from_entries(&leaves).unwrap();
-        let cpuid = for_vcpu(&supported, 2, 3);
+        let cpuid = for_vcpu(&supported, KvmKind::Hardware, 2, 3);
         let shown = cpuid.as_slice();
         assert_eq!((shown[0].ebx >> 24, shown[0].ebx >> 16 & 0xff), (2, 3));
         assert!(shown[0].edx & HYPER_THREADING != 0);
@@ -211,8 +216,12 @@ mod tests {
         assert_eq!((shown[2].eax, shown[2].ebx, shown[2].ecx, shown[2].edx), (2, 3, 0x201, 2));
         assert_eq!((shown[3].ebx, shown[3].ecx), (0, 2));
         let listed = CpuId::from_entries(&[leaf(0xb, 0)]).unwrap();
-        assert_eq!(for_vcpu(&listed, 2, 3).as_slice()[1].ebx, 3, "the level of cores is added");
-        let alone = for_vcpu(&supported, 0, 1);
+        assert_eq!(
+            for_vcpu(&listed, KvmKind::Hardware, 2, 3).as_slice()[1].ebx,
+            3,
+            "the level of cores is added"
+        );
+        let alone = for_vcpu(&supported, KvmKind::Hardware, 0, 1);
         assert_eq!(alone.as_slice()[0].edx & HYPER_THREADING, 0);
     }
 
@@ -220,7 +229,9 @@ mod tests {
     fn asynchronous_page_faults_are_hidden() {
         let supported =
             CpuId::from_entries(&[kvm_cpuid_entry2 { eax: u32::MAX, ..leaf(KVM_FEATURES, 0) }]).unwrap();
-        assert_eq!(for_vcpu(&supported, 0, 1).as_slice()[0].eax, !ASYNC_PAGE_FAULTS);
+        let shown = |kind| for_vcpu(&supported, kind, 0, 1).as_slice()[0].eax;
+        assert_eq!(shown(KvmKind::Hardware), !ASYNC_PAGE_FAULTS);
+        assert_eq!(shown(KvmKind::Pvm), !(ASYNC_PAGE_FAULTS | pvm::HYPERCALLS));
     }
 
     #[test]

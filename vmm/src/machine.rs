@@ -159,7 +159,7 @@ impl Machine {
         let mut vcpus = Vec::with_capacity(count.into());
         for id in 0..count {
             let vcpu = vm.create_vcpu(id.into()).map_err(ioctl("KVM_CREATE_VCPU"))?;
-            let leaves = cpuid::for_vcpu(&supported, id, count);
+            let leaves = cpuid::for_vcpu(&supported, hypervisor.kind(), id, count);
             vcpu.set_cpuid2(&leaves).map_err(ioctl("KVM_SET_CPUID2"))?;
             vcpus.push(vcpu);
         }

@@ -28,6 +28,11 @@ pub const COMMAND_LINE: &str = "noxsave nopti mitigations=off clocksource=kvm-cl
      GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX_Fast_Unaligned_Load,-AVX512F,-AVX512VL,-AVX512BW,-AVX512DQ,-AVX512CD,-FMA,-FMA4 \
      OPENBLAS_CORETYPE=NEHALEM NPY_DISABLE_CPU_FEATURES=AVX,F16C,FMA3,AVX2,AVX512F,AVX512CD,AVX512_SKX,AVX512_CLX,AVX512_CNL,AVX512_ICL";
 
+/// KVM_FEATURE_PV_UNHALT, KVM_FEATURE_PV_SEND_IPI and KVM_FEATURE_PV_SCHED_YIELD: a guest that is shown them makes hypercalls.
+/// KVM's emulator answers one by writing the processor's own instruction for it over the one that is there, which faults as
+/// soon as the guest's kernel has made its code read-only.
+pub const HYPERCALLS: u32 = 1 << 7 | 1 << 11 | 1 << 13;
+
 const MSR_LSTAR: u32 = 0xc000_0082;
 /// `KVM_INTERNAL_ERROR_EMULATION`.
 const EMULATION_FAILED: u32 = 1;
