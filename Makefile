@@ -80,7 +80,7 @@ soak:
 
 ## every parser of outside input under libFuzzer, SECONDS each; finds land in fuzz/artifacts (needs a nightly toolchain)
 SECONDS ?= 60
-FUZZ_TARGETS := index manifest registry trace vmstate legacy pack erofs
+FUZZ_TARGETS := index manifest registry trace vmstate legacy pack erofs xsave
 fuzz:
 	cargo fuzz --version >/dev/null 2>&1 || cargo install --locked cargo-fuzz
 	cd fuzz && for target in $(FUZZ_TARGETS); do mkdir -p found/$$target && nice -n 19 cargo +nightly fuzz run $$target \

@@ -119,8 +119,34 @@ def erofs(work):
         save("erofs", name, image.read_bytes())
 
 
+def vector_states():
+    """Eight numbers of a guest's registers, an instruction, and RAM: four tables that map every page to itself, and an area."""
+    everything, write = (1 << 64) - 1, 3
+    tables = b"".join(
+        struct.pack("<512Q", *entries, *[0] * (512 - len(entries)))
+        for entries in ([0x1000 | write], [0x2000 | write], [0x3000 | write], [page << 12 | write for page in range(16)])
+    )
+    image = bytearray(0x980)
+    image[24:28] = struct.pack("<I", 0x1F80)
+    image[512] = 0xE7
+    for name, instruction, operand in (
+        ("save", b"\x48\x0f\xae\x27", 0x5000),
+        ("save-two-pages", b"\x48\x0f\xae\x27", 0x5D80),
+        ("restore", b"\x48\x0f\xae\x2f", 0x5000),
+        ("restore-two-pages", b"\x48\x0f\xae\xaf\0\0\0\0", 0x5D80),
+        ("not-mapped", b"\x0f\xae\x67\x40", 0x10000),
+    ):
+        numbers = struct.pack("<8Q", everything, everything, operand, 1 << 16, 0, 1 << 18, 0xE7, 4096)
+        memory = bytearray(0x7000)
+        memory[: len(tables)] = tables
+        if operand < len(memory):
+            memory[operand : operand + len(image)] = image
+        save("xsave", name, numbers + instruction.ljust(15, b"\x90") + memory[:0x7000])
+
+
 with tempfile.TemporaryDirectory() as name:
     shutil.rmtree(CORPUS, ignore_errors=True)
     packs(Path(sys.argv[1]).resolve(), Path(name))
     legacy(Path(name))
     erofs(Path(name))
+    vector_states()

@@ -203,6 +203,11 @@ fn machine_states() {
 }
 
 #[test]
+fn vector_states_of_guests() {
+    replay("xsave");
+}
+
+#[test]
 fn packs_of_the_predecessor() {
     replay("legacy");
 }

@@ -21,15 +21,20 @@ use forkd_fs::manifest::Manifest;
 use forkd_fs::source::HttpClient;
 use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
 use forkd_fs::trace::Trace;
+use forkd_vmm::pvm::instruction::{LONGEST, Operation, XsaveInstruction};
+use forkd_vmm::pvm::xsave::{self, Outcome, Registers};
+use forkd_vmm::pvm::xsave_area::Layout;
 use forkd_vmm::snapshot::{MachineState, VERSION as VMSTATE_VERSION};
+use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use sha2::{Digest as _, Sha256};
 use tokio::runtime::Runtime;
+use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
 
 /// A target by its name.
 pub type Check = fn(&[u8]);
 
 /// Every target.
-pub const CHECKS: [(&str, Check); 8] = [
+pub const CHECKS: [(&str, Check); 9] = [
     ("index", index),
     ("manifest", manifest),
     ("registry", registry),
@@ -38,6 +43,7 @@ pub const CHECKS: [(&str, Check); 8] = [
     ("legacy", legacy),
     ("pack", pack),
     ("erofs", erofs),
+    ("xsave", xsave),
 ];
 
 /// Most plain bytes a predecessor's pack may hold here.
@@ -217,6 +223,56 @@ pub fn vmstate(bytes: &[u8]) {
     if let Ok(state) = MachineState::decode(&mended) {
         let _ = state.encode();
     }
+}
+
+/// XSAVE and XRSTOR of a guest whose registers and memory are the bytes: eight numbers, the instruction, and RAM from its first
+/// byte on, where its page tables and areas lie.
+pub fn xsave(bytes: &[u8]) {
+    const RAM: usize = 64 << 10;
+    const NUMBERS: usize = 8 * 8;
+    let mut head = [0; NUMBERS + LONGEST];
+    let known = bytes.len().min(head.len());
+    head[..known].copy_from_slice(&bytes[..known]);
+    let number = |at: usize| u64::from_le_bytes(*head[at * 8..].first_chunk().expect("eight numbers"));
+    let mut memory = bytes.get(head.len()..).unwrap_or_default().to_vec();
+    memory.resize(RAM, 0);
+    let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM)]).expect("memory is enough");
+    ram.write_slice(&memory, GuestAddress(0)).expect("it fits");
+
+    let general =
+        kvm_regs { rax: number(0), rdx: number(1), rdi: number(2), rflags: number(3), ..Default::default() };
+    let ss = kvm_segment { dpl: (number(7) >> 32) as u8 & 3, ..Default::default() };
+    let special = kvm_sregs { cr0: number(3), cr3: number(4), cr4: number(5), ss, ..Default::default() };
+    let instruction = XsaveInstruction::decode(&head[NUMBERS..], &general).unwrap_or(XsaveInstruction {
+        operation: if number(0) & 8 == 0 { Operation::Save } else { Operation::Restore },
+        wide: true,
+        address: number(2),
+        length: 4,
+    });
+    assert!((3..=LONGEST).contains(&instruction.length));
+    let layout = Layout::new(|subleaf| match subleaf {
+        0 => [0xe7, 0, 0, 0],
+        2 => [0x100, 0x240, 0, 0],
+        5 => [0x40, 0x340, 0, 0],
+        6 => [0x200, 0x380, 0, 0],
+        7 => [0x400, 0x580, 0, 0],
+        _ => [0; 4],
+    });
+    let mut state = vec![0x5a; number(7) as usize % 4097];
+    let before = state.clone();
+    let registers = Registers { general: &general, special: &special, xcr0: number(6) };
+    let outcome = xsave::execute(&instruction, registers, &ram, &layout, &mut state);
+    let done = outcome == Ok(Outcome::Done);
+    if !(done && instruction.operation == Operation::Save) {
+        let mut after = vec![0; RAM];
+        ram.read_slice(&mut after, GuestAddress(0)).expect("it is there");
+        // A walk marks entries of tables as accessed and dirty, and changes nothing else.
+        const MARKS: u64 = 1 << 5 | 1 << 6;
+        let word = |bytes: &[u8; 8]| u64::from_le_bytes(*bytes);
+        let pairs = memory.as_chunks().0.iter().zip(after.as_chunks().0);
+        assert!(pairs.map(|(old, new)| word(old) ^ word(new)).all(|changed| changed & !MARKS == 0));
+    }
+    assert!(done || state == before, "what was not done has changed the state");
 }
 
 /// A pack of the predecessor: a tar in zstd. Tried as it is, and compressed, so that headers of tar can be anything.

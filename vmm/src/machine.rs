@@ -251,8 +251,8 @@ impl Machine {
     /// Runs the guest until `on_ring` stops it or it resets itself; its first vCPU on this thread.
     pub fn run(&mut self, on_ring: impl FnMut(Ring) -> Flow + Send) -> Result<Stop, MachineError> {
         self.bus.freeze(false);
-        let stopped =
-            vcpu_loop::run(&mut self.vcpus, &self.bus, self.memory.ram(), self.hypervisor.kind(), on_ring);
+        let (ram, kind) = (self.memory.ram(), self.hypervisor.kind());
+        let stopped = vcpu_loop::run(&mut self.vcpus, &self.vm, &self.bus, ram, kind, on_ring);
         // Devices' own threads go on, but may not touch memory that is about to be saved.
         self.bus.freeze(true);
         stopped

@@ -1,32 +1,42 @@
 //! What a Linux guest needs on `kvm_pvm` and nowhere else. Switched on by detection; machines on hardware virtualisation
 //! use none of it.
 //!
-//! kvm_pvm runs user code natively and emulates supervisor code instruction by instruction. Three things are
+//! kvm_pvm runs user code natively and emulates supervisor code instruction by instruction. Two things are
 //! missing there, each found by measurement:
-//! - the emulator does not know some instructions: the command line keeps the kernel from using them, and two
-//!   that remain (`fwait`, `int3`) are carried out here;
+//! - the emulator does not know some instructions: the command line keeps the kernel from using them, and those
+//!   that remain (`fwait`, `int3`, `xsave`, `xrstor`) are carried out here;
 //! - SYSCALL from user mode arrives at LSTAR still in user mode, so that fetching its first instruction faults: a stub
-//!   before the guest's page fault handler recognises that fault and goes on at LSTAR;
-//! - user mode sees CPUID bits of AVX, though the guest kernel, booted with `noxsave`, does not save those registers
-//!   when it switches tasks: the C library and numpy are told not to use them.
+//!   before the guest's page fault handler recognises that fault and goes on at LSTAR.
 
-use crate::kvm::{KvmError, internal_suberror, ioctl};
+use crate::kvm::{KvmError, internal_suberror, ioctl, restore_xsave, save_xsave};
+use crate::memory::PAGE_BYTES;
 use crate::sys;
+use exception::Exception;
+use instruction::{LONGEST, Operation, XsaveInstruction};
 use kvm_bindings::{
-    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry,
+    KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry, kvm_regs,
+    kvm_sregs,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
+use page_table::{Access, AddressSpace};
+use std::sync::LazyLock;
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
+use xsave::{Outcome, Registers, UnknownState};
+use xsave_area::Layout;
 
-/// Extra kernel command line. The last three are no kernel parameters: the kernel hands them to PID 1 as environment.
-///
-/// `AVX_Fast_Unaligned_Load` is glibc's preference for copying with AVX. It is derived before the tunables switch AVX
-/// itself off, so it has to be named: without it one agent in a hundred under load saw half of a copied value change.
-pub const COMMAND_LINE: &str = "noxsave nopti mitigations=off clocksource=kvm-clock no_timer_check lpj=2300000 \
-     clearcpuid=popcnt,smap,smep,umip,fsgsbase,pcid,invpcid,erms,fsrm,cx16,rdpid,rdrand,rdseed \
-     GLIBC_TUNABLES=glibc.cpu.hwcaps=-AVX,-AVX2,-AVX_Fast_Unaligned_Load,-AVX512F,-AVX512VL,-AVX512BW,-AVX512DQ,-AVX512CD,-FMA,-FMA4 \
-     OPENBLAS_CORETYPE=NEHALEM NPY_DISABLE_CPU_FEATURES=AVX,F16C,FMA3,AVX2,AVX512F,AVX512CD,AVX512_SKX,AVX512_CLX,AVX512_CNL,AVX512_ICL";
+pub mod exception;
+pub mod instruction;
+pub mod page_table;
+pub mod xsave;
+pub mod xsave_area;
+
+/// Extra kernel command line. Of the XSAVE family the kernel may use what is carried out here. User programs see the
+/// host's CPUID whatever is cleared, so that all the state they can use (AVX, AVX-512) has to be saved; the rest (tiles of AMX,
+/// protection keys, MPX) they can only use when the kernel has enabled it.
+pub const COMMAND_LINE: &str = "nopti mitigations=off clocksource=kvm-clock no_timer_check lpj=2300000 \
+     clearcpuid=popcnt,smap,smep,umip,fsgsbase,pcid,invpcid,erms,fsrm,cx16,rdpid,rdrand,rdseed,\
+     xsaveopt,xsavec,xsaves,xgetbv1,pku,amx_tile,mpx";
 
 /// KVM_FEATURE_PV_UNHALT, KVM_FEATURE_PV_SEND_IPI and KVM_FEATURE_PV_SCHED_YIELD: a guest that is shown them makes hypercalls.
 /// KVM's emulator answers one by writing the processor's own instruction for it over the one that is there, which faults as
@@ -37,7 +47,6 @@ const MSR_LSTAR: u32 = 0xc000_0082;
 /// `KVM_INTERNAL_ERROR_EMULATION`.
 const EMULATION_FAILED: u32 = 1;
 const PAGE_FAULT_VECTOR: u64 = 14;
-const BREAKPOINT_VECTOR: u8 = 3;
 const INT3: u8 = 0xcc;
 const FWAIT: u8 = 0x9b;
 /// Padding that the stub needs, bytes; some is left free on both sides.
@@ -65,6 +74,9 @@ pub enum PvmError {
         /// What is there.
         bytes: Vec<u8>,
     },
+    /// State of the processor that cannot be saved.
+    #[error(transparent)]
+    State(#[from] UnknownState),
     /// Something else than emulation failed.
     #[error("KVM reports an internal error (sub-error {suberror}) at {address:#x}")]
     Internal {
@@ -123,36 +135,73 @@ pub fn write_msr(vcpu: &VcpuFd, ram: &GuestMemoryMmap, index: u32, value: u64) -
 }
 
 /// Mends the instruction that KVM_EXIT_INTERNAL_ERROR stopped at, or says why not.
-pub fn mend_instruction(vcpu: &mut VcpuFd, ram: &GuestMemoryMmap) -> Result<(), PvmError> {
+pub fn mend_instruction(vm: &VmFd, vcpu: &mut VcpuFd, ram: &GuestMemoryMmap) -> Result<(), PvmError> {
     let suberror = internal_suberror(vcpu);
     let mut regs = vcpu.get_regs().map_err(ioctl("KVM_GET_REGS"))?;
     let address = regs.rip;
     if suberror != EMULATION_FAILED {
         return Err(PvmError::Internal { suberror, address });
     }
-    let mut bytes = vec![0; 15];
-    let physical = translate(vcpu, address)?.ok_or(PvmError::Internal { suberror, address })?;
-    let read = ram.read(&mut bytes, physical)?;
-    bytes.truncate(read);
-    regs.rip += 1;
-    match bytes.first() {
-        Some(&FWAIT) => vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?,
-        Some(&INT3) => {
-            vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?;
-            let mut events = vcpu.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?;
-            events.exception.injected = 1;
-            events.exception.nr = BREAKPOINT_VECTOR;
-            events.exception.has_error_code = 0;
-            vcpu.set_vcpu_events(&events).map_err(ioctl("KVM_SET_VCPU_EVENTS"))?;
+    let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
+    let bytes = fetch(&AddressSpace::new(ram, &regs, &sregs), ram, address);
+    let (length, exception) = match bytes.first() {
+        Some(&FWAIT) => (1, None),
+        Some(&INT3) => (1, Some(Exception::Breakpoint)),
+        _ => {
+            let decoded = XsaveInstruction::decode(&bytes, &regs).filter(|_| sregs.cs.l != 0);
+            let instruction = decoded.ok_or(PvmError::Instruction { address, bytes })?;
+            carry_out(&instruction, vm, vcpu, ram, (&regs, &sregs))?
         }
-        _ => return Err(PvmError::Instruction { address, bytes }),
-    }
-    Ok(())
+    };
+    regs.rip = regs.rip.wrapping_add(length);
+    // Also forgets the invalid opcode that KVM would raise for what it could not emulate.
+    vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?;
+    Ok(exception.map_or(Ok(()), |exception| exception.raise(vcpu))?)
 }
 
-fn translate(vcpu: &VcpuFd, address: u64) -> Result<Option<GuestAddress>, KvmError> {
-    let translation = vcpu.translate_gva(address).map_err(ioctl("KVM_TRANSLATE"))?;
-    Ok((translation.valid != 0).then_some(GuestAddress(translation.physical_address)))
+/// Carries an XSAVE or XRSTOR out on the vCPU. Returns how far its instruction pointer goes on, and what it raises.
+fn carry_out(
+    instruction: &XsaveInstruction,
+    vm: &VmFd,
+    vcpu: &VcpuFd,
+    ram: &GuestMemoryMmap,
+    (general, special): (&kvm_regs, &kvm_sregs),
+) -> Result<(u64, Option<Exception>), PvmError> {
+    static LAYOUT: LazyLock<Layout> = LazyLock::new(Layout::of_host);
+    let enabled = vcpu.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?;
+    let xcr0 = enabled.xcrs.iter().take(enabled.nr_xcrs as usize).find(|register| register.xcr == 0);
+    let registers = Registers { general, special, xcr0: xcr0.map_or(0, |register| register.value) };
+    let mut state: Vec<u8> = save_xsave(vm, vcpu)?.into_iter().flat_map(u32::to_le_bytes).collect();
+    match xsave::execute(instruction, registers, ram, &LAYOUT, &mut state)? {
+        Outcome::Done => {
+            if instruction.operation == Operation::Restore {
+                let words = state.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word));
+                restore_xsave(vm, vcpu, &words.collect::<Vec<_>>())?;
+            }
+            Ok((instruction.length as u64, None))
+        }
+        Outcome::Raises(exception) => Ok((0, Some(exception))),
+        Outcome::Again => Ok((0, None)),
+    }
+}
+
+/// The bytes at `address`, up to the longest instruction; fewer when it ends before a page that cannot be read.
+fn fetch(space: &AddressSpace<'_>, ram: &GuestMemoryMmap, address: u64) -> Vec<u8> {
+    let end = address.saturating_add(LONGEST as u64);
+    let next_page = (address | (PAGE_BYTES - 1)).saturating_add(1).min(end);
+    let mut bytes = Vec::with_capacity(LONGEST);
+    for range in [address..next_page, next_page..end] {
+        let Ok(pieces) = space.pieces(range, Access::Read) else { break };
+        for piece in pieces {
+            let mut part = [0; LONGEST];
+            let part = &mut part[..piece.bytes];
+            if ram.read_slice(part, piece.start).is_err() {
+                return bytes;
+            }
+            bytes.extend_from_slice(part);
+        }
+    }
+    bytes
 }
 
 /// A 64-bit interrupt gate (Intel SDM volume 3, "64-Bit IDT Gate Descriptors").
@@ -175,13 +224,17 @@ impl Gate {
 }
 
 fn install_syscall_stub(vcpu: &VcpuFd, ram: &GuestMemoryMmap, lstar: u64) -> Result<(), PvmError> {
+    let regs = vcpu.get_regs().map_err(ioctl("KVM_GET_REGS"))?;
     let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
-    let gate_address = sregs.idt.base + PAGE_FAULT_VECTOR * 16;
-    let unmapped = |address| PvmError::Internal { suberror: EMULATION_FAILED, address };
-    let gate_at = translate(vcpu, gate_address)?.ok_or(unmapped(gate_address))?;
+    let space = AddressSpace::new(ram, &regs, &sregs);
+    let translate = |address| {
+        let unmapped = PvmError::Internal { suberror: EMULATION_FAILED, address };
+        space.translate(address, Access::Read).map_err(|_| unmapped)
+    };
+    let gate_at = translate(sregs.idt.base + PAGE_FAULT_VECTOR * 16)?;
     let gate = Gate(ram.read_obj(gate_at)?);
     let handler = gate.handler();
-    let handler_at = translate(vcpu, handler)?.ok_or(unmapped(handler))?;
+    let handler_at = translate(handler)?;
     let start = stub_start(lstar);
     let mut there = vec![0; start.len()];
     ram.read_slice(&mut there, handler_at)?;

@@ -6,7 +6,7 @@ use crate::kvm::KvmKind;
 use crate::machine::{Flow, MachineError, Stop};
 use crate::pvm;
 use crate::sys::{self, ThreadId};
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -19,6 +19,7 @@ const COMPLETIONS_MAX: usize = 16;
 
 /// What the vCPUs of one run share.
 struct Run<'a, F> {
+    vm: &'a VmFd,
     bus: &'a Bus,
     ram: &'a GuestMemoryMmap,
     kind: KvmKind,
@@ -38,12 +39,14 @@ enum Step {
 /// vCPU has an instruction half done.
 pub fn run<F: FnMut(Ring) -> Flow + Send>(
     vcpus: &mut [VcpuFd],
+    vm: &VmFd,
     bus: &Bus,
     ram: &GuestMemoryMmap,
     kind: KvmKind,
     on_ring: F,
 ) -> Result<Stop, MachineError> {
     let run = Run {
+        vm,
         bus,
         ram,
         kind,
@@ -133,7 +136,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
                 pvm::write_msr(vcpu, self.ram, index, value)?;
             }
             Ok(VcpuExit::InternalError) if self.kind == KvmKind::Pvm => {
-                pvm::mend_instruction(vcpu, self.ram)?;
+                pvm::mend_instruction(self.vm, vcpu, self.ram)?;
             }
             Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Step::Stop(Stop::Reset)),
             Ok(exit) => return Err(MachineError::Exit { exit: format!("{exit:?}") }),

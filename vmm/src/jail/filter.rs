@@ -124,14 +124,16 @@ const REQUESTS: &[u32] = &[
     write::<kvm::kvm_regs>(0x82),
     read::<kvm::kvm_sregs>(0x83),
     write::<kvm::kvm_sregs>(0x84),
-    both::<kvm::kvm_translation>(0x85),
     read::<kvm::kvm_vcpu_events>(0x9f), // KVM_GET_PIT2 has the same number and another size
     write::<kvm::kvm_vcpu_events>(0xa0),
+    none(0x03), // KVM_CHECK_EXTENSION
+    write::<kvm::kvm_xsave>(0xa5),
+    read::<kvm::kvm_xcrs>(0xa6),
+    read::<kvm::kvm_xsave>(0xcf), // KVM_GET_XSAVE2
     libc::FIONBIO as u32,
     none(0x00), // KVM_GET_API_VERSION
     none(0x01), // KVM_CREATE_VM
     both::<kvm::kvm_msr_list>(0x02),
-    none(0x03),                    // KVM_CHECK_EXTENSION
     none(0x04),                    // KVM_GET_VCPU_MMAP_SIZE
     both::<kvm::kvm_cpuid2>(0x05), // KVM_GET_SUPPORTED_CPUID
     none(0x41),                    // KVM_CREATE_VCPU
@@ -164,12 +166,9 @@ const REQUESTS: &[u32] = &[
     none(0xa3), // KVM_GET_TSC_KHZ
     write::<kvm::kvm_enable_cap>(0xa3),
     read::<kvm::kvm_xsave>(0xa4),
-    write::<kvm::kvm_xsave>(0xa5),
-    read::<kvm::kvm_xcrs>(0xa6),
     write::<kvm::kvm_xcrs>(0xa7),
     none(0xad), // KVM_KVMCLOCK_CTRL
     write::<kvm::kvm_msr_filter>(0xc6),
-    read::<kvm::kvm_xsave>(0xcf), // KVM_GET_XSAVE2
 ];
 
 /// Commands of fcntl(2): flags of a descriptor, and copies of it.
