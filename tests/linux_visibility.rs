@@ -23,12 +23,7 @@ struct Copied {
 
 impl Copied {
     fn new() -> Copied {
-        let bed = Bed::new();
-        let snapshots = bed.path("data/forkd/snapshots");
-        fs::create_dir_all(&snapshots).unwrap();
-        let copied =
-            Command::new("cp").args(["-r", "--sparse=always"]).arg(bed.snapshot()).arg(&snapshots).status();
-        assert!(copied.unwrap().success());
+        let bed = Bed::copied();
         Copied { bed, hub: Hub::at("file:///nonexistent".to_owned()) }
     }
 
@@ -42,7 +37,7 @@ impl Copied {
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.bed.command(&self.hub);
-        command.env("XDG_DATA_HOME", self.bed.path("data")).args(arguments);
+        command.args(arguments);
         command
     }
 

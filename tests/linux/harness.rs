@@ -8,6 +8,7 @@ mod program;
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -55,6 +56,18 @@ impl Bed {
         let manifest = data.join("forkd/snapshots/python-numpy/manifest.toml");
         assert!(manifest.exists(), "{} is missing: run `make machine` first", manifest.display());
         Bed { dir: tempfile::tempdir().unwrap(), data }
+    }
+
+    /// The same with a copy of the snapshot, which the test may change and which nobody else maps.
+    pub fn copied() -> Bed {
+        let theirs = Bed::new();
+        let data = theirs.path("data");
+        fs::create_dir_all(data.join("forkd/snapshots")).unwrap();
+        let mut copy = Command::new("cp");
+        copy.args(["-r", "--sparse=always"]).arg(theirs.snapshot()).arg(data.join("forkd/snapshots"));
+        assert!(copy.status().unwrap().success());
+        symlink(theirs.data.join("forkd/kernels"), data.join("forkd/kernels")).unwrap();
+        Bed { data, ..theirs }
     }
 
     /// A path in the test's own directory.
