@@ -26,7 +26,7 @@ pub use copies::{EvalArgs, ExecArgs, ForkArgs, KillArgs, LogsArgs, WarmArgs};
         forkd fork deeplethe/python-numpy -n 3 --eval 'numpy.zeros(5).tolist()'\n  \
         forkd inspect deeplethe/python-numpy\n\n\
         Exit status: 0 done, 1 failed, 2 wrong usage.\n\n\
-        Environment: FORKD_HUB_URL (the hub), FORKD_LOG (log filter), XDG_DATA_HOME, XDG_CACHE_HOME, \
+        Environment: FORKD_HUB_URL (the hub), FORKD_LOG (log filter), NO_COLOR (plain log lines), XDG_DATA_HOME, XDG_CACHE_HOME, \
         XDG_RUNTIME_DIR (where snapshots, chunks and run state live).",
     disable_help_subcommand = true,
     arg_required_else_help = true
