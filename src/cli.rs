@@ -97,7 +97,7 @@ pub enum Verb {
     Logs(LogsArgs),
     /// Stop running children
     Kill(KillArgs),
-    /// Remove what dead processes left: mounts, sockets, temporary directories
+    /// Remove what dead processes left: mounts, sockets, temporary files and directories
     Cleanup,
     /// Print a completion script for a shell
     Completions(CompletionsArgs),

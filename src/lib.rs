@@ -38,6 +38,8 @@ pub mod turns;
 pub mod units;
 pub mod variables;
 pub mod warm;
+pub mod work_dir;
+pub mod workspace;
 
 use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal;

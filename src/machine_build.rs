@@ -1,9 +1,10 @@
 //! Makes a snapshot: boots a kernel on a root disk, waits until the machine is warm, probes it, saves it, and restores
-//! the result three times to record which pages a fork touches ([`recording`]). Callers: `commands/build.rs`,
+//! the result four times to record which pages a fork touches ([`recording`]). Callers: `commands/build.rs`,
 //! `commands/trace.rs`.
 
 use crate::identity::IdentityError;
 use crate::recipe::Probe;
+use crate::run_dir::{RunDir, RunDirError};
 use crate::scratch::Scratch;
 use crate::snapshot::{self, Configuration, SnapshotError, file_error};
 use crate::tools::{Interrupt, ToolError};
@@ -26,9 +27,9 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tempfile::TempDir;
 
 pub mod recording;
 use recording::Trials;
@@ -185,10 +186,35 @@ pub enum Step {
     Trace,
 }
 
+/// Where the machines of one command come from and where they live.
+#[derive(Debug)]
+pub struct Machines {
+    zygote: Zygote,
+    run_dir: Arc<RunDir>,
+    started: AtomicUsize,
+}
+
+impl Machines {
+    /// Their sockets and consoles will be in `run_dir`, which learns of their cgroups.
+    pub fn new(zygote: Zygote, run_dir: Arc<RunDir>) -> Result<Machines, RunDirError> {
+        match zygote.cgroups() {
+            Ok(cgroups) => run_dir.note_cgroups(&cgroups.path)?,
+            Err(error) => tracing::debug!(error = crate::error::chain(error), "machines get no cgroups"),
+        }
+        Ok(Machines { zygote, run_dir, started: AtomicUsize::new(0) })
+    }
+
+    /// The name of one more.
+    fn name(&self) -> String {
+        format!("{}-{}", self.run_dir.id(), self.started.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
 /// A machine of this module: its process and the files it lives from.
 struct Rig<'a> {
     process: MachineProcess,
-    dir: TempDir,
+    socket: PathBuf,
+    console: PathBuf,
     scratch: Option<File>,
     interrupt: &'a Interrupt,
 }
@@ -201,17 +227,17 @@ impl Drop for Rig<'_> {
 
 impl<'a> Rig<'a> {
     fn spawn(
-        zygote: &Zygote,
+        machines: &Machines,
         spec: &MachineSpec,
         images: &[&OwnedFd],
         start: &File,
         initrd: Option<&File>,
         (scratch, interrupt): (&Scratch<'_>, &'a Interrupt),
     ) -> Result<Rig<'a>, BuildError> {
-        let dir = tempfile::tempdir().map_err(file_error("creating", Path::new("a temporary directory")))?;
-        let console_path = dir.path().join("console.log");
+        let (name, run_dir) = (&spec.limits.name, &machines.run_dir);
+        let console_path = run_dir.console(name);
         let console = File::create(&console_path).map_err(file_error("creating", &console_path))?;
-        let socket = dir.path().join("vsock.sock");
+        let socket = run_dir.socket(name);
         let vsock = UnixListener::bind(&socket).map_err(file_error("binding", &socket))?;
         let scratch = scratch.create()?;
         let files = MachineFiles {
@@ -223,23 +249,19 @@ impl<'a> Rig<'a> {
             initrd: initrd.map(|file| file.as_fd()),
             tap: None,
         };
-        let process = zygote.spawn(spec, &files)?;
-        Ok(Rig { process, dir, scratch, interrupt })
+        let process = machines.zygote.spawn(spec, &files)?;
+        Ok(Rig { process, socket, console: console_path, scratch, interrupt })
     }
 
     fn console_tail(&self) -> String {
-        let text = std::fs::read(self.dir.path().join("console.log")).unwrap_or_default();
+        let text = std::fs::read(&self.console).unwrap_or_default();
         let text = String::from_utf8_lossy(&text).replace('\r', "");
         let lines: Vec<_> = text.lines().collect();
         lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n")
     }
 
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("vsock.sock")
-    }
-
     fn agent(&self, doing: &'static str) -> Result<AgentClient, BuildError> {
-        AgentClient::connect(&self.socket(), REQUEST_TIMEOUT)
+        AgentClient::connect(&self.socket, REQUEST_TIMEOUT)
             .map_err(|source| BuildError::Agent { doing, source })
     }
 
@@ -282,7 +304,7 @@ impl<'a> Rig<'a> {
 
 /// Builds a snapshot into the directory `into`: all its files but the manifest.
 pub fn build(
-    zygote: &Zygote,
+    machines: &Machines,
     request: &Request<'_>,
     into: &Path,
     mut step: impl FnMut(Step),
@@ -306,11 +328,17 @@ pub fn build(
     let (initrd_comes, second_console) = (initrd.is_some(), request.second_console);
     let start = Start::Boot { command_line, vcpus, initrd: initrd_comes, second_console };
     let scratch_bytes = request.scratch.bytes();
-    let spec =
-        MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
+    let limits = Limits::of(machines.name(), &layout);
+    let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
     let images = images(&layout, &ram, &root_disk);
-    let machine =
-        Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), (&request.scratch, request.interrupt))?;
+    let machine = Rig::spawn(
+        machines,
+        &spec,
+        &images,
+        &kernel,
+        initrd.as_ref(),
+        (&request.scratch, request.interrupt),
+    )?;
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
 
     step(Step::Warm);
@@ -338,7 +366,7 @@ pub fn build(
 
     step(Step::Trace);
     let Request { probe, scratch, interrupt, .. } = *request;
-    recording::record(zygote, &configuration, into, into, &Trials { probe, scratch, interrupt })?;
+    recording::record(machines, &configuration, into, into, &Trials { probe, scratch, interrupt })?;
     Ok(configuration)
 }
 
@@ -436,11 +464,4 @@ fn copy_sparse(from: &File, to: &Path, unit: u64) -> io::Result<()> {
         }
     }
     target.set_len(length.next_multiple_of(unit))
-}
-
-/// Limits of one more machine of this process.
-fn limits(layout: &MemoryLayout) -> Limits {
-    static MACHINES: AtomicUsize = AtomicUsize::new(0);
-    let number = MACHINES.fetch_add(1, Ordering::Relaxed);
-    Limits::of(format!("build-{}-{number}", std::process::id()), layout)
 }

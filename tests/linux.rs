@@ -8,6 +8,8 @@ mod harness;
 mod hostile_guests;
 #[path = "linux/kills.rs"]
 mod kills;
+#[path = "linux/remains.rs"]
+mod remains;
 #[path = "linux/warm.rs"]
 mod warm;
 

@@ -246,4 +246,5 @@ fn a_trace_of_a_pack_is_interrupted_while_it_downloads() {
     let ended = interrupted.wait().unwrap();
     assert!(since.elapsed() < Duration::from_secs(5), "{:?} after Ctrl-C", since.elapsed());
     assert_eq!((ended.code(), fs::read_dir(&out).unwrap().count()), (Some(130), 0));
+    assert!(!bed.has_run_dirs());
 }

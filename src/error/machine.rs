@@ -151,6 +151,8 @@ pub(super) fn build(error: &BuildCommandError) -> Row {
             row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
         }
         BuildCommandError::Snapshot(error) => packs::snapshot(error),
+        BuildCommandError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
+        BuildCommandError::RunDir(_) => row,
         BuildCommandError::Build { source, .. } => match source {
             BuildError::NotReady { .. } => row.hint("mend the recipe's warm command; nothing was kept"),
             BuildError::Probe { .. } => {
@@ -188,10 +190,11 @@ pub(super) fn trace(error: &TraceCommandError) -> Row {
         TraceCommandError::Open(error) => packs::open(error),
         TraceCommandError::Read(error) => packs::read(error),
         TraceCommandError::Pack(error) => Row { what: WHAT, ..packs::pack(error) },
-        TraceCommandError::Place { .. } => {
-            row.hint("--out needs an existing directory that can be written to")
+        TraceCommandError::Workspace(error) => packs::workspace(row, error),
+        TraceCommandError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
+        TraceCommandError::RunDir(_) | TraceCommandError::Unpack(_) | TraceCommandError::Interrupted(_) => {
+            row
         }
-        TraceCommandError::Unpack(_) | TraceCommandError::Interrupted(_) => row,
     }
 }
 

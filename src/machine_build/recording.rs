@@ -1,7 +1,7 @@
 //! Recording a trace: a snapshot is restored a few times, page by page, and what is touched until its probe is answered is
 //! written down, with the pages themselves. Callers: `machine_build.rs` for a new snapshot, `commands/trace.rs` for an old one.
 
-use super::{BuildError, INTERRUPT_CHECK, PAGE, REQUEST_TIMEOUT, Rig, limits, open, run_probe};
+use super::{BuildError, INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, Rig, open, run_probe};
 use crate::identity;
 use crate::recipe::Probe;
 use crate::scratch::Scratch;
@@ -9,11 +9,11 @@ use crate::snapshot::{self, Configuration, file_error};
 use crate::tools::Interrupt;
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_guest::client::AgentClient;
+use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::ImageId;
 use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::process::{MachineSpec, Report, Start, monotonic_ns};
-use forkd_vmm::zygote::Zygote;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
@@ -54,7 +54,7 @@ pub struct Trials<'a> {
 
 /// Restores the snapshot in `dir` once for each of [`TRIALS`] and writes `trace` and `hotset` into `into`, which may be `dir`.
 pub fn record(
-    zygote: &Zygote,
+    machines: &Machines,
     configuration: &Configuration,
     dir: &Path,
     into: &Path,
@@ -62,7 +62,7 @@ pub fn record(
 ) -> Result<Trace, BuildError> {
     let records: Vec<_> = TRIALS
         .iter()
-        .map(|trial| record_touches(zygote, configuration, dir, trials, trial))
+        .map(|trial| record_touches(machines, configuration, dir, trials, trial))
         .collect::<Result<_, _>>()?;
     let trace = trace_of(configuration, &merge(&records));
     let path = into.join(snapshot::TRACE);
@@ -159,7 +159,7 @@ fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), us
 /// Connects before the machine is ready, as a fork does that is asked something: after its first instruction.
 fn connect_early(machine: &Rig<'_>, doing: &'static str) -> Receiver<Result<AgentClient, BuildError>> {
     let (sender, connected) = mpsc::channel();
-    let socket = machine.socket();
+    let socket = machine.socket.clone();
     std::thread::spawn(move || {
         let client = AgentClient::connect(&socket, REQUEST_TIMEOUT);
         // Nobody waits any more when the trial failed.
@@ -170,7 +170,7 @@ fn connect_early(machine: &Rig<'_>, doing: &'static str) -> Receiver<Result<Agen
 
 /// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
 fn record_touches(
-    zygote: &Zygote,
+    machines: &Machines,
     configuration: &Configuration,
     dir: &Path,
     trials: &Trials<'_>,
@@ -190,13 +190,13 @@ fn record_touches(
     let record = identity::fresh("trial", 1, None, environment)?;
     let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
     let scratch_bytes = trials.scratch.bytes();
-    let spec =
-        MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
+    let limits = Limits::of(machines.name(), &layout);
+    let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
     let images: Vec<_> = images.iter().collect();
-    let machine = Rig::spawn(zygote, &spec, &images, &vmstate, None, (&trials.scratch, trials.interrupt))?;
+    let machine = Rig::spawn(machines, &spec, &images, &vmstate, None, (&trials.scratch, trials.interrupt))?;
     let doing = "restoring the snapshot to record its trace";
     let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
         Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),

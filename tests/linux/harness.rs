@@ -136,6 +136,24 @@ pub fn alive(pid: i64) -> bool {
     status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
 }
 
+/// Processes, this one's children and zombies aside, that were started with the test's run directory.
+pub fn processes_of(run: &Path) -> Vec<u32> {
+    let needle = format!("XDG_RUNTIME_DIR={}", run.display());
+    let listed = fs::read_dir("/proc").unwrap().flatten();
+    let pids = listed.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let ours = |pid: &u32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|variable| variable == needle.as_bytes())
+    };
+    pids.filter(|pid| ours(pid) && alive(i64::from(*pid))).collect()
+}
+
+/// How many mounts lie in a directory or come from it.
+pub fn mounts_of(dir: &Path) -> usize {
+    let dir = dir.to_str().unwrap();
+    fs::read_to_string("/proc/self/mounts").unwrap().lines().filter(|line| line.contains(dir)).count()
+}
+
 /// Looks every 50 ms.
 pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
