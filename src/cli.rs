@@ -93,7 +93,7 @@ pub enum Verb {
     Exec(ExecArgs),
     /// Evaluate code in a running child's warm worker
     Eval(EvalArgs),
-    /// Print a child's console
+    /// Print a child's console, or a snapshot's: what its machine printed while it was built
     Logs(LogsArgs),
     /// Stop running children
     Kill(KillArgs),
@@ -524,6 +524,8 @@ mod tests {
             &["fork", "o/n", "--eval", "1", "--exec", "--", "ls"],
             &["kill"],
             &["kill", "--all", "a"],
+            &["logs"],
+            &["logs", "a-1", "--tag", "t"],
         ] {
             assert!(parsed(bad).is_err(), "{bad:?} was taken");
         }

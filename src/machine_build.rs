@@ -31,6 +31,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+mod console;
 pub mod recording;
 use recording::Trials;
 
@@ -42,8 +43,6 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(120);
 /// How often a wait looks for Ctrl-C.
 const INTERRUPT_CHECK: Duration = Duration::from_millis(200);
-/// Lines of the console that an error shows.
-const CONSOLE_TAIL_LINES: usize = 12;
 
 /// What to build.
 #[derive(Debug)]
@@ -85,35 +84,29 @@ pub enum BuildError {
     #[error(transparent)]
     Spawn(#[from] SpawnError),
     /// The machine's process is gone.
-    #[error("the machine's process ended while {doing}; its console ended with:\n{console}")]
+    #[error("the machine's process ended while {doing}")]
     Gone {
         /// What was waited for.
         doing: &'static str,
-        /// The end of its console.
-        console: String,
         /// Why it cannot be heard.
         #[source]
         source: ChannelError,
     },
     /// The machine failed.
-    #[error("the machine failed while {doing}: {error}; its console ended with:\n{console}")]
+    #[error("the machine failed while {doing}: {error}")]
     Failed {
         /// What was waited for.
         doing: &'static str,
         /// Why.
         error: String,
-        /// The end of its console.
-        console: String,
     },
     /// It took too long.
-    #[error("{doing} took longer than {} s; the console ended with:\n{console}", after.as_secs())]
+    #[error("{doing} took longer than {} s", after.as_secs())]
     Timeout {
         /// What was waited for.
         doing: &'static str,
         /// How long.
         after: Duration,
-        /// The end of its console.
-        console: String,
     },
     /// The agent does not answer.
     #[error("the guest's agent failed while {doing}")]
@@ -186,6 +179,21 @@ pub enum Step {
     Trace,
 }
 
+/// Why there is no snapshot, and what its machine, if there was one by then, said last.
+#[derive(Debug)]
+pub struct Failure {
+    /// Why.
+    pub error: BuildError,
+    /// The end of the machine's console, a guest's own words: control characters and all, at most a few lines; or empty.
+    pub console: String,
+}
+
+impl<E: Into<BuildError>> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure { error: error.into(), console: String::new() }
+    }
+}
+
 /// Where the machines of one command come from and where they live.
 #[derive(Debug)]
 pub struct Machines {
@@ -253,11 +261,13 @@ impl<'a> Rig<'a> {
         Ok(Rig { process, socket, console: console_path, scratch, interrupt })
     }
 
-    fn console_tail(&self) -> String {
-        let text = std::fs::read(&self.console).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text).replace('\r', "");
-        let lines: Vec<_> = text.lines().collect();
-        lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n")
+    /// What ended its use, with its last words unless it was the user.
+    fn failed(&self, error: BuildError) -> Failure {
+        let console = match error {
+            BuildError::Interrupted(_) => String::new(),
+            _ => console::tail(&self.console),
+        };
+        Failure { error, console }
     }
 
     fn agent(&self, doing: &'static str) -> Result<AgentClient, BuildError> {
@@ -274,8 +284,7 @@ impl<'a> Rig<'a> {
     ) -> Result<T, BuildError> {
         let deadline = Instant::now() + timeout;
         loop {
-            let console = || self.console_tail();
-            let failed = |error: String| BuildError::Failed { doing, error, console: console() };
+            let failed = |error: String| BuildError::Failed { doing, error };
             self.interrupt.check()?;
             let slice = deadline.min(Instant::now() + INTERRUPT_CHECK);
             match self.process.channel.receive_until::<Report>(slice) {
@@ -287,8 +296,8 @@ impl<'a> Rig<'a> {
                         return Ok(result);
                     }
                 }
-                Ok(None) => return Err(BuildError::Timeout { doing, after: timeout, console: console() }),
-                Err(source) => return Err(BuildError::Gone { doing, console: console(), source }),
+                Ok(None) => return Err(BuildError::Timeout { doing, after: timeout }),
+                Err(source) => return Err(BuildError::Gone { doing, source }),
             }
         }
     }
@@ -308,7 +317,7 @@ pub fn build(
     request: &Request<'_>,
     into: &Path,
     mut step: impl FnMut(Step),
-) -> Result<Configuration, BuildError> {
+) -> Result<Configuration, Failure> {
     // The machine boots from the snapshot's own copy: padded to whole regions, and nobody else's to change.
     let root_disk_path = into.join(snapshot::ROOT_DISK);
     copy_sparse(&open(request.root_disk)?, &root_disk_path, PMEM_ALIGN)
@@ -316,11 +325,30 @@ pub fn build(
     let root_disk = open(&root_disk_path)?;
     let size = root_disk.metadata().map_err(file_error("reading the size of", &root_disk_path))?.len();
     let layout = MemoryLayout::new(request.memory_mib, size)?;
-    let kind = KvmKind::detect();
     let ram = create_image("forkd-ram", layout.ram_bytes())?;
-    let root_disk = OwnedFd::from(root_disk);
 
     step(Step::Boot);
+    let machine = boot(machines, request, layout, &ram, &root_disk.into())?;
+    let vmstate = warm_up(&machine, request, &mut step).map_err(|error| machine.failed(error))?;
+    console::keep(&machine.console, &into.join(snapshot::CONSOLE))?;
+    drop(machine);
+    let configuration = Configuration::new(layout, request.vcpus, KvmKind::detect(), request.scratch.mib);
+    save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
+
+    step(Step::Trace);
+    let Request { probe, scratch, interrupt, .. } = *request;
+    recording::record(machines, &configuration, into, into, &Trials { probe, scratch, interrupt })?;
+    Ok(configuration)
+}
+
+/// Starts the machine.
+fn boot<'a>(
+    machines: &Machines,
+    request: &Request<'a>,
+    layout: MemoryLayout,
+    ram: &OwnedFd,
+    root_disk: &OwnedFd,
+) -> Result<Rig<'a>, BuildError> {
     let kernel = open(request.kernel)?;
     let initrd = request.initrd.map(open).transpose()?;
     let record = Generation::original().encode()?;
@@ -330,24 +358,24 @@ pub fn build(
     let scratch_bytes = request.scratch.bytes();
     let limits = Limits::of(machines.name(), &layout);
     let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
-    let images = images(&layout, &ram, &root_disk);
-    let machine = Rig::spawn(
-        machines,
-        &spec,
-        &images,
-        &kernel,
-        initrd.as_ref(),
-        (&request.scratch, request.interrupt),
-    )?;
-    machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
+    let images = images(&layout, ram, root_disk);
+    let (scratch, interrupt) = (&request.scratch, request.interrupt);
+    Rig::spawn(machines, &spec, &images, &kernel, initrd.as_ref(), (scratch, interrupt))
+}
 
+/// From the first instruction to the snapshot, whose vmstate it returns.
+fn warm_up(
+    machine: &Rig<'_>,
+    request: &Request<'_>,
+    step: &mut impl FnMut(Step),
+) -> Result<OwnedFd, BuildError> {
+    machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
     step(Step::Warm);
-    wait_until_warm(&machine, request.ready_timeout)?;
+    wait_until_warm(machine, request.ready_timeout)?;
     if let Some(probe) = request.probe {
         step(Step::Probe);
         run_probe(machine.agent("probing")?, probe)?;
     }
-
     step(Step::Save);
     let asked = machine.agent("taking the snapshot")?.snapshot(REQUEST_TIMEOUT);
     asked.map_err(|source| BuildError::Agent { doing: "taking the snapshot", source })?;
@@ -360,14 +388,7 @@ pub fn build(
     {
         return Err(BuildError::ScratchWritten);
     }
-    drop(machine);
-    let configuration = Configuration::new(layout, request.vcpus, kind, request.scratch.mib);
-    save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
-
-    step(Step::Trace);
-    let Request { probe, scratch, interrupt, .. } = *request;
-    recording::record(machines, &configuration, into, into, &Trials { probe, scratch, interrupt })?;
-    Ok(configuration)
+    Ok(vmstate)
 }
 
 fn command_line(request: &Request<'_>) -> Result<String, BuildError> {
@@ -398,7 +419,7 @@ fn wait_until_warm(machine: &Rig<'_>, timeout: Duration) -> Result<(), BuildErro
             Ok(Status { worker: WorkerState::Ready | WorkerState::None, .. }) => return Ok(()),
             Ok(_) | Err(ClientError::Timeout { .. }) if Instant::now() < deadline => {}
             Ok(_) | Err(ClientError::Timeout { .. }) => {
-                return Err(BuildError::Timeout { doing, after: timeout, console: machine.console_tail() });
+                return Err(BuildError::Timeout { doing, after: timeout });
             }
             Err(source) => return Err(BuildError::Agent { doing, source }),
         }

@@ -9,6 +9,7 @@
 //! | `hotset` | those pages themselves, in the trace's order |
 //! | `memory.bin` | guest RAM, sparse |
 //! | `rootfs.erofs` | root disk |
+//! | `.console` | what its machine printed while it was built; not in packs, as all names that start with a dot |
 //!
 //! A snapshot comes into being in a temporary directory beside its final place and is renamed, so a tag is either
 //! whole or absent. Callers: `machine_build.rs`, `sandbox.rs`, commands.
@@ -31,6 +32,8 @@ pub use forkd_fs::format::{
     HOTSET, MANIFEST, MEMORY, ROOTFS as ROOT_DISK, SNAPSHOT as CONFIGURATION, TRACE, VMSTATE,
 };
 
+/// The console of the machine while it was built, where `forkd logs --tag` finds it. No pack has a member of such a name.
+pub const CONSOLE: &str = ".console";
 /// How directories of unfinished snapshots are named; no tag starts with a dot.
 const DRAFT_PREFIX: &str = ".draft-";
 /// Version of [`Configuration`].

@@ -2,6 +2,8 @@
 //! is still at the hub. Needs the snapshot that `make machine` builds, /dev/kvm and userfaultfd; without them these
 //! tests fail and say so.
 
+#[path = "linux/consoles.rs"]
+mod consoles;
 #[path = "linux/harness.rs"]
 mod harness;
 #[path = "linux/hostile_guests.rs"]

@@ -165,7 +165,9 @@ fn what_a_child_writes_is_dirty_in_its_heatmap_alone() {
 #[test]
 fn a_trace_recorded_again_replaces_the_old_one() {
     let copied = Copied::new();
+    fs::write(copied.snapshots().join("python-numpy/.console"), "as it was built\n").unwrap();
     let report = copied.json(&["trace", "--tag", "python-numpy", "--recipe", RECIPE]);
+    assert_eq!(copied.run(&["logs", "--tag", "python-numpy"]), (Some(0), "as it was built\n".to_owned()));
     let (before, after) =
         (report["before"]["pages"].as_u64().unwrap(), report["after"]["pages"].as_u64().unwrap());
     let common = report["common_pages"].as_u64().unwrap();

@@ -4,7 +4,7 @@ use crate::cli::{BuildArgs, SnapshotArgs};
 use crate::error::CommandError;
 use crate::host;
 use crate::kernel;
-use crate::machine_build::{self, BuildError, Machines, Request, Step};
+use crate::machine_build::{self, BuildError, Failure, Machines, Request, Step};
 use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
@@ -57,7 +57,17 @@ pub enum BuildCommandError {
         /// Why not.
         #[source]
         source: BuildError,
+        /// [`Failure::console`].
+        console: String,
     },
+}
+
+impl BuildCommandError {
+    /// Of a snapshot's machine.
+    pub(super) fn of_machine(tag: &str, failure: Failure) -> BuildCommandError {
+        let Failure { error: source, console } = failure;
+        BuildCommandError::Build { tag: tag.to_owned(), source, console }
+    }
 }
 
 /// What is printed at the end.
@@ -167,7 +177,7 @@ fn finish(
     started: Instant,
     output: &Output,
 ) -> Result<ExitCode, CommandError> {
-    let failed = |source| BuildCommandError::Build { tag: about.tag.to_owned(), source };
+    let failed = |failure| BuildCommandError::of_machine(about.tag, failure);
     let configuration = machine_build::build(machines, request, draft.path(), |step| {
         let text = match step {
             Step::Boot => "booting the guest",

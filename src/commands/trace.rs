@@ -23,8 +23,8 @@ use super::pack::{self, PackError};
 use crate::cli::TraceArgs;
 use crate::error::CommandError;
 use crate::host::{self, HostError};
+use crate::machine_build::Machines;
 use crate::machine_build::recording::{self, TRIALS, Trials};
-use crate::machine_build::{BuildError, Machines};
 use crate::output::{Output, table};
 use crate::packs;
 use crate::paths::Paths;
@@ -289,9 +289,8 @@ impl Recording<'_> {
         output.note(format_args!("restoring it {} times to record what a fork touches", TRIALS.len()));
         let scratch = Scratch { dir: &self.paths.cache, mib: self.configuration.scratch_mib };
         let trials = Trials { probe: Some(&self.probe), scratch, interrupt: self.interrupt };
-        let failed = |source: BuildError| BuildCommandError::Build { tag: name.to_owned(), source };
-        let new =
-            recording::record(&self.machines, &self.configuration, dir, into, &trials).map_err(failed)?;
+        let new = recording::record(&self.machines, &self.configuration, dir, into, &trials)
+            .map_err(|failure| BuildCommandError::of_machine(name, failure))?;
         Ok(Report {
             name: name.to_owned(),
             out: None,
