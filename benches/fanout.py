@@ -13,8 +13,8 @@ The ways, one after the other in each run, each once the processors idle:
 Per way and count: milliseconds from process start until the last child's first instruction (the wall clock of the fan-out)
 and its ratio to the floor's; the median and 99th percentile over the children of first instruction, ready and answered;
 children that failed or answered wrongly; and what a child adds to memory. Figures are medians over the runs with the
-spread. PSS and private memory are read from smaps_rollup while all children live: the mean from forkd's report in every
-run, and every child's own of one detached fork a count (`PSS of each`).
+spread. PSS and private memory, which is what a child has written (Anonymous), are read from smaps_rollup while all children
+live: the mean from forkd's report in every run, and every child's own of one detached fork a count (`PSS of each`).
 
 A synthetic machine (--synthetic, 64 MiB, 4 of them read) has no answer, and its guests do not idle once they are ready.
 """
@@ -61,8 +61,7 @@ def memory_of_each(report):
         # One that has failed since has no memory to be counted.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             fields.append(rollup(child["pid"]))
-    private = [field["Private_Clean:"] + field["Private_Dirty:"] for field in fields]
-    return [field["Pss:"] for field in fields], private
+    return [field["Pss:"] for field in fields], [field["Anonymous:"] for field in fields]
 
 
 def note_children(table, key, machine, count, report):

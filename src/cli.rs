@@ -26,7 +26,7 @@ pub use copies::{EvalArgs, ExecArgs, ForkArgs, KillArgs, LogsArgs, WarmArgs};
         forkd fork deeplethe/python-numpy -n 3 --eval 'numpy.zeros(5).tolist()'\n  \
         forkd inspect deeplethe/python-numpy\n\n\
         Exit status: 0 done, 1 failed, 2 wrong usage.\n\n\
-        Environment: FORKD_HUB_URL (the hub), FORKD_LOG (log filter), XDG_DATA_HOME, XDG_CACHE_HOME, \
+        Environment: FORKD_HUB_URL (the hub), FORKD_LOG (log filter), NO_COLOR (plain log lines), XDG_DATA_HOME, XDG_CACHE_HOME, \
         XDG_RUNTIME_DIR (where snapshots, chunks and run state live).",
     disable_help_subcommand = true,
     arg_required_else_help = true
@@ -93,11 +93,11 @@ pub enum Verb {
     Exec(ExecArgs),
     /// Evaluate code in a running child's warm worker
     Eval(EvalArgs),
-    /// Print a child's console
+    /// Print a child's console, or a snapshot's: what its machine printed while it was built
     Logs(LogsArgs),
     /// Stop running children
     Kill(KillArgs),
-    /// Remove what dead processes left: mounts, sockets, temporary directories
+    /// Remove what dead processes left: mounts, sockets, temporary files and directories
     Cleanup,
     /// Print a completion script for a shell
     Completions(CompletionsArgs),
@@ -524,6 +524,8 @@ mod tests {
             &["fork", "o/n", "--eval", "1", "--exec", "--", "ls"],
             &["kill"],
             &["kill", "--all", "a"],
+            &["logs"],
+            &["logs", "a-1", "--tag", "t"],
         ] {
             assert!(parsed(bad).is_err(), "{bad:?} was taken");
         }

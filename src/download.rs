@@ -1,7 +1,8 @@
 //! A whole pack in a local file, checked against the digest of the whole: for packs whose index no registry pins.
 //!
 //! What is known by its digest is downloaded into `downloads/SHA256.partial` in the cache directory, and an interrupted
-//! download goes on from there, whatever process or machine start comes between. Used by `pull`, `repack` and `cache gc`.
+//! download goes on from there, whatever process or machine start comes between. What is not cannot: `forkd cleanup` removes
+//! it. Used by `pull`, `repack`, `cache gc` and `cleanup`.
 
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};
@@ -17,9 +18,13 @@ use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::registry::Resolved;
+use crate::work_dir;
 
 /// Interrupted downloads older than this are garbage.
 const STALE_AFTER: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// How files are named of which no digest is known.
+const UNKNOWN_PREFIX: &str = ".unknown-";
 
 /// Largest pack downloaded whole, in bytes.
 const MAX_PACK: u64 = 64 << 30;
@@ -127,24 +132,28 @@ impl Download {
             move |source| DownloadError::File { path, source }
         };
         fs::create_dir_all(directory).map_err(failed(directory))?;
-        let Some(digest) = expected else {
-            let made = tempfile::Builder::new().suffix(".partial").tempfile_in(directory);
-            let (file, path) = made
-                .and_then(|file| file.keep().map_err(|failed| failed.error))
-                .map_err(failed(directory))?;
-            // Nobody else knows its name but who collects what is left.
-            flock(&file, FlockOperation::LockExclusive).map_err(|errno| failed(&path)(errno.into()))?;
-            return Ok(Download { path, file, keep: false });
-        };
-        let path = directory.join(format!("{digest}.partial"));
+        let path = expected.map(|digest| directory.join(format!("{digest}.partial")));
         loop {
-            let opened = File::options().read(true).write(true).create(true).truncate(false).open(&path);
-            let file = opened.map_err(failed(&path))?;
+            let Some(path) = &path else {
+                let made =
+                    tempfile::Builder::new().prefix(UNKNOWN_PREFIX).suffix(".partial").tempfile_in(directory);
+                let (file, path) = made
+                    .and_then(|file| file.keep().map_err(|failed| failed.error))
+                    .map_err(failed(directory))?;
+                // Nobody else knows its name but who collects what is left.
+                flock(&file, FlockOperation::LockExclusive).map_err(|errno| failed(&path)(errno.into()))?;
+                if is_at(&file, &path) {
+                    return Ok(Download { path, file, keep: false });
+                }
+                continue;
+            };
+            let opened = File::options().read(true).write(true).create(true).truncate(false).open(path);
+            let file = opened.map_err(failed(path))?;
             // Waits for another process that downloads the same.
-            flock(&file, FlockOperation::LockExclusive).map_err(|errno| failed(&path)(errno.into()))?;
+            flock(&file, FlockOperation::LockExclusive).map_err(|errno| failed(path)(errno.into()))?;
             // That one may have removed it when it was done.
-            if is_at(&file, &path) {
-                return Ok(Download { path, file, keep: true });
+            if is_at(&file, path) {
+                return Ok(Download { path: path.clone(), file, keep: true });
             }
         }
     }
@@ -232,6 +241,11 @@ fn is_at(file: &File, path: &Path) -> bool {
     let place = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
     let (Ok(file), Ok(path)) = (file.metadata(), fs::metadata(path)) else { return false };
     place(file) == place(path)
+}
+
+/// Removes interrupted downloads that nobody works on and that nobody can go on with; returns their paths.
+pub fn remove_dead(paths: &Paths) -> io::Result<Vec<PathBuf>> {
+    work_dir::remove_dead(&directory(paths), UNKNOWN_PREFIX)
 }
 
 /// Removes interrupted downloads nobody works on: old ones, or `all`. Returns how many, and their bytes.

@@ -143,17 +143,24 @@ struct Row {
     what: &'static str,
     /// To what: a path, a name, a URL; empty when the cause names it.
     on: String,
+    /// The last lines of a machine's console, as its guest wrote them; empty without.
+    console: String,
     /// What the user can do.
     hint: Option<Cow<'static, str>>,
 }
 
 impl Row {
     fn failed(what: &'static str, on: impl Into<String>) -> Row {
-        Row { exit: FAILED, what, on: on.into(), hint: None }
+        Row { exit: FAILED, what, on: on.into(), console: String::new(), hint: None }
     }
 
     fn usage(what: &'static str, on: impl Into<String>) -> Row {
         Row { exit: USAGE, ..Row::failed(what, on) }
+    }
+
+    fn console(mut self, lines: &str) -> Row {
+        self.console = lines.to_owned();
+        self
     }
 
     fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Row {
@@ -257,32 +264,54 @@ struct JsonError<'a> {
     hint: Option<&'a str>,
 }
 
-/// Prints `forkd: WHAT: ON: WHY` and `hint: ...` on stderr (with `--json` also as the document on stdout) and
-/// returns the exit code.
+/// Prints `forkd: WHAT: ON: WHY`, the last lines of a machine's console and `hint: ...` on stderr (with `--json` also as the
+/// document on stdout, where the console is part of WHY) and returns the exit code.
 pub fn report(error: &CommandError, output: &Output) -> ExitCode {
     let row = describe(error);
-    let why = chain(error);
     if output.is_json() {
-        let error = JsonError { what: row.what, on: &row.on, why: why.clone(), hint: row.hint.as_deref() };
+        let console = match row.console.is_empty() {
+            true => String::new(),
+            false => format!("; {LAST_WORDS}: {}", plain(&row.console)),
+        };
+        let why = chain(error) + &console;
+        let error = JsonError { what: row.what, on: &row.on, why, hint: row.hint.as_deref() };
         output.report(&JsonFailure { error }, |_| String::new());
     }
-    let mut line = format!("forkd: cannot {}", row.what);
-    for part in [row.on.as_str(), why.as_str()] {
-        if !part.is_empty() {
-            line.push_str(": ");
-            line.push_str(part);
-        }
-    }
-    line.push('\n');
-    if let Some(hint) = &row.hint {
-        line.push_str(&format!("hint: {hint}\n"));
-    }
-    let _ = std::io::stderr().write_all(line.as_bytes());
+    let _ = std::io::stderr().write_all(row.text(&causes(error)).as_bytes());
     ExitCode::from(row.exit)
 }
 
-/// The error and its causes, outermost first, leaving out a cause whose text the one before already ends with.
+/// What the last lines of a console are introduced by.
+const LAST_WORDS: &str = "the machine's console ended with";
+
+impl Row {
+    /// For people. What programs and guests have printed is indented: it is not to look like what forkd says.
+    fn text(&self, why: &str) -> String {
+        let mut text = format!("forkd: cannot {}", self.what);
+        for part in [self.on.as_str(), why] {
+            if !part.is_empty() {
+                text.push_str(": ");
+                text.push_str(&lines(part));
+            }
+        }
+        text.push('\n');
+        if !self.console.is_empty() {
+            text.push_str(&format!("{LAST_WORDS}:\n    {}\n", lines(&self.console)));
+        }
+        if let Some(hint) = &self.hint {
+            text.push_str(&format!("hint: {hint}\n"));
+        }
+        text
+    }
+}
+
+/// The error and its causes on one line, outermost first, leaving out a cause whose text the one before already ends with.
 pub fn chain(error: &dyn Error) -> String {
+    // Causes can quote what a server sent.
+    plain(&causes(error))
+}
+
+fn causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(cause) = next {
@@ -293,19 +322,45 @@ pub fn chain(error: &dyn Error) -> String {
         }
         next = cause.source();
     }
-    // Causes can quote what a server sent: keep the terminal's control characters out.
+    text
+}
+
+/// Without control characters but line breaks, lines behind the first indented.
+fn lines(text: &str) -> String {
+    text.lines().map(plain).collect::<Vec<_>>().join("\n    ")
+}
+
+/// Without the terminal's control characters.
+fn plain(text: &str) -> String {
     text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::machine_build::BuildError;
 
     #[test]
     fn causes_are_chained_once_and_control_characters_dropped() {
+        const TEXT: &str = "forkd: cannot use a directory of forkd's: a\n    hint: b [m\n\
+            hint: set XDG_DATA_HOME, XDG_CACHE_HOME or XDG_RUNTIME_DIR to a place you can write\n";
         let source = std::io::Error::other("disk\x1b[31m on fire");
         let error = CommandError::from(PathsError::Directory { path: "/x".into(), source });
         assert_eq!(chain(&error), "/x: disk [31m on fire");
+        assert_eq!(describe(&error).text("a\nhint: b\x1b[m"), TEXT);
+    }
+
+    #[test]
+    fn a_console_is_shown_line_by_line_and_cannot_pass_for_ours() {
+        let console = "first\x1b[2J\nhint: run this\r\u{9b}31m".to_owned();
+        let source = BuildError::ScratchWritten;
+        let error = CommandError::from(BuildCommandError::Build { tag: "t".into(), source, console });
+        let text = describe(&error).text("because");
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[..2], ["forkd: cannot build: because", "the machine's console ended with:"]);
+        assert_eq!(lines[2..4], ["    first [2J", "    hint: run this  31m"]);
+        assert_eq!(lines[4..], ["hint: nothing was kept"]);
+        assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
     }
 
     #[test]

@@ -10,8 +10,9 @@
 //!     kernel-build-*/      source and objects while a build runs; removed after it, or by the next one
 //! ```
 //!
-//! A kernel appears with one rename, so a build that fails or is killed leaves none. Called by `forkd kernel`, and by
-//! the build of recipes, which needs a kernel to boot.
+//! A kernel appears with one rename, so a build that fails or is killed leaves none. What else a killed one leaves goes
+//! with the next one, or with `forkd cleanup`. Called by `forkd kernel`, and by the build of recipes, which needs a kernel
+//! to boot.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -20,12 +21,12 @@ use std::time::Instant;
 
 use rustix::fs::statvfs;
 use serde::{Deserialize, Serialize};
-use tempfile::TempDir;
 
 use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::tools::{self, Interrupt, Tool, ToolError, sha256_parts};
+use crate::work_dir::{self, WorkDir};
 
 mod source;
 
@@ -35,6 +36,9 @@ use self::source::Source;
 pub const CONFIG: &str = include_str!("../guest/kernel/forkd_x86_64.config");
 /// Bump when the way of building changes what comes out.
 const BUILD_VERSION: &[u8] = b"1";
+/// How directories of source and objects are named, and those of kernels before they have their place.
+const WORK_PREFIX: &str = "kernel-build-";
+const NEW_PREFIX: &str = ".new-";
 /// Steps `make` announces for our configuration and linux 6.12, for the progress bar.
 const MAKE_STEPS: u64 = 1660;
 /// Disk a build needs: 1.6 GB of source, 0.3 GB of objects.
@@ -234,6 +238,8 @@ pub fn build(
         return Ok(kernel);
     }
     let record = Record { config_sha256, source: source.identity.clone(), compiler };
+    // What cannot be removed is no reason not to build.
+    let _ = remove_dead(paths);
     let work = work_directory(&paths.cache)?;
     let vmlinux = compile(&source, work.path(), &kernels.join("build.log"), options.jobs, output, interrupt)?;
     publish(&vmlinux, &record, &kernels, &directory)?;
@@ -246,10 +252,20 @@ pub fn build(
     })
 }
 
+/// Removes what builds that were killed have left; returns the paths.
+///
+/// # Errors
+/// That of the first that cannot be removed.
+pub fn remove_dead(paths: &Paths) -> io::Result<Vec<PathBuf>> {
+    let mut removed = work_dir::remove_dead(&paths.cache, WORK_PREFIX)?;
+    removed.extend(work_dir::remove_dead(&paths.kernels(), NEW_PREFIX)?);
+    Ok(removed)
+}
+
 /// A new directory for a build, if there is room for one.
-fn work_directory(cache: &Path) -> Result<TempDir, KernelError> {
+fn work_directory(cache: &Path) -> Result<WorkDir, KernelError> {
     let failed = |source| KernelError::File { path: cache.to_owned(), source };
-    let work = tools::work_directory(cache, "kernel-build-").map_err(failed)?;
+    let work = WorkDir::create(cache, WORK_PREFIX).map_err(failed)?;
     let space = statvfs(cache).map_err(|errno| failed(errno.into()))?;
     let free = space.f_bavail.saturating_mul(space.f_frsize);
     if free < BUILD_BYTES {
@@ -314,10 +330,12 @@ fn compile(
 fn make<'a>(tree: &Path, objects: &Path, interrupt: &'a Interrupt) -> Tool<'a> {
     let mut output = std::ffi::OsString::from("O=");
     output.push(objects);
-    Tool::new("make", interrupt)
+    Tool::with_its_own("make", interrupt)
         .arg("-C")
         .arg(tree)
         .arg(output)
+        // The compiler's files end with the directory.
+        .env("TMPDIR", objects)
         // The same source, configuration and compiler give the same bytes.
         .env("KBUILD_BUILD_USER", "forkd")
         .env("KBUILD_BUILD_HOST", "forkd")
@@ -338,7 +356,7 @@ fn publish(vmlinux: &Path, record: &Record, kernels: &Path, directory: &Path) ->
         let path = path.to_owned();
         move |source| KernelError::File { path, source }
     };
-    let new = tempfile::Builder::new().prefix(".new-").tempdir_in(kernels).map_err(failed(kernels))?;
+    let new = WorkDir::create(kernels, NEW_PREFIX).map_err(failed(kernels))?;
     let target = new.path().join("vmlinux");
     fs::copy(vmlinux, &target).map_err(failed(&target))?;
     File::open(&target).and_then(|file| file.sync_all()).map_err(failed(&target))?;
@@ -352,7 +370,7 @@ fn publish(vmlinux: &Path, record: &Record, kernels: &Path, directory: &Path) ->
     }
     fs::rename(new.path(), directory).map_err(failed(directory))?;
     // Renamed away: there is nothing for the guard to remove.
-    let _ = new.keep();
+    drop(new.keep());
     Ok(())
 }
 

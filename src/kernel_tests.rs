@@ -1,6 +1,7 @@
 //! The cache, the lock and the choice of source; a whole build takes minutes and is run by hand and in CI.
 
 use super::*;
+use tempfile::TempDir;
 
 fn paths(root: &Path) -> Paths {
     Paths { data: root.join("data"), cache: root.join("cache"), runtime: root.join("run") }
@@ -60,14 +61,16 @@ fn half_a_kernel_is_none() {
 #[test]
 fn what_a_killed_build_left_is_removed() {
     let root = TempDir::new().unwrap();
-    let left = root.path().join("kernel-build-left");
-    fs::create_dir_all(left.join("source/arch")).unwrap();
-    fs::create_dir(root.path().join("chunks")).unwrap();
-    let work = work_directory(root.path()).unwrap();
-    assert!(!left.exists() && root.path().join("chunks").exists());
-    let path = work.path().to_owned();
-    drop(work);
-    assert!(!path.exists());
+    let paths = paths(root.path());
+    let vmlinux = put(&paths, "one", CONFIG);
+    let left = [paths.cache.join("kernel-build-left"), paths.kernels().join(".new-left")];
+    for left in &left {
+        fs::create_dir_all(left.join("source/arch")).unwrap();
+    }
+    fs::create_dir(paths.cache.join("chunks")).unwrap();
+    let work = work_directory(&paths.cache).unwrap();
+    assert_eq!(remove_dead(&paths).unwrap(), left);
+    assert!(work.path().exists() && paths.cache.join("chunks").exists() && vmlinux.exists());
 }
 
 #[test]

@@ -38,8 +38,11 @@ pub mod turns;
 pub mod units;
 pub mod variables;
 pub mod warm;
+pub mod work_dir;
+pub mod workspace;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 /// Parses `arguments` (the program's name first), runs the command and returns the exit code of DESIGN section 9:
@@ -59,7 +62,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Log lines go to stderr, filtered by `FORKD_LOG` (the syntax of `RUST_LOG`); warnings only unless asked.
+/// Log lines go to stderr, filtered by `FORKD_LOG` (the syntax of `RUST_LOG`); warnings only unless asked. They are coloured
+/// where stderr is a terminal, unless `NO_COLOR` says otherwise.
 fn start_logging(verbose: u8) {
     let fallback = match verbose {
         0 => "warn",
@@ -69,6 +73,31 @@ fn start_logging(verbose: u8) {
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("FORKD_LOG")
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(fallback));
+    let colours = has_colours(std::io::stderr().is_terminal(), std::env::var_os("NO_COLOR").as_deref());
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours);
     // A second call in one process (tests) keeps the first subscriber: harmless.
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let _ = subscriber.with_writer(std::io::stderr).try_init();
+}
+
+/// Whether what is written to a terminal, or not, has colour codes, by the rule of no-color.org: an empty variable is none.
+fn has_colours(terminal: bool, no_color: Option<&OsStr>) -> bool {
+    terminal && no_color.is_none_or(OsStr::is_empty)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn colours_are_for_terminals_of_those_who_want_them() {
+        for (terminal, no_color, colours) in [
+            (true, None, true),
+            (true, Some(""), true),
+            (true, Some("0"), false),
+            (false, None, false),
+            (false, Some(""), false),
+        ] {
+            assert_eq!(has_colours(terminal, no_color.map(OsStr::new)), colours, "{terminal} {no_color:?}");
+        }
+    }
 }

@@ -1,9 +1,10 @@
 //! Makes a snapshot: boots a kernel on a root disk, waits until the machine is warm, probes it, saves it, and restores
-//! the result three times to record which pages a fork touches ([`recording`]). Callers: `commands/build.rs`,
+//! the result four times to record which pages a fork touches ([`recording`]). Callers: `commands/build.rs`,
 //! `commands/trace.rs`.
 
 use crate::identity::IdentityError;
 use crate::recipe::Probe;
+use crate::run_dir::{RunDir, RunDirError};
 use crate::scratch::Scratch;
 use crate::snapshot::{self, Configuration, SnapshotError, file_error};
 use crate::tools::{Interrupt, ToolError};
@@ -26,10 +27,11 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
-use tempfile::TempDir;
 
+mod console;
 pub mod recording;
 use recording::Trials;
 
@@ -41,8 +43,6 @@ const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(120);
 /// How often a wait looks for Ctrl-C.
 const INTERRUPT_CHECK: Duration = Duration::from_millis(200);
-/// Lines of the console that an error shows.
-const CONSOLE_TAIL_LINES: usize = 12;
 
 /// What to build.
 #[derive(Debug)]
@@ -84,35 +84,29 @@ pub enum BuildError {
     #[error(transparent)]
     Spawn(#[from] SpawnError),
     /// The machine's process is gone.
-    #[error("the machine's process ended while {doing}; its console ended with:\n{console}")]
+    #[error("the machine's process ended while {doing}")]
     Gone {
         /// What was waited for.
         doing: &'static str,
-        /// The end of its console.
-        console: String,
         /// Why it cannot be heard.
         #[source]
         source: ChannelError,
     },
     /// The machine failed.
-    #[error("the machine failed while {doing}: {error}; its console ended with:\n{console}")]
+    #[error("the machine failed while {doing}: {error}")]
     Failed {
         /// What was waited for.
         doing: &'static str,
         /// Why.
         error: String,
-        /// The end of its console.
-        console: String,
     },
     /// It took too long.
-    #[error("{doing} took longer than {} s; the console ended with:\n{console}", after.as_secs())]
+    #[error("{doing} took longer than {} s", after.as_secs())]
     Timeout {
         /// What was waited for.
         doing: &'static str,
         /// How long.
         after: Duration,
-        /// The end of its console.
-        console: String,
     },
     /// The agent does not answer.
     #[error("the guest's agent failed while {doing}")]
@@ -185,10 +179,50 @@ pub enum Step {
     Trace,
 }
 
+/// Why there is no snapshot, and what its machine, if there was one by then, said last.
+#[derive(Debug)]
+pub struct Failure {
+    /// Why.
+    pub error: BuildError,
+    /// The end of the machine's console, a guest's own words: control characters and all, at most a few lines; or empty.
+    pub console: String,
+}
+
+impl<E: Into<BuildError>> From<E> for Failure {
+    fn from(error: E) -> Failure {
+        Failure { error: error.into(), console: String::new() }
+    }
+}
+
+/// Where the machines of one command come from and where they live.
+#[derive(Debug)]
+pub struct Machines {
+    zygote: Zygote,
+    run_dir: Arc<RunDir>,
+    started: AtomicUsize,
+}
+
+impl Machines {
+    /// Their sockets and consoles will be in `run_dir`, which learns of their cgroups.
+    pub fn new(zygote: Zygote, run_dir: Arc<RunDir>) -> Result<Machines, RunDirError> {
+        match zygote.cgroups() {
+            Ok(cgroups) => run_dir.note_cgroups(&cgroups.path)?,
+            Err(error) => tracing::debug!(error = crate::error::chain(error), "machines get no cgroups"),
+        }
+        Ok(Machines { zygote, run_dir, started: AtomicUsize::new(0) })
+    }
+
+    /// The name of one more.
+    fn name(&self) -> String {
+        format!("{}-{}", self.run_dir.id(), self.started.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
 /// A machine of this module: its process and the files it lives from.
 struct Rig<'a> {
     process: MachineProcess,
-    dir: TempDir,
+    socket: PathBuf,
+    console: PathBuf,
     scratch: Option<File>,
     interrupt: &'a Interrupt,
 }
@@ -201,17 +235,17 @@ impl Drop for Rig<'_> {
 
 impl<'a> Rig<'a> {
     fn spawn(
-        zygote: &Zygote,
+        machines: &Machines,
         spec: &MachineSpec,
         images: &[&OwnedFd],
         start: &File,
         initrd: Option<&File>,
         (scratch, interrupt): (&Scratch<'_>, &'a Interrupt),
     ) -> Result<Rig<'a>, BuildError> {
-        let dir = tempfile::tempdir().map_err(file_error("creating", Path::new("a temporary directory")))?;
-        let console_path = dir.path().join("console.log");
+        let (name, run_dir) = (&spec.limits.name, &machines.run_dir);
+        let console_path = run_dir.console(name);
         let console = File::create(&console_path).map_err(file_error("creating", &console_path))?;
-        let socket = dir.path().join("vsock.sock");
+        let socket = run_dir.socket(name);
         let vsock = UnixListener::bind(&socket).map_err(file_error("binding", &socket))?;
         let scratch = scratch.create()?;
         let files = MachineFiles {
@@ -223,23 +257,21 @@ impl<'a> Rig<'a> {
             initrd: initrd.map(|file| file.as_fd()),
             tap: None,
         };
-        let process = zygote.spawn(spec, &files)?;
-        Ok(Rig { process, dir, scratch, interrupt })
+        let process = machines.zygote.spawn(spec, &files)?;
+        Ok(Rig { process, socket, console: console_path, scratch, interrupt })
     }
 
-    fn console_tail(&self) -> String {
-        let text = std::fs::read(self.dir.path().join("console.log")).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text).replace('\r', "");
-        let lines: Vec<_> = text.lines().collect();
-        lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n")
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("vsock.sock")
+    /// What ended its use, with its last words unless it was the user.
+    fn failed(&self, error: BuildError) -> Failure {
+        let console = match error {
+            BuildError::Interrupted(_) => String::new(),
+            _ => console::tail(&self.console),
+        };
+        Failure { error, console }
     }
 
     fn agent(&self, doing: &'static str) -> Result<AgentClient, BuildError> {
-        AgentClient::connect(&self.socket(), REQUEST_TIMEOUT)
+        AgentClient::connect(&self.socket, REQUEST_TIMEOUT)
             .map_err(|source| BuildError::Agent { doing, source })
     }
 
@@ -252,8 +284,7 @@ impl<'a> Rig<'a> {
     ) -> Result<T, BuildError> {
         let deadline = Instant::now() + timeout;
         loop {
-            let console = || self.console_tail();
-            let failed = |error: String| BuildError::Failed { doing, error, console: console() };
+            let failed = |error: String| BuildError::Failed { doing, error };
             self.interrupt.check()?;
             let slice = deadline.min(Instant::now() + INTERRUPT_CHECK);
             match self.process.channel.receive_until::<Report>(slice) {
@@ -265,8 +296,8 @@ impl<'a> Rig<'a> {
                         return Ok(result);
                     }
                 }
-                Ok(None) => return Err(BuildError::Timeout { doing, after: timeout, console: console() }),
-                Err(source) => return Err(BuildError::Gone { doing, console: console(), source }),
+                Ok(None) => return Err(BuildError::Timeout { doing, after: timeout }),
+                Err(source) => return Err(BuildError::Gone { doing, source }),
             }
         }
     }
@@ -282,11 +313,11 @@ impl<'a> Rig<'a> {
 
 /// Builds a snapshot into the directory `into`: all its files but the manifest.
 pub fn build(
-    zygote: &Zygote,
+    machines: &Machines,
     request: &Request<'_>,
     into: &Path,
     mut step: impl FnMut(Step),
-) -> Result<Configuration, BuildError> {
+) -> Result<Configuration, Failure> {
     // The machine boots from the snapshot's own copy: padded to whole regions, and nobody else's to change.
     let root_disk_path = into.join(snapshot::ROOT_DISK);
     copy_sparse(&open(request.root_disk)?, &root_disk_path, PMEM_ALIGN)
@@ -294,11 +325,30 @@ pub fn build(
     let root_disk = open(&root_disk_path)?;
     let size = root_disk.metadata().map_err(file_error("reading the size of", &root_disk_path))?.len();
     let layout = MemoryLayout::new(request.memory_mib, size)?;
-    let kind = KvmKind::detect();
     let ram = create_image("forkd-ram", layout.ram_bytes())?;
-    let root_disk = OwnedFd::from(root_disk);
 
     step(Step::Boot);
+    let machine = boot(machines, request, layout, &ram, &root_disk.into())?;
+    let vmstate = warm_up(&machine, request, &mut step).map_err(|error| machine.failed(error))?;
+    console::keep(&machine.console, &into.join(snapshot::CONSOLE))?;
+    drop(machine);
+    let configuration = Configuration::new(layout, request.vcpus, KvmKind::detect(), request.scratch.mib);
+    save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
+
+    step(Step::Trace);
+    let Request { probe, scratch, interrupt, .. } = *request;
+    recording::record(machines, &configuration, into, into, &Trials { probe, scratch, interrupt })?;
+    Ok(configuration)
+}
+
+/// Starts the machine.
+fn boot<'a>(
+    machines: &Machines,
+    request: &Request<'a>,
+    layout: MemoryLayout,
+    ram: &OwnedFd,
+    root_disk: &OwnedFd,
+) -> Result<Rig<'a>, BuildError> {
     let kernel = open(request.kernel)?;
     let initrd = request.initrd.map(open).transpose()?;
     let record = Generation::original().encode()?;
@@ -306,20 +356,26 @@ pub fn build(
     let (initrd_comes, second_console) = (initrd.is_some(), request.second_console);
     let start = Start::Boot { command_line, vcpus, initrd: initrd_comes, second_console };
     let scratch_bytes = request.scratch.bytes();
-    let spec =
-        MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
-    let images = images(&layout, &ram, &root_disk);
-    let machine =
-        Rig::spawn(zygote, &spec, &images, &kernel, initrd.as_ref(), (&request.scratch, request.interrupt))?;
-    machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
+    let limits = Limits::of(machines.name(), &layout);
+    let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
+    let images = images(&layout, ram, root_disk);
+    let (scratch, interrupt) = (&request.scratch, request.interrupt);
+    Rig::spawn(machines, &spec, &images, &kernel, initrd.as_ref(), (scratch, interrupt))
+}
 
+/// From the first instruction to the snapshot, whose vmstate it returns.
+fn warm_up(
+    machine: &Rig<'_>,
+    request: &Request<'_>,
+    step: &mut impl FnMut(Step),
+) -> Result<OwnedFd, BuildError> {
+    machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
     step(Step::Warm);
-    wait_until_warm(&machine, request.ready_timeout)?;
+    wait_until_warm(machine, request.ready_timeout)?;
     if let Some(probe) = request.probe {
         step(Step::Probe);
         run_probe(machine.agent("probing")?, probe)?;
     }
-
     step(Step::Save);
     let asked = machine.agent("taking the snapshot")?.snapshot(REQUEST_TIMEOUT);
     asked.map_err(|source| BuildError::Agent { doing: "taking the snapshot", source })?;
@@ -332,14 +388,7 @@ pub fn build(
     {
         return Err(BuildError::ScratchWritten);
     }
-    drop(machine);
-    let configuration = Configuration::new(layout, request.vcpus, kind, request.scratch.mib);
-    save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
-
-    step(Step::Trace);
-    let Request { probe, scratch, interrupt, .. } = *request;
-    recording::record(zygote, &configuration, into, into, &Trials { probe, scratch, interrupt })?;
-    Ok(configuration)
+    Ok(vmstate)
 }
 
 fn command_line(request: &Request<'_>) -> Result<String, BuildError> {
@@ -370,7 +419,7 @@ fn wait_until_warm(machine: &Rig<'_>, timeout: Duration) -> Result<(), BuildErro
             Ok(Status { worker: WorkerState::Ready | WorkerState::None, .. }) => return Ok(()),
             Ok(_) | Err(ClientError::Timeout { .. }) if Instant::now() < deadline => {}
             Ok(_) | Err(ClientError::Timeout { .. }) => {
-                return Err(BuildError::Timeout { doing, after: timeout, console: machine.console_tail() });
+                return Err(BuildError::Timeout { doing, after: timeout });
             }
             Err(source) => return Err(BuildError::Agent { doing, source }),
         }
@@ -436,11 +485,4 @@ fn copy_sparse(from: &File, to: &Path, unit: u64) -> io::Result<()> {
         }
     }
     target.set_len(length.next_multiple_of(unit))
-}
-
-/// Limits of one more machine of this process.
-fn limits(layout: &MemoryLayout) -> Limits {
-    static MACHINES: AtomicUsize = AtomicUsize::new(0);
-    let number = MACHINES.fetch_add(1, Ordering::Relaxed);
-    Limits::of(format!("build-{}-{number}", std::process::id()), layout)
 }

@@ -123,7 +123,7 @@ fn parse_line(line: &[u8]) -> Option<HubMount> {
     let fields: Vec<&[u8]> = line.split(|&b| b == b' ').collect();
     let dash = fields.iter().position(|&field| field == b"-")?;
     let source = String::from_utf8(unescape(fields.get(dash + 2)?)).ok()?;
-    let mountpoint = PathBuf::from(std::ffi::OsString::from_vec(unescape(fields.get(4)?)));
+    let mountpoint = mountpoint(line)?;
     source.starts_with(SOURCE_PREFIX).then_some(HubMount { mountpoint, source })
 }
 
@@ -239,6 +239,29 @@ pub fn detach(mountpoint: &Path) -> Result<(), MountsError> {
         Err(Errno::PERM) => fusermount(mountpoint, &["-u", "-z"]),
         Err(error) => Err(MountsError::Unmount { path: mountpoint.to_owned(), source: error.into() }),
     }
+}
+
+/// Takes everything that is mounted in `dir` out of the file system, whoever mounted it.
+pub fn detach_below(dir: &Path) -> io::Result<()> {
+    let dir = dir.canonicalize()?;
+    let text = std::fs::read("/proc/self/mountinfo")?;
+    let points = text.split(|&b| b == b'\n').filter_map(mountpoint);
+    let mut below: Vec<_> = points.filter(|point| *point != dir && point.starts_with(&dir)).collect();
+    // What lies on top of another comes after it.
+    below.reverse();
+    for point in below {
+        match unmount(&point, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {
+            Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Where a line of mountinfo has its mount.
+fn mountpoint(line: &[u8]) -> Option<PathBuf> {
+    let field = line.split(|&b| b == b' ').nth(4)?;
+    Some(PathBuf::from(std::ffi::OsString::from_vec(unescape(field))))
 }
 
 /// Users other than root unmount through the set-uid helper.

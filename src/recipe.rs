@@ -26,7 +26,7 @@ mod apt_sources;
 mod root_disk;
 mod tree;
 
-pub use self::root_disk::{agent_binary, root_disk};
+pub use self::root_disk::{agent_binary, remove_dead, root_disk};
 
 /// The file that makes a folder a recipe.
 pub const RECIPE_FILE: &str = "recipe.toml";

@@ -1,4 +1,5 @@
-//! What running forks leave in the file system: one directory a fork, held by a lock as long as its supervisor lives.
+//! What running forks leave in the file system: one directory a fork, held by a lock as long as its supervisor lives. A
+//! command that builds machines or packs has one too, which answers nobody and which `forkd ps` does not show.
 //!
 //! ```text
 //! <runtime>/forks/<fork>/lock            flock(2)ed by the supervisor
@@ -6,8 +7,9 @@
 //!                        <child>.vsock   the child's vsock (CONNECT port)
 //!                        <child>.console its console
 //!                        cgroups         path of the directory with the children's cgroups, where they have any
+//!                        workplace       path of the directory in which its workspace lies (`workspace.rs`)
 //! ```
-//! Callers: `supervisor.rs`, and the commands that look at running children.
+//! Callers: `supervisor.rs`, `machine_build.rs`, `workspace.rs`, and the commands that look at running children.
 
 use crate::network::NetworkStatus;
 use crate::paths::{Paths, PathsError};
@@ -26,6 +28,7 @@ use std::time::Duration;
 const LOCK: &str = "lock";
 const CONTROL: &str = "control.sock";
 const CGROUPS: &str = "cgroups";
+const WORKPLACE: &str = "workplace";
 /// Longest query or answer, bytes.
 const MESSAGE_MAX: u64 = 4 << 20;
 /// How long a supervisor may take to answer.
@@ -220,6 +223,12 @@ impl RunDir {
         fs::write(&path, parent.as_os_str().as_bytes()).map_err(file_error("writing", &path))
     }
 
+    /// Notes in which directory this command's workspace will be, for whoever cleans up after it.
+    pub fn note_workplace(&self, directory: &Path) -> Result<(), RunDirError> {
+        let path = self.path.join(WORKPLACE);
+        fs::write(&path, directory.as_os_str().as_bytes()).map_err(file_error("writing", &path))
+    }
+
     /// The control socket.
     pub fn listen(&self) -> Result<UnixListener, RunDirError> {
         let path = self.path.join(CONTROL);
@@ -332,6 +341,12 @@ impl ForkDir {
     /// Where a child's console is.
     pub fn console(&self, child: &str) -> PathBuf {
         self.path.join(format!("{child}.console"))
+    }
+
+    /// Where its workspace is, if it noted one.
+    pub fn workplace(&self) -> Option<PathBuf> {
+        let path = fs::read(self.path.join(WORKPLACE)).ok()?;
+        Some(PathBuf::from(OsStr::from_bytes(&path)))
     }
 
     /// Whether its supervisor lives.

@@ -9,11 +9,13 @@
 //! | `hotset` | those pages themselves, in the trace's order |
 //! | `memory.bin` | guest RAM, sparse |
 //! | `rootfs.erofs` | root disk |
+//! | `.console` | what its machine printed while it was built; not in packs, as all names that start with a dot |
 //!
 //! A snapshot comes into being in a temporary directory beside its final place and is renamed, so a tag is either
 //! whole or absent. Callers: `machine_build.rs`, `sandbox.rs`, commands.
 
 use crate::paths::{Paths, PathsError};
+use crate::work_dir::{self, WorkDir};
 use forkd_vmm::arch::VCPUS_MAX;
 use forkd_vmm::devices::virtio::block::SCRATCH_MIB_MAX;
 use forkd_vmm::kvm::KvmKind;
@@ -25,12 +27,13 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use tempfile::TempDir;
 
 pub use forkd_fs::format::{
     HOTSET, MANIFEST, MEMORY, ROOTFS as ROOT_DISK, SNAPSHOT as CONFIGURATION, TRACE, VMSTATE,
 };
 
+/// The console of the machine while it was built, where `forkd logs --tag` finds it. No pack has a member of such a name.
+pub const CONSOLE: &str = ".console";
 /// How directories of unfinished snapshots are named; no tag starts with a dot.
 const DRAFT_PREFIX: &str = ".draft-";
 /// Version of [`Configuration`].
@@ -227,26 +230,15 @@ pub fn remove(paths: &Paths, dir: &Path) -> Result<(), SnapshotError> {
     let grave = tempfile::Builder::new().prefix(DRAFT_PREFIX).tempdir_in(paths.snapshots());
     let grave = grave.map_err(file_error("removing", dir))?.keep();
     fs::rename(dir, &grave).map_err(file_error("removing", dir))?;
-    remove_unless_held(&grave).map(drop)
-}
-
-/// Whether nobody held it.
-fn remove_unless_held(dir: &Path) -> Result<bool, SnapshotError> {
-    let Ok(lock) = File::open(dir) else { return Ok(false) };
-    if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-        return Ok(false);
-    }
-    fs::remove_dir_all(dir).map_err(file_error("removing", dir))?;
-    Ok(true)
+    work_dir::remove_unless_held(&grave).map(drop).map_err(file_error("removing", &grave))
 }
 
 /// A snapshot in the making; gone again unless published.
 #[derive(Debug)]
 pub struct Draft {
-    dir: TempDir,
+    dir: WorkDir,
     target: PathBuf,
     tag: String,
-    _lock: File,
 }
 
 impl Draft {
@@ -258,23 +250,9 @@ impl Draft {
         }
         let parent = paths.snapshots();
         fs::create_dir_all(&parent).map_err(file_error("creating", &parent))?;
-        loop {
-            let dir = tempfile::Builder::new()
-                .prefix(DRAFT_PREFIX)
-                .tempdir_in(&parent)
-                .map_err(file_error("creating a directory in", &parent))?;
-            let locked = File::open(dir.path())
-                .and_then(|lock| Ok(rustix::fs::flock(&lock, FlockOperation::LockExclusive).map(|()| lock)?));
-            match locked {
-                Ok(lock) if dir.path().exists() => {
-                    return Ok(Draft { dir, target, tag: tag.to_owned(), _lock: lock });
-                }
-                // A cleanup took it for a dead one before it was locked.
-                Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(file_error("locking", dir.path())(error)),
-            }
-        }
+        let dir = WorkDir::create(&parent, DRAFT_PREFIX);
+        let dir = dir.map_err(file_error("creating a directory in", &parent))?;
+        Ok(Draft { dir, target, tag: tag.to_owned() })
     }
 
     /// Where its files are to be put.
@@ -284,11 +262,11 @@ impl Draft {
 
     /// Puts it in its place. An old snapshot of the tag is replaced if `force`.
     pub fn publish(self, force: bool) -> Result<PathBuf, SnapshotError> {
-        let Draft { dir, target, tag, _lock } = self;
+        let Draft { dir, target, tag } = self;
         if target.exists() && !force {
             return Err(SnapshotError::Exists { tag });
         }
-        let staged = dir.keep();
+        let (staged, _lock) = dir.keep();
         let rename = |flags| rustix::fs::renameat_with(CWD, &staged, CWD, &target, flags);
         let placed = match rename(RenameFlags::NOREPLACE) {
             // The old snapshot then lies in the staging place, and goes.
@@ -297,7 +275,7 @@ impl Draft {
         };
         match placed {
             // Nothing, or the old snapshot; one that is in use goes with the next cleanup.
-            Ok(()) => drop(remove_unless_held(&staged)),
+            Ok(()) => drop(work_dir::remove_unless_held(&staged)),
             Err(_) => drop(fs::remove_dir_all(&staged)),
         }
         match placed {
@@ -308,23 +286,10 @@ impl Draft {
     }
 }
 
-/// Removes drafts whose makers are dead; returns their paths.
+/// Removes drafts whose makers are dead, and what was replaced or removed while others used it; returns their paths.
 pub fn remove_dead_drafts(paths: &Paths) -> Result<Vec<PathBuf>, SnapshotError> {
     let parent = paths.snapshots();
-    let entries = match fs::read_dir(&parent) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(file_error("listing", &parent)(error)),
-    };
-    let mut removed = Vec::new();
-    for entry in entries.flatten() {
-        let draft = entry.file_name().to_string_lossy().starts_with(DRAFT_PREFIX);
-        // A maker locks its draft right after creating it, as does who uses what was replaced; one that dies lets go.
-        if draft && remove_unless_held(&entry.path())? {
-            removed.push(entry.path());
-        }
-    }
-    Ok(removed)
+    work_dir::remove_dead(&parent, DRAFT_PREFIX).map_err(file_error("cleaning", &parent))
 }
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
 //! External programs (make, apt-get, mmdebstrap, mkfs.erofs): run with their output watched, their failure explained,
-//! and an end when the user wants one.
+//! and an end when the user wants one, or when forkd itself is killed.
 //!
 //! Used by [`crate::kernel`] and [`crate::recipe`]. Knows nothing of what the programs do.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -16,10 +16,10 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use forkd_vmm::sys;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process_group};
-use tempfile::TempDir;
 
 /// Lines of a failed program's output that its error shows.
 const TAIL_LINES: usize = 12;
@@ -125,21 +125,46 @@ impl Interrupt {
     }
 }
 
-/// A program about to be run.
+/// What shuts a program in with all that it starts and mounts: namespaces that end when their first process does, which
+/// the kernel kills when `unshare` is.
+const SHELL: [&str; 6] = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
+
+/// A program about to be run. Once it runs it is killed when the thread that runs it dies.
 pub struct Tool<'a> {
     command: Command,
     name: String,
     interrupt: &'a Interrupt,
     log: Option<&'a mut dyn Write>,
+    outlives: bool,
 }
 
 impl<'a> Tool<'a> {
     /// `program` is looked up in PATH. It reads nothing and writes to us.
     pub fn new(program: &str, interrupt: &'a Interrupt) -> Self {
-        let mut command = Command::new(program);
+        Self::started_by(Command::new(program), program, interrupt)
+    }
+
+    /// A program that starts others, or mounts. They end with it, and with us; its mounts are nobody else's to see. That takes
+    /// root: for other users it is an ordinary program.
+    pub fn with_its_own(program: &str, interrupt: &'a Interrupt) -> Self {
+        if !can_shut_in() {
+            return Self::new(program, interrupt);
+        }
+        let mut command = Command::new(SHELL[0]);
+        command.args(&SHELL[1..]).arg("--").arg(program);
+        Self::started_by(command, program, interrupt)
+    }
+
+    fn started_by(mut command: Command, program: &str, interrupt: &'a Interrupt) -> Self {
         // A group of its own: the terminal's Ctrl-C comes to us, and we end it in an order that lets it clean up.
         command.stdin(Stdio::null()).env("LC_ALL", "C.UTF-8").process_group(0);
-        Self { command, name: program.to_owned(), interrupt, log: None }
+        Self { command, name: program.to_owned(), interrupt, log: None, outlives: false }
+    }
+
+    /// Lets it finish when forkd is killed.
+    fn surviving(mut self) -> Self {
+        self.outlives = true;
+        self
     }
 
     /// Adds one argument.
@@ -176,6 +201,9 @@ impl<'a> Tool<'a> {
         let (reader, writer) = io::pipe().map_err(output(&self.name))?;
         let copy = writer.try_clone().map_err(output(&self.name))?;
         self.command.stdout(writer).stderr(copy);
+        if !self.outlives {
+            sys::bind_to_starter(&mut self.command);
+        }
         let mut child =
             self.command.spawn().map_err(|source| ToolError::Start { tool: self.name.clone(), source })?;
         // The command keeps its copies of the pipe's end, and the reader would wait for those.
@@ -229,6 +257,21 @@ impl<'a> Tool<'a> {
         })?;
         Ok(text)
     }
+}
+
+/// Whether this user can have programs in namespaces of their own.
+fn can_shut_in() -> bool {
+    if !rustix::process::geteuid().is_root() {
+        return false;
+    }
+    let mut trial = Command::new(SHELL[0]);
+    trial
+        .args(&SHELL[1..])
+        .args(["--", "true"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    trial.status().is_ok_and(|status| status.success())
 }
 
 /// Asks a program and its children to end, then makes them.
@@ -299,12 +342,14 @@ pub fn install(
             .env("DEBIAN_FRONTEND", "noninteractive")
             .args(["install", "--yes", "--no-install-recommends"])
             .args(packages)
+            // Half an installation would be this machine's trouble, not ours.
+            .surviving()
             .run(line)
     };
     // Lists that are absent or old are the usual reason for a failure.
     match install(&mut line) {
         Err(ToolError::Failed { .. }) => {
-            Tool::new("apt-get", interrupt).arg("update").run(&mut line)?;
+            Tool::new("apt-get", interrupt).arg("update").surviving().run(&mut line)?;
             install(&mut line)
         }
         result => result,
@@ -330,17 +375,6 @@ pub fn lock(path: &Path, interrupt: &Interrupt, waiting: impl FnOnce()) -> Resul
             Err(errno) => return Err(failed(errno.into())),
         }
     }
-}
-
-/// A new directory for a build in `parent`, after removing what builds that were killed left there. Only for who holds
-/// the lock on that work: nothing that starts with `prefix` is in use then.
-pub fn work_directory(parent: &Path, prefix: &str) -> io::Result<TempDir> {
-    for entry in fs::read_dir(parent)?.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(prefix) && entry.file_type()?.is_dir() {
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
-    tempfile::Builder::new().prefix(prefix).tempdir_in(parent)
 }
 
 /// SHA-256 of a file, in hexadecimal.
@@ -373,114 +407,5 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn shell<'a>(script: &str, interrupt: &'a Interrupt) -> Tool<'a> {
-        Tool::new("sh", interrupt).args(["-c", script])
-    }
-
-    #[test]
-    fn lines_of_both_streams_arrive_in_order_and_in_the_log() {
-        let interrupt = Interrupt::default();
-        let mut log = Vec::new();
-        let mut lines = Vec::new();
-        let tool = shell("echo a; echo b >&2; printf 'c\\rd\\n\\ne'", &interrupt).log(&mut log);
-        tool.run(|line| lines.push(line.to_owned())).unwrap();
-        assert_eq!(lines, ["a", "b", "c", "d", "e"]);
-        assert_eq!(log, b"a\nb\nc\nd\ne\n");
-    }
-
-    #[test]
-    fn failures_show_how_and_with_which_last_words() {
-        let interrupt = Interrupt::default();
-        let error = shell("seq 100; echo broken >&2; exit 3", &interrupt).capture().unwrap_err();
-        let ToolError::Failed { tail, status, .. } = &error else { panic!("{error}") };
-        assert_eq!(status.code(), Some(3));
-        assert_eq!(tail.lines().count(), TAIL_LINES);
-        assert!(tail.ends_with("100\nbroken"), "{tail}");
-        let error = Tool::new("no-such-program", &interrupt).capture().unwrap_err();
-        assert!(matches!(error, ToolError::Start { .. }));
-    }
-
-    #[test]
-    fn an_interrupt_ends_the_program_and_its_children() {
-        let interrupt = Interrupt::default();
-        let setter = interrupt.clone();
-        let mut child = 0;
-        let started = Instant::now();
-        let result = shell("sleep 60 & echo $!; wait", &interrupt).run(|line| {
-            child = line.parse().unwrap();
-            setter.set();
-        });
-        assert!(matches!(result, Err(ToolError::Interrupted)), "{result:?}");
-        assert!(started.elapsed() < GRACE);
-        let pid = Pid::from_raw(child).unwrap();
-        assert!(
-            rustix::process::test_kill_process(pid).is_err()
-                || !Path::new(&format!("/proc/{child}/exe")).exists()
-        );
-        assert!(matches!(shell("true", &interrupt).capture(), Err(ToolError::Interrupted)));
-    }
-
-    #[test]
-    fn a_daemon_left_behind_does_not_hold_us_up() {
-        let interrupt = Interrupt::default();
-        let started = Instant::now();
-        let text = shell("sleep 5 & echo $!", &interrupt).capture().unwrap();
-        assert!(started.elapsed() < Duration::from_secs(3));
-        shell(&format!("kill {text}"), &interrupt).capture().unwrap();
-    }
-
-    #[test]
-    fn a_log_that_cannot_be_written_stops_the_program() {
-        struct Full;
-        impl Write for Full {
-            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-                Err(io::ErrorKind::StorageFull.into())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        let interrupt = Interrupt::default();
-        let result = shell("yes", &interrupt).log(&mut Full).run(|_| {});
-        assert!(matches!(result, Err(ToolError::Output { .. })), "{result:?}");
-    }
-
-    #[test]
-    fn long_lines_are_cut() {
-        let interrupt = Interrupt::default();
-        let text =
-            shell("head -c 100000 /dev/zero | tr '\\0' x; echo; echo next", &interrupt).capture().unwrap();
-        let lengths: Vec<usize> = text.lines().map(str::len).collect();
-        assert_eq!(lengths, [LINE_MAX, 4]);
-    }
-
-    #[test]
-    fn a_lock_is_waited_for_and_the_wait_can_be_interrupted() {
-        let root = TempDir::new().unwrap();
-        let path = root.path().join("build.lock");
-        let interrupt = Interrupt::default();
-        let held = lock(&path, &interrupt, || panic!("nobody has it")).unwrap();
-        let (path_too, setter) = (path.clone(), interrupt.clone());
-        let second = thread::spawn(move || lock(&path_too, &interrupt, || setter.set()).map(drop));
-        let result = second.join().unwrap();
-        assert!(matches!(result, Err(ToolError::Interrupted)), "{result:?}");
-        let path_too = path.clone();
-        let third = thread::spawn(move || lock(&path_too, &Interrupt::default(), || {}).map(drop));
-        thread::sleep(Duration::from_millis(50));
-        assert!(!third.is_finished());
-        drop(held);
-        third.join().unwrap().unwrap();
-        let nowhere = lock(&root.path().join("no/lock"), &Interrupt::default(), || {});
-        assert!(matches!(nowhere, Err(ToolError::Lock { .. })));
-    }
-
-    #[test]
-    fn parts_do_not_run_into_each_other() {
-        let one = sha256_parts([&b"ab"[..], b"c"]);
-        assert_ne!(one, sha256_parts([&b"a"[..], b"bc"]));
-        assert_eq!(one.len(), 64);
-    }
-}
+#[path = "tools_tests.rs"]
+mod tests;

@@ -2,12 +2,16 @@
 //! is still at the hub. Needs the snapshot that `make machine` builds, /dev/kvm and userfaultfd; without them these
 //! tests fail and say so.
 
+#[path = "linux/consoles.rs"]
+mod consoles;
 #[path = "linux/harness.rs"]
 mod harness;
 #[path = "linux/hostile_guests.rs"]
 mod hostile_guests;
 #[path = "linux/kills.rs"]
 mod kills;
+#[path = "linux/remains.rs"]
+mod remains;
 #[path = "linux/warm.rs"]
 mod warm;
 
@@ -50,6 +54,25 @@ fn ten_children_of_a_pack_at_the_hub_answer_and_are_all_different() {
     let image = report["memory"]["image_kib"].as_u64().unwrap();
     assert!(private < image, "{private} KiB private a child, {image} KiB in the image");
     bed.assert_nothing_left(children.iter().map(|child| child["pid"].as_i64().unwrap()));
+}
+
+#[test]
+fn image_pages_that_a_child_maps_alone_are_not_its_private_memory() {
+    let bed = Bed::copied();
+    let hub = Hub::at("http://127.0.0.1:9/".to_owned());
+    let report = bed.json(&hub, &["fork", "--tag", "python-numpy", "--detach", "--eval", "1 + 1"]);
+    let pid = report["children"][0]["pid"].as_i64().unwrap();
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let kib = |field: &str| -> u64 {
+        let line = rollup.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    };
+    let private = report["memory"]["private_kib_per_child"].as_u64().unwrap();
+    let alone = kib("Private_Clean:") + kib("Private_Dirty:");
+    assert!(alone > 3 * private, "{private} KiB written, {alone} KiB mapped by nobody else");
+    assert!(private.abs_diff(kib("Anonymous:")) < 1024, "{private} KiB, now {rollup}");
+    bed.run(&hub, &["kill", "--all"]).success();
+    bed.assert_nothing_left([pid].into_iter());
 }
 
 #[test]

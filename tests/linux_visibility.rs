@@ -23,12 +23,7 @@ struct Copied {
 
 impl Copied {
     fn new() -> Copied {
-        let bed = Bed::new();
-        let snapshots = bed.path("data/forkd/snapshots");
-        fs::create_dir_all(&snapshots).unwrap();
-        let copied =
-            Command::new("cp").args(["-r", "--sparse=always"]).arg(bed.snapshot()).arg(&snapshots).status();
-        assert!(copied.unwrap().success());
+        let bed = Bed::copied();
         Copied { bed, hub: Hub::at("file:///nonexistent".to_owned()) }
     }
 
@@ -42,7 +37,7 @@ impl Copied {
 
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.bed.command(&self.hub);
-        command.env("XDG_DATA_HOME", self.bed.path("data")).args(arguments);
+        command.args(arguments);
         command
     }
 
@@ -170,7 +165,9 @@ fn what_a_child_writes_is_dirty_in_its_heatmap_alone() {
 #[test]
 fn a_trace_recorded_again_replaces_the_old_one() {
     let copied = Copied::new();
+    fs::write(copied.snapshots().join("python-numpy/.console"), "as it was built\n").unwrap();
     let report = copied.json(&["trace", "--tag", "python-numpy", "--recipe", RECIPE]);
+    assert_eq!(copied.run(&["logs", "--tag", "python-numpy"]), (Some(0), "as it was built\n".to_owned()));
     let (before, after) =
         (report["before"]["pages"].as_u64().unwrap(), report["after"]["pages"].as_u64().unwrap());
     let common = report["common_pages"].as_u64().unwrap();
@@ -251,4 +248,5 @@ fn a_trace_of_a_pack_is_interrupted_while_it_downloads() {
     let ended = interrupted.wait().unwrap();
     assert!(since.elapsed() < Duration::from_secs(5), "{:?} after Ctrl-C", since.elapsed());
     assert_eq!((ended.code(), fs::read_dir(&out).unwrap().count()), (Some(130), 0));
+    assert!(!bed.has_run_dirs());
 }

@@ -153,6 +153,11 @@ impl ChunkCache {
         self.disk.as_ref().map_or(Ok(Collected::default()), |disk| disk.collect(everything))
     }
 
+    /// Removes files that processes were writing when they died. An error is that of a file that cannot be removed.
+    pub fn remove_abandoned(&self) -> io::Result<Collected> {
+        self.disk.as_ref().map_or(Ok(Collected::default()), |disk| disk.remove_abandoned())
+    }
+
     fn sender(&self, disk: &Arc<Disk>) -> Option<SyncSender<Job>> {
         self.writer.get_or_init(|| Writer::start(disk.clone())).jobs()
     }

@@ -139,9 +139,13 @@ pub struct EvalArgs {
 
 /// `forkd logs`.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("whose").required(true).args(["id", "tag"]))]
 pub struct LogsArgs {
     /// The child, as `forkd ps` names it
-    pub id: String,
+    pub id: Option<String>,
+    /// A local snapshot instead: what its machine printed while it was built
+    #[arg(long)]
+    pub tag: Option<String>,
 }
 
 /// `forkd kill`.

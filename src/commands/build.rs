@@ -4,11 +4,12 @@ use crate::cli::{BuildArgs, SnapshotArgs};
 use crate::error::CommandError;
 use crate::host;
 use crate::kernel;
-use crate::machine_build::{self, BuildError, Request, Step};
+use crate::machine_build::{self, BuildError, Failure, Machines, Request, Step};
 use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::recipe::{self, Probe, Recipe, RecipeError};
+use crate::run_dir::{RunDir, RunDirError};
 use crate::scratch::Scratch;
 use crate::snapshot::{self, Configuration, Draft, SnapshotError, check_vcpus, file_error};
 use crate::tools::Interrupt;
@@ -42,6 +43,9 @@ pub enum BuildCommandError {
     /// Processes.
     #[error(transparent)]
     Spawn(#[from] SpawnError),
+    /// The run directory.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
     /// The snapshot's directory.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
@@ -53,7 +57,17 @@ pub enum BuildCommandError {
         /// Why not.
         #[source]
         source: BuildError,
+        /// [`Failure::console`].
+        console: String,
     },
+}
+
+impl BuildCommandError {
+    /// Of a snapshot's machine.
+    pub(super) fn of_machine(tag: &str, failure: Failure) -> BuildCommandError {
+        let Failure { error: source, console } = failure;
+        BuildCommandError::Build { tag: tag.to_owned(), source, console }
+    }
 }
 
 /// What is printed at the end.
@@ -83,7 +97,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
     let recipe = Recipe::load(&args.recipe).map_err(BuildCommandError::from)?;
     let tag = args.tag.as_deref().unwrap_or(&recipe.name);
     let vcpus = check_vcpus(recipe.vcpus).map_err(BuildCommandError::from)?;
-    let zygote = start_zygote()?;
+    let machines = start_machines(&paths)?;
     let interrupt = Interrupt::watch();
     let draft = Draft::create(&paths, tag, args.force).map_err(BuildCommandError::from)?;
     let kernel = match &args.kernel {
@@ -111,7 +125,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
     let probe = recipe.probe.as_ref();
     let about =
         About { tag, description: &recipe.description, base_image: &base_image, kernel: &kernel, probe };
-    finish(&zygote, &request, draft, &about, args.force, started, output)
+    finish(&machines, &request, draft, &about, args.force, started, output)
 }
 
 /// `forkd snapshot`.
@@ -119,7 +133,7 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
     let started = Instant::now();
     let paths = Paths::from_env()?;
     let vcpus = check_vcpus(args.vcpus).map_err(BuildCommandError::from)?;
-    let zygote = start_zygote()?;
+    let machines = start_machines(&paths)?;
     let interrupt = Interrupt::watch();
     let draft = Draft::create(&paths, &args.tag, args.force).map_err(BuildCommandError::from)?;
     let shell = |command: &String| WarmCommand {
@@ -141,7 +155,12 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
         interrupt: &interrupt,
     };
     let about = About { tag: &args.tag, description: "", base_image: "", kernel: &args.kernel, probe: None };
-    finish(&zygote, &request, draft, &about, args.force, started, output)
+    finish(&machines, &request, draft, &about, args.force, started, output)
+}
+
+fn start_machines(paths: &Paths) -> Result<Machines, BuildCommandError> {
+    let zygote = start_zygote()?;
+    Ok(Machines::new(zygote, RunDir::create(paths)?.into())?)
 }
 
 pub(super) fn start_zygote() -> Result<Zygote, BuildCommandError> {
@@ -150,7 +169,7 @@ pub(super) fn start_zygote() -> Result<Zygote, BuildCommandError> {
 }
 
 fn finish(
-    zygote: &Zygote,
+    machines: &Machines,
     request: &Request<'_>,
     draft: Draft,
     about: &About<'_>,
@@ -158,8 +177,8 @@ fn finish(
     started: Instant,
     output: &Output,
 ) -> Result<ExitCode, CommandError> {
-    let failed = |source| BuildCommandError::Build { tag: about.tag.to_owned(), source };
-    let configuration = machine_build::build(zygote, request, draft.path(), |step| {
+    let failed = |failure| BuildCommandError::of_machine(about.tag, failure);
+    let configuration = machine_build::build(machines, request, draft.path(), |step| {
         let text = match step {
             Step::Boot => "booting the guest",
             Step::Warm => "waiting until the warm command is ready",

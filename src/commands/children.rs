@@ -1,11 +1,12 @@
 //! `forkd ps`, `exec`, `eval`, `logs`, `kill`: what is done with children that run. They are found through their
-//! forks' run directories; no daemon is involved.
+//! forks' run directories; no daemon is involved. `logs` also shows what a snapshot's machine printed.
 
 use crate::cli::{EvalArgs, ExecArgs, KillArgs, LogsArgs};
 use crate::error::CommandError;
 use crate::output::{Output, table};
 use crate::paths::Paths;
 use crate::run_dir::{ForkDir, ForkStatus, RunDirError};
+use crate::snapshot::{CONSOLE, Held, SnapshotError};
 use crate::units::show_size;
 use forkd_guest::client::{AgentClient, ClientError};
 use forkd_guest::protocol::{Answer, ExecRequest, Exit};
@@ -68,15 +69,24 @@ pub enum ChildrenError {
         /// Its process.
         pid: i32,
     },
-    /// Its console.
+    /// Its console, or that of a snapshot.
     #[error("the console of {id} cannot be shown")]
     Console {
-        /// The child.
+        /// The child, or the tag.
         id: String,
         /// Why.
         #[source]
         source: io::Error,
     },
+    /// A snapshot that has no console.
+    #[error("no console is kept with the snapshot `{tag}`")]
+    NoConsole {
+        /// The tag.
+        tag: String,
+    },
+    /// A snapshot whose console is asked for.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
 }
 
 /// One running fork, as `forkd ps --json` shows it.
@@ -196,28 +206,47 @@ pub fn eval(args: &EvalArgs, output: &Output) -> Result<ExitCode, CommandError> 
     Ok(ExitCode::SUCCESS)
 }
 
+/// What `forkd logs --json` prints: of a child its id, of a snapshot its tag.
 #[derive(Debug, Serialize)]
 struct Logged<'a> {
-    id: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tag: Option<&'a str>,
     console: String,
 }
 
 /// `forkd logs`.
 pub fn logs(args: &LogsArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let id = &args.id;
-    let fork = ForkDir::of_child(&Paths::from_env()?, id).map_err(ChildrenError::from)?;
-    let failed = |source| ChildrenError::Console { id: id.clone(), source };
-    let mut console = File::open(fork.console(id)).map_err(failed)?;
+    let paths = Paths::from_env()?;
+    let (id, tag) = (args.id.as_deref(), args.tag.as_deref());
+    let name = id.or(tag).unwrap_or_default();
+    let failed = |source| ChildrenError::Console { id: name.to_owned(), source };
+    let mut console = match tag {
+        Some(tag) => console_of_snapshot(&paths, tag)?,
+        None => {
+            let fork = ForkDir::of_child(&paths, name).map_err(ChildrenError::from)?;
+            File::open(fork.console(name)).map_err(failed)?
+        }
+    };
     if output.is_json() {
         let mut bytes = Vec::new();
         console.read_to_end(&mut bytes).map_err(failed)?;
         let console = String::from_utf8_lossy(&bytes).into_owned();
-        output.report(&Logged { id, console }, |_| String::new());
+        output.report(&Logged { id, tag, console }, |_| String::new());
     } else {
         let mut stdout = io::stdout().lock();
         io::copy(&mut console, &mut stdout).and_then(|_| stdout.flush()).map_err(failed)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn console_of_snapshot(paths: &Paths, tag: &str) -> Result<File, ChildrenError> {
+    let held = Held::find(paths, tag)?;
+    File::open(held.path().join(CONSOLE)).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => ChildrenError::NoConsole { tag: tag.to_owned() },
+        _ => ChildrenError::Console { id: tag.to_owned(), source },
+    })
 }
 
 #[derive(Debug, Serialize)]

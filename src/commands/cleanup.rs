@@ -1,24 +1,36 @@
 //! `forkd cleanup`: removes what dead processes left behind. What lives is not touched.
 
 use crate::commands::mount::MountCommandError;
+use crate::download;
 use crate::error::CommandError;
+use crate::kernel;
 use crate::mounts;
 use crate::output::Output;
-use crate::paths::Paths;
+use crate::paths::{Paths, PathsError};
+use crate::recipe;
+use crate::registry::RegistryCopies;
 use crate::run_dir::ForkDir;
 use crate::snapshot;
 use crate::warm::Address;
+use crate::workspace;
+use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_vmm::cgroup::Groups;
 use serde::Serialize;
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// What was removed.
 #[derive(Debug, Serialize)]
 struct Cleaned {
+    /// Run directories of forks, and of commands that built machines or packs.
     forks: Vec<String>,
     mounts: Vec<PathBuf>,
     drafts: Vec<PathBuf>,
+    /// Directories and files of builds, of packs in the making and of downloads that cannot go on.
+    work: Vec<PathBuf>,
+    /// Chunks that were being written to the cache.
+    chunks: u64,
     cgroups: usize,
     /// Sockets of dead `forkd warm`.
     warm: usize,
@@ -27,33 +39,61 @@ struct Cleaned {
 /// Runs the command.
 pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
-    let mut forks = Vec::new();
+    let (mut forks, mut work) = (Vec::new(), Vec::new());
     ForkDir::remove_unborn(&paths)?;
     for fork in ForkDir::all(&paths)? {
+        // Its run directory, which knows the place, has to go last.
+        if let Some(place) = fork.workplace().filter(|_| !fork.is_alive()) {
+            work.extend(workspace::remove_dead(&place).map_err(failed(&place))?);
+        }
         if fork.remove_if_dead()? {
             forks.push(fork.id);
         }
     }
-    // Those of forks whose directory is gone, and of builds, are known by their emptiness only.
+    // Those of forks whose directory is gone are known by their emptiness only.
     let cgroups = Groups::find().ok().and_then(|groups| groups.remove_empty().ok()).unwrap_or(0);
+    work.extend(recipe::remove_dead(&paths).map_err(failed(&paths.cache))?);
+    work.extend(kernel::remove_dead(&paths).map_err(failed(&paths.cache))?);
+    work.extend(download::remove_dead(&paths).map_err(failed(&paths.cache))?);
+    work.extend(RegistryCopies::new(&paths).remove_dead().map_err(failed(&paths.cache))?);
     let cleaned = Cleaned {
         cgroups,
         warm: Address::all(&paths).iter().filter(|address| address.remove_if_dead()).count(),
         forks,
         mounts: mounts::clear_dead(&paths).map_err(MountCommandError::from)?,
         drafts: snapshot::remove_dead_drafts(&paths)?,
+        work,
+        chunks: unfinished_chunks(&paths)?,
     };
     output.report(&cleaned, |cleaned| {
         let count =
             |number: usize, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });
         format!(
-            "removed {}, {}, {}, {} and {}\n",
-            count(cleaned.forks.len(), "dead fork"),
+            "removed {}, {}, {}, {}, {}, {} and {}\n",
+            count(cleaned.forks.len(), "dead fork")
+                + " or build"
+                + if cleaned.forks.len() == 1 { "" } else { "s" },
             count(cleaned.mounts.len(), "dead mount"),
             count(cleaned.drafts.len(), "unfinished snapshot"),
+            count(cleaned.work.len(), "temporary file"),
+            count(cleaned.chunks as usize, "unfinished chunk"),
             count(cleaned.cgroups, "empty cgroup"),
             count(cleaned.warm, "socket") + " of dead warm images",
         )
     });
     Ok(ExitCode::SUCCESS)
+}
+
+fn failed(path: &Path) -> impl FnOnce(io::Error) -> PathsError {
+    let path = path.to_owned();
+    move |source| PathsError::Directory { path, source }
+}
+
+/// Removes those that the cache, if there is one, was given by processes that died meanwhile. Returns how many.
+fn unfinished_chunks(paths: &Paths) -> Result<u64, PathsError> {
+    if !paths.cache.join("chunks").exists() {
+        return Ok(0);
+    }
+    let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
+    Ok(cache.remove_abandoned().map_err(failed(&paths.cache))?.files)
 }

@@ -158,7 +158,12 @@ impl Prefetch {
 pub struct Memory {
     /// Mean proportional set size of a child (`smaps_rollup`); its share of the image is in it.
     pub pss_kib_per_child: Option<u64>,
-    /// Mean private memory of a child.
+    /// Mean memory of a child that it has written: `Anonymous` of `smaps_rollup`. These are pages in memory of its process's
+    /// heap and stacks, of zero ranges of the guest's memory, and its copies of pages of images; a huge page counts whole.
+    /// So do those that its zygote had written before it forked the child, half a MiB that all children share: with many of
+    /// them this is more than the PSS has of it. Not counted are pages of images and programs that it has only read, though
+    /// nobody else may map them, zero ranges that it has only read (the kernel's zero page), hugetlbfs, and what is swapped
+    /// out, which is not in the PSS either.
     pub private_kib_per_child: Option<u64>,
     /// What the shared images take.
     pub image_kib: u64,
@@ -171,18 +176,18 @@ impl Memory {
             .iter()
             .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok())
             .collect();
-        let mean = |fields: &[&str]| {
-            let sum: u64 = rollups.iter().flat_map(|text| fields.iter().map(|field| kib(text, field))).sum();
-            sum.checked_div(rollups.len() as u64)
-        };
         let blocks =
             images.iter().filter_map(|image| rustix::fs::fstat(image).ok()).map(|stat| stat.st_blocks as u64);
-        Memory {
-            pss_kib_per_child: mean(&["Pss:"]),
-            private_kib_per_child: mean(&["Private_Clean:", "Private_Dirty:"]),
-            // st_blocks counts 512 bytes.
-            image_kib: blocks.sum::<u64>() / 2,
-        }
+        // st_blocks counts 512 bytes.
+        Memory::of(&rollups, blocks.sum::<u64>() / 2)
+    }
+
+    fn of(rollups: &[String], image_kib: u64) -> Memory {
+        let mean = |field: &str| {
+            let sum: u64 = rollups.iter().map(|text| kib(text, field)).sum();
+            sum.checked_div(rollups.len() as u64)
+        };
+        Memory { pss_kib_per_child: mean("Pss:"), private_kib_per_child: mean("Anonymous:"), image_kib }
     }
 }
 
@@ -278,7 +283,7 @@ impl ForkReport {
         if let (Some(pss), Some(private)) = (self.memory.pss_kib_per_child, self.memory.private_kib_per_child)
         {
             text.push_str(&format!(
-                "memory: {pss} KiB PSS a child ({private} KiB of it private), images {} KiB shared\n",
+                "memory of a child: {pss} KiB PSS, {private} KiB private; images {} KiB, shared\n",
                 self.memory.image_kib
             ));
         }
@@ -289,4 +294,27 @@ impl ForkReport {
 /// Guests choose their answers: no control characters for the terminal, but line breaks.
 fn printable(text: &str) -> String {
     text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn private_is_what_was_written_and_not_what_is_mapped_alone() {
+        // A single fork of a snapshot on this disk: nobody else maps the image pages that it has read.
+        let rollup = "55d0c0000000-7ffd3f5f7000 ---p 00000000 00:00 0                          [rollup]\n\
+            Rss:               33276 kB\nPss:               31704 kB\nPss_Anon:           1436 kB\n\
+            Shared_Clean:       1960 kB\nShared_Dirty:          0 kB\nPrivate_Clean:     29880 kB\n\
+            Private_Dirty:      1436 kB\nReferenced:        33276 kB\nAnonymous:          1436 kB\n\
+            AnonHugePages:         0 kB\nSwap:                 12 kB\nSwapPss:              12 kB\n";
+        let alone = Memory::of(&[rollup.to_owned()], 5);
+        assert_eq!((alone.pss_kib_per_child, alone.private_kib_per_child), (Some(31704), Some(1436)));
+        let two = Memory::of(
+            &[rollup.to_owned(), rollup.replace("Anonymous:          1436", "Anonymous: 1438")],
+            5,
+        );
+        assert_eq!((two.private_kib_per_child, two.image_kib), (Some(1437), 5));
+        assert_eq!(Memory::of(&[], 0).private_kib_per_child, None);
+    }
 }

@@ -1,8 +1,9 @@
 //! `forkd pack`: a local snapshot into one file.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use forkd_fs::digest::Digest;
 use forkd_fs::format::MANIFEST;
@@ -15,8 +16,11 @@ use crate::error::CommandError;
 use crate::output::Output;
 use crate::paths::Paths;
 use crate::progress::Progress;
+use crate::run_dir::RunDir;
 use crate::snapshot::{Held, SnapshotError, file_error};
+use crate::tools::Interrupt;
 use crate::units::{show_share, show_size};
+use crate::workspace::{Workspace, WorkspaceError};
 
 /// Why a snapshot cannot be packed.
 #[derive(Debug, thiserror::Error)]
@@ -48,6 +52,9 @@ pub enum PackError {
     /// The pack cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// The directory to work in, or the pack's place.
+    #[error(transparent)]
+    Workspace(#[from] WorkspaceError),
 }
 
 /// What `forkd pack --json` prints, and `forkd repack` among other things.
@@ -105,7 +112,8 @@ pub fn run(args: &PackArgs, output: &Output) -> Result<ExitCode, CommandError> {
 
 fn pack(args: &PackArgs, output: &Output) -> Result<PackSummary, PackError> {
     // Held until it is packed, so that a pull that replaces the tag meanwhile does not mix two snapshots.
-    let snapshot = Held::find(&Paths::from_env().map_err(SnapshotError::from)?, &args.tag)?;
+    let paths = Paths::from_env().map_err(SnapshotError::from)?;
+    let snapshot = Held::find(&paths, &args.tag)?;
     let directory = snapshot.path();
     if args.out.exists() && !args.force {
         return Err(PackError::Exists { path: args.out.clone() });
@@ -119,7 +127,13 @@ fn pack(args: &PackArgs, output: &Output) -> Result<PackSummary, PackError> {
     if !args.base_image.is_empty() {
         manifest.base_image.clone_from(&args.base_image);
     }
-    write(options, &directory, manifest, &args.out, output)
+    let run_dir = RunDir::create(&paths).map_err(WorkspaceError::from)?;
+    let work = Workspace::create(&args.out, &Arc::new(run_dir))?;
+    let interrupt = Interrupt::watch();
+    let summary =
+        work.until(&interrupt, || write(options, &directory, manifest, (&work, &args.out), output))?;
+    publish(&work, &args.out, args.force)?;
+    Ok(summary)
 }
 
 /// How to pack, by the command line.
@@ -129,12 +143,12 @@ pub(super) fn options(chunk: u64, level: i32) -> Result<PackOptions, PackError> 
     Ok(PackOptions { chunk_size, level, ..PackOptions::default() })
 }
 
-/// Packs the files of a directory, with a progress bar.
+/// Packs the files of a directory into a workspace beside the new pack's place, with a progress bar.
 pub(super) fn write(
     options: PackOptions,
     directory: &Path,
     manifest: Manifest,
-    out: &Path,
+    (work, out): (&Workspace, &Path),
     output: &Output,
 ) -> Result<PackSummary, PackError> {
     let progress = Progress::bytes(output, "packing", 0);
@@ -146,7 +160,20 @@ pub(super) fn write(
             Pass::Compress => "packing",
         });
     };
-    Ok(PackWriter::new(options).write(directory, manifest, out, &on_progress)?)
+    let written = PackWriter::new(options).write(directory, manifest, &work.pack(), &on_progress);
+    Ok(written.map_err(|error| match error {
+        // People know the pack's place, not the workspace.
+        WriteError::Write { source, .. } => WriteError::Write { path: out.to_owned(), source },
+        error => error,
+    })?)
+}
+
+/// Puts the pack in its place; without `force` nothing may be there.
+pub(super) fn publish(work: &Workspace, out: &Path, force: bool) -> Result<(), PackError> {
+    work.publish(out, force).map_err(|source| match source.kind() {
+        io::ErrorKind::AlreadyExists => PackError::Exists { path: out.to_owned() },
+        _ => WorkspaceError::Place { path: out.to_owned(), source }.into(),
+    })
 }
 
 pub(super) fn read_manifest(directory: &Path) -> Result<Manifest, PackError> {

@@ -30,10 +30,9 @@ use crate::packs::{self, Target};
 use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::registry::{Resolved, whole_digest};
+use crate::run_dir::RunDir;
 use crate::snapshot::FOREIGN_MACHINE;
-
-pub(super) mod workspace;
-use workspace::{Signals, Workspace};
+use crate::workspace::{Signals, Workspace, WorkspaceError};
 
 /// The predecessor's own manifest in the new pack: it tells of chains and root disks, which ours does not.
 const OLD_MANIFEST: &str = "manifest.old.toml";
@@ -52,7 +51,10 @@ pub enum RepackError {
     /// The new pack cannot be written.
     #[error(transparent)]
     Pack(#[from] PackError),
-    /// The directory to work in, or the new pack's place.
+    /// The directory to work in.
+    #[error(transparent)]
+    Workspace(#[from] WorkspaceError),
+    /// A file in it, or the old pack.
     #[error("{}", path.display())]
     Place {
         /// Where.
@@ -123,8 +125,9 @@ pub fn run(args: &RepackArgs, output: &Output) -> Result<ExitCode, CommandError>
     let runtime = super::runtime()?;
     let signals = runtime.block_on(async { Signals::take() }).map_err(RepackError::Signals)?;
     let interrupted = signals.seen();
-    let work = Workspace::create(out).map_err(place(out))?;
-    runtime.spawn(signals.remove_and_exit(work.path().to_owned()));
+    let run_dir = RunDir::create(&Paths::from_env()?)?;
+    let work = Workspace::create(out, &Arc::new(run_dir)).map_err(RepackError::from)?;
+    runtime.spawn(signals.remove_and_exit(work.remains()));
     let repacked = runtime.block_on(take_apart(args, &work, output)).and_then(|unpacked| {
         let Unpacked { format, manifest, notes } = unpacked;
         let (tag, forkable) = (manifest.tag.clone(), !manifest.requires.is_foreign());
@@ -322,13 +325,10 @@ fn put_together(
     manifest: Manifest,
     output: &Output,
 ) -> Result<pack::Report, CommandError> {
-    let summary =
-        pack::write(options, &work.members(), manifest, &work.pack(), output).map_err(RepackError::from)?;
+    let summary = pack::write(options, &work.members(), manifest, (work, &args.out), output)
+        .map_err(RepackError::from)?;
     // Text from outside has become longer by escapes and the list of files: it must still be one that can be read.
     Manifest::parse(summary.manifest.to_toml().as_bytes()).map_err(RepackError::Manifest)?;
-    work.publish(&args.out, args.force).map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => RepackError::Pack(PackError::Exists { path: args.out.clone() }),
-        _ => place(&args.out)(error),
-    })?;
+    pack::publish(work, &args.out, args.force).map_err(RepackError::from)?;
     Ok(pack::Report::new(&args.out, &summary))
 }

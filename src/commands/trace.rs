@@ -8,6 +8,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use forkd_fs::format::{HOTSET, MEMORY, ROOTFS, TRACE};
 use forkd_fs::manifest::{Manifest, ManifestProbe};
@@ -15,16 +16,14 @@ use forkd_fs::store::{OpenError, ReadError, Store};
 use forkd_fs::trace::{MAX_TRACE_LEN, PAGE_SIZE, Trace, bucket_name};
 use forkd_fs::unpack::{UnpackError, unpack};
 use forkd_vmm::kvm::KvmKind;
-use forkd_vmm::zygote::Zygote;
 use serde::Serialize;
 
 use super::build::{BuildCommandError, start_zygote};
 use super::pack::{self, PackError};
-use super::repack::workspace::Workspace;
 use crate::cli::TraceArgs;
 use crate::error::CommandError;
 use crate::host::{self, HostError};
-use crate::machine_build::BuildError;
+use crate::machine_build::Machines;
 use crate::machine_build::recording::{self, TRIALS, Trials};
 use crate::output::{Output, table};
 use crate::packs;
@@ -32,12 +31,14 @@ use crate::paths::Paths;
 use crate::progress::Progress;
 use crate::recipe::{Probe, Recipe};
 use crate::registry::RegistryError;
+use crate::run_dir::{RunDir, RunDirError};
 use crate::scratch::Scratch;
 use crate::snapshot::{
     self, CONFIGURATION_MAX, Configuration, Draft, FOREIGN_MACHINE, Held, SnapshotError, file_error,
 };
 use crate::tools::{Interrupt, ToolError};
 use crate::units::{show_share, show_size};
+use crate::workspace::{Workspace, WorkspaceError};
 
 /// A working set could not be recorded.
 #[derive(Debug, thiserror::Error)]
@@ -87,15 +88,12 @@ pub enum TraceCommandError {
     /// Writing the new pack, or reading the snapshot's manifest.
     #[error(transparent)]
     Pack(#[from] PackError),
+    /// The run directory.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
     /// The directory to work in, or the new pack's place.
-    #[error("{}", path.display())]
-    Place {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
+    #[error(transparent)]
+    Workspace(#[from] WorkspaceError),
     /// Ctrl-C.
     #[error(transparent)]
     Interrupted(#[from] ToolError),
@@ -149,11 +147,11 @@ fn trace_snapshot(args: &TraceArgs, tag: &str, output: &Output) -> Result<Report
     let manifest = pack::read_manifest(&dir)?;
     let probe = probe(args, tag, &manifest)?;
     let configuration = configuration(&dir, &manifest)?;
-    let zygote = start_zygote()?;
+    let machines = Machines::new(start_zygote()?, RunDir::create(&paths)?.into())?;
     let interrupt = Interrupt::watch();
     let draft = Draft::create(&paths, tag, true)?;
     link_files(&dir, draft.path())?;
-    let recording = Recording { zygote: &zygote, configuration, probe, paths: &paths, interrupt: &interrupt };
+    let recording = Recording { machines, configuration, probe, paths: &paths, interrupt: &interrupt };
     let report = recording.record(tag, &dir, draft.path(), output)?;
     let place = paths.snapshot(tag).map_err(SnapshotError::from)?;
     let identity = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
@@ -172,10 +170,12 @@ fn trace_pack(args: &TraceArgs, target: &str, output: &Output) -> Result<Report,
     if out.symlink_metadata().is_ok() && !args.force {
         return Err(PackError::Exists { path: out.to_owned() }.into());
     }
-    let place = |source| TraceCommandError::Place { path: out.to_owned(), source };
+    let place = |source| WorkspaceError::Place { path: out.to_owned(), source };
     let zygote = start_zygote()?;
+    let run_dir = Arc::new(RunDir::create(&paths)?);
+    let machines = Machines::new(zygote, Arc::clone(&run_dir))?;
     let interrupt = Interrupt::watch();
-    let work = Workspace::create(out).map_err(place)?;
+    let work = Workspace::create(out, &run_dir)?;
     let runtime = super::runtime().map_err(|error| match error {
         CommandError::Runtime(source) => place(source),
         other => place(io::Error::other(other.to_string())),
@@ -185,14 +185,11 @@ fn trace_pack(args: &TraceArgs, target: &str, output: &Output) -> Result<Report,
     let members = work.members();
     let probe = probe(args, target, &manifest)?;
     let configuration = configuration(&members, &manifest)?;
-    let recording = Recording { zygote: &zygote, configuration, probe, paths: &paths, interrupt: &interrupt };
+    let recording = Recording { machines, configuration, probe, paths: &paths, interrupt: &interrupt };
     let mut report = recording.record(target, &members, &members, output)?;
     let options = pack::options(u64::from(chunk_size), args.level)?;
-    work.until(&interrupt, || pack::write(options, &members, manifest, &work.pack(), output))?;
-    work.publish(out, args.force).map_err(|error| match error.kind() {
-        io::ErrorKind::AlreadyExists => PackError::Exists { path: out.to_owned() }.into(),
-        _ => place(error),
-    })?;
+    work.until(&interrupt, || pack::write(options, &members, manifest, (&work, out), output))?;
+    pack::publish(&work, out, args.force)?;
     report.out = Some(out.to_owned());
     Ok(report)
 }
@@ -269,7 +266,7 @@ fn link_files(from: &Path, to: &Path) -> Result<(), SnapshotError> {
 
 /// What every recording needs.
 struct Recording<'a> {
-    zygote: &'a Zygote,
+    machines: Machines,
     configuration: Configuration,
     probe: Probe,
     paths: &'a Paths,
@@ -292,8 +289,8 @@ impl Recording<'_> {
         output.note(format_args!("restoring it {} times to record what a fork touches", TRIALS.len()));
         let scratch = Scratch { dir: &self.paths.cache, mib: self.configuration.scratch_mib };
         let trials = Trials { probe: Some(&self.probe), scratch, interrupt: self.interrupt };
-        let failed = |source: BuildError| BuildCommandError::Build { tag: name.to_owned(), source };
-        let new = recording::record(self.zygote, &self.configuration, dir, into, &trials).map_err(failed)?;
+        let new = recording::record(&self.machines, &self.configuration, dir, into, &trials)
+            .map_err(|failure| BuildCommandError::of_machine(name, failure))?;
         Ok(Report {
             name: name.to_owned(),
             out: None,

@@ -151,16 +151,16 @@ pub(super) fn build(error: &BuildCommandError) -> Row {
             row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
         }
         BuildCommandError::Snapshot(error) => packs::snapshot(error),
-        BuildCommandError::Build { source, .. } => match source {
-            BuildError::NotReady { .. } => row.hint("mend the recipe's warm command; nothing was kept"),
-            BuildError::Probe { .. } => {
-                row.hint("mend the recipe's probe or its warm command; nothing was kept")
-            }
+        BuildCommandError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
+        BuildCommandError::RunDir(_) => row,
+        BuildCommandError::Build { source, console, .. } => row.console(console).hint(match source {
+            BuildError::NotReady { .. } => "mend the recipe's warm command; nothing was kept",
+            BuildError::Probe { .. } => "mend the recipe's probe or its warm command; nothing was kept",
             BuildError::Timeout { .. } => {
-                row.hint("raise the recipe's readiness timeout if the guest is merely slow; nothing was kept")
+                "raise the recipe's readiness timeout if the guest is merely slow; nothing was kept"
             }
-            _ => row.hint("nothing was kept"),
-        },
+            _ => "nothing was kept",
+        }),
     }
 }
 
@@ -173,8 +173,8 @@ pub(super) fn trace(error: &TraceCommandError) -> Row {
         }
         TraceCommandError::Foreign => sandbox(&SandboxError::Foreign),
         TraceCommandError::Replaced { .. } => row.hint("run it again: it was left as it is now"),
-        TraceCommandError::Build(BuildCommandError::Build { .. }) => {
-            row.hint("the working set that was there is kept")
+        TraceCommandError::Build(BuildCommandError::Build { console, .. }) => {
+            row.console(console).hint("the working set that was there is kept")
         }
         TraceCommandError::Build(error) => Row { what: WHAT, ..build(error) },
         TraceCommandError::Host(error) => match error {
@@ -188,10 +188,11 @@ pub(super) fn trace(error: &TraceCommandError) -> Row {
         TraceCommandError::Open(error) => packs::open(error),
         TraceCommandError::Read(error) => packs::read(error),
         TraceCommandError::Pack(error) => Row { what: WHAT, ..packs::pack(error) },
-        TraceCommandError::Place { .. } => {
-            row.hint("--out needs an existing directory that can be written to")
+        TraceCommandError::Workspace(error) => packs::workspace(row, error),
+        TraceCommandError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
+        TraceCommandError::RunDir(_) | TraceCommandError::Unpack(_) | TraceCommandError::Interrupted(_) => {
+            row
         }
-        TraceCommandError::Unpack(_) | TraceCommandError::Interrupted(_) => row,
     }
 }
 
@@ -204,6 +205,10 @@ pub(super) fn children(error: &ChildrenError) -> Row {
             row.hint("was it started by another version of forkd? Look at it with that one")
         }
         ChildrenError::Console { .. } | ChildrenError::Code { .. } => row,
+        ChildrenError::NoConsole { .. } => Row::failed("show the console", "").hint(
+            "only `forkd build` and `snapshot` of this version keep it; packs do not carry it: see the machine's own with `forkd logs ID`",
+        ),
+        ChildrenError::Snapshot(error) => packs::snapshot(error),
         ChildrenError::Agent { .. } => {
             row.hint("`forkd ps` says whether it is stalled, `forkd logs` shows its console")
         }

@@ -17,7 +17,9 @@ use crate::hub::publish::PublishError;
 use crate::hub::serve::ServeError;
 use crate::mounts::MountsError;
 use crate::registry::{InvalidReference, RegistryError};
+use crate::run_dir::RunDirError;
 use crate::snapshot::SnapshotError;
+use crate::workspace::WorkspaceError;
 
 pub(super) fn snapshot(error: &SnapshotError) -> Row {
     let row = Row::failed("use the snapshot", "");
@@ -195,6 +197,7 @@ pub(super) fn pack(error: &PackError) -> Row {
             Row::usage("pack the snapshot", "")
                 .hint("--chunk takes a power of two from 64KiB to 4MiB; 256KiB is the default")
         }
+        PackError::Workspace(error) => workspace(row, error),
         PackError::Manifest { .. } => row.hint("only snapshots of this forkd can be packed; build it again"),
         PackError::Write(
             WriteError::Refused { .. }
@@ -204,6 +207,15 @@ pub(super) fn pack(error: &PackError) -> Row {
             | WriteError::TooManyChunks { .. }
             | WriteError::Compress(_),
         ) => row,
+    }
+}
+
+/// For a command that makes a pack.
+pub(super) fn workspace(row: Row, error: &WorkspaceError) -> Row {
+    match error {
+        WorkspaceError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
+        WorkspaceError::RunDir(_) => row,
+        WorkspaceError::Place { .. } => row.hint("--out needs an existing directory that can be written to"),
     }
 }
 
@@ -234,6 +246,7 @@ pub(super) fn repack(error: &RepackError) -> Row {
         RepackError::Unpack(error) => Row { what: WHAT, ..unpack(error) },
         RepackError::Pull(error) => Row { what: WHAT, ..pull(error) },
         RepackError::Pack(error) => Row { what: WHAT, ..pack(error) },
+        RepackError::Workspace(error) => workspace(row, error),
         RepackError::Place { .. } => row.hint("--out needs an existing directory that can be written to"),
         RepackError::Directory { .. } => Row::usage(WHAT, "").hint("--out takes the new pack's file"),
         RepackError::Name { .. } | RepackError::Manifest(_) | RepackError::Signals(_) => row,

@@ -1,7 +1,7 @@
 //! Recording a trace: a snapshot is restored a few times, page by page, and what is touched until its probe is answered is
 //! written down, with the pages themselves. Callers: `machine_build.rs` for a new snapshot, `commands/trace.rs` for an old one.
 
-use super::{BuildError, INTERRUPT_CHECK, PAGE, REQUEST_TIMEOUT, Rig, limits, open, run_probe};
+use super::{BuildError, Failure, INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, Rig, open, run_probe};
 use crate::identity;
 use crate::recipe::Probe;
 use crate::scratch::Scratch;
@@ -9,11 +9,11 @@ use crate::snapshot::{self, Configuration, file_error};
 use crate::tools::Interrupt;
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_guest::client::AgentClient;
+use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::ImageId;
 use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::process::{MachineSpec, Report, Start, monotonic_ns};
-use forkd_vmm::zygote::Zygote;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
@@ -54,15 +54,15 @@ pub struct Trials<'a> {
 
 /// Restores the snapshot in `dir` once for each of [`TRIALS`] and writes `trace` and `hotset` into `into`, which may be `dir`.
 pub fn record(
-    zygote: &Zygote,
+    machines: &Machines,
     configuration: &Configuration,
     dir: &Path,
     into: &Path,
     trials: &Trials<'_>,
-) -> Result<Trace, BuildError> {
+) -> Result<Trace, Failure> {
     let records: Vec<_> = TRIALS
         .iter()
-        .map(|trial| record_touches(zygote, configuration, dir, trials, trial))
+        .map(|trial| record_touches(machines, configuration, dir, trials, trial))
         .collect::<Result<_, _>>()?;
     let trace = trace_of(configuration, &merge(&records));
     let path = into.join(snapshot::TRACE);
@@ -159,7 +159,7 @@ fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), us
 /// Connects before the machine is ready, as a fork does that is asked something: after its first instruction.
 fn connect_early(machine: &Rig<'_>, doing: &'static str) -> Receiver<Result<AgentClient, BuildError>> {
     let (sender, connected) = mpsc::channel();
-    let socket = machine.socket();
+    let socket = machine.socket.clone();
     std::thread::spawn(move || {
         let client = AgentClient::connect(&socket, REQUEST_TIMEOUT);
         // Nobody waits any more when the trial failed.
@@ -170,12 +170,12 @@ fn connect_early(machine: &Rig<'_>, doing: &'static str) -> Receiver<Result<Agen
 
 /// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
 fn record_touches(
-    zygote: &Zygote,
+    machines: &Machines,
     configuration: &Configuration,
     dir: &Path,
     trials: &Trials<'_>,
     trial: &Trial,
-) -> Result<Vec<Touch>, BuildError> {
+) -> Result<Vec<Touch>, Failure> {
     let layout = configuration.layout;
     let ids: Vec<_> = ImageId::ALL.into_iter().filter(|id| layout.image_bytes(*id) > 0).collect();
     let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
@@ -190,13 +190,28 @@ fn record_touches(
     let record = identity::fresh("trial", 1, None, environment)?;
     let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
     let scratch_bytes = trials.scratch.bytes();
-    let spec =
-        MachineSpec { layout, limits: limits(&layout), record, mac: None, start, scratch_bytes, held: false };
+    let limits = Limits::of(machines.name(), &layout);
+    let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
     let images: Vec<_> = images.iter().collect();
-    let machine = Rig::spawn(zygote, &spec, &images, &vmstate, None, (&trials.scratch, trials.interrupt))?;
+    let machine = Rig::spawn(machines, &spec, &images, &vmstate, None, (&trials.scratch, trials.interrupt))?;
+    let moments = run_trial(&machine, &pager, trials, trial).map_err(|error| machine.failed(error))?;
+    drop(machine);
+    let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
+    let phase = |at_ns: u64| moments.iter().filter(|moment| at_ns >= **moment).count();
+    Ok(touched.into_iter().map(|(image, at_ns, page)| (image, phase(at_ns), page)).collect())
+}
+
+/// Serves a trial's machine until its probe is answered; returns when it had resumed and was ready, which is when the
+/// second and third phase begin (CLOCK_MONOTONIC, ns).
+fn run_trial(
+    machine: &Rig<'_>,
+    pager: &Pager,
+    trials: &Trials<'_>,
+    trial: &Trial,
+) -> Result<[u64; PHASES - 1], BuildError> {
     let doing = "restoring the snapshot to record its trace";
     let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
         Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
@@ -204,14 +219,11 @@ fn record_touches(
     })?;
     pager.attach(ClientId(0), uffd, bases)?;
     let resumed_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
-    let early = trial.before_probe.is_zero().then(|| connect_early(&machine, doing));
+    let early = trial.before_probe.is_zero().then(|| connect_early(machine, doing));
     let ready_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
     std::thread::sleep(trial.before_probe);
-    ask(&machine, trials, early, doing)?;
-    drop(machine);
-    let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
-    let phase = |at_ns: u64| usize::from(at_ns >= resumed_ns) + usize::from(at_ns >= ready_ns);
-    Ok(touched.into_iter().map(|(image, at_ns, page)| (image, phase(at_ns), page)).collect())
+    ask(machine, trials, early, doing)?;
+    Ok([resumed_ns, ready_ns])
 }
 
 /// Asks the probe. The user can end it, which takes the machine's end: an answer may be minutes away.

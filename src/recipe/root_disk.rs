@@ -5,7 +5,7 @@
 //!     KEY.erofs      hash of everything below; never changed once it is there
 //!     KEY.base.tar   the distribution's part alone, which takes a minute to make
 //!     build.lock     held by who builds
-//!     build-*/       a tree while it is being built; removed after it, or by the next build
+//!     build-*/       a tree while it is being built; removed after it, by the next build, or by `forkd cleanup`
 //! ```
 //!
 //! The same packages, files and agent give the same bytes: packs of two builds share their chunks.
@@ -16,10 +16,9 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use tempfile::TempDir;
-
 use crate::paths::Paths;
 use crate::tools::{self, Interrupt, Tool, sha256_file, sha256_parts};
+use crate::work_dir::{self, WorkDir};
 
 use super::apt_sources::{self, Sources};
 use super::tree::Tree;
@@ -27,6 +26,10 @@ use super::{Recipe, RecipeError};
 
 /// Bump when the way of building changes what comes out.
 const VERSION: &[u8] = b"1";
+/// Where root disks are kept, in forkd's cache directory.
+const CACHE: &str = "root-disks";
+/// How directories of trees that are being built are named.
+const WORK_PREFIX: &str = "build-";
 /// virtio-pmem regions come in units of 2 MiB.
 const ALIGNMENT: u64 = 2 << 20;
 /// Where EROFS has its superblock, and the superblock's first four bytes.
@@ -85,7 +88,7 @@ pub fn root_disk(
     let sources = apt_sources::for_suite(Path::new("/etc/apt"), &recipe.base.suite);
     let base_key = base_key(recipe, &sources);
     let key = disk_key(recipe, &agent, &base_key)?;
-    let cache = paths.cache.join("root-disks");
+    let cache = paths.cache.join(CACHE);
     let disk = cache.join(format!("{}.erofs", &key[..32]));
     if disk.is_file() {
         return Ok(disk);
@@ -100,7 +103,9 @@ pub fn root_disk(
         return Ok(disk);
     }
     prepare_tools(interrupt, &mut say)?;
-    let work = tools::work_directory(&cache, "build-").map_err(file_error(&cache))?;
+    // What cannot be removed is no reason not to build.
+    let _ = remove_dead(paths);
+    let work = WorkDir::create(&cache, WORK_PREFIX).map_err(file_error(&cache))?;
     let builder = Builder { recipe, cache: &cache, work: &work, interrupt };
     let (tree, epoch) = builder.base(&base_key, &sources, &mut say)?;
     say("adding the agent and the recipe's files");
@@ -109,6 +114,14 @@ pub fn root_disk(
     let image = builder.image(&tree, epoch, &key)?;
     fs::rename(&image, &disk).map_err(file_error(&disk))?;
     Ok(disk)
+}
+
+/// Removes what builds of root disks that were killed have left; returns the paths.
+///
+/// # Errors
+/// That of the first that cannot be removed.
+pub fn remove_dead(paths: &Paths) -> io::Result<Vec<PathBuf>> {
+    work_dir::remove_dead(&paths.cache.join(CACHE), WORK_PREFIX)
 }
 
 fn file_error(path: &Path) -> impl FnOnce(io::Error) -> RecipeError {
@@ -218,11 +231,16 @@ fn prepare_tools(interrupt: &Interrupt, say: &mut impl FnMut(&str)) -> Result<()
 struct Builder<'a> {
     recipe: &'a Recipe,
     cache: &'a Path,
-    work: &'a TempDir,
+    work: &'a WorkDir,
     interrupt: &'a Interrupt,
 }
 
 impl Builder<'_> {
+    /// A program whose processes and mounts end with it, and its temporary files with the work directory.
+    fn tool(&self, name: &str) -> Tool<'_> {
+        Tool::with_its_own(name, self.interrupt).env("TMPDIR", self.work.path())
+    }
+
     /// The distribution's tree, and the time (seconds since 1970) of its newest packaged file.
     fn base(
         &self,
@@ -275,7 +293,7 @@ impl Builder<'_> {
         directory: &Path,
         more: &[String],
     ) -> Result<(), RecipeError> {
-        Tool::new("tar", self.interrupt)
+        self.tool("tar")
             .args(mode)
             .args(["--numeric-owner", "--xattrs", "--xattrs-include=*"])
             .args(more)
@@ -296,7 +314,8 @@ impl Builder<'_> {
         say: &mut impl FnMut(&str),
     ) -> Result<(), RecipeError> {
         say("installing the distribution");
-        let mut tool = Tool::new("mmdebstrap", self.interrupt)
+        let mut tool = self
+            .tool("mmdebstrap")
             .args(["--mode=root", "--variant=essential", "--format=directory"])
             // Without it usrmerge does the work, and brings all of Perl.
             .arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr")
@@ -345,7 +364,7 @@ impl Builder<'_> {
     fn image(&self, tree: &Tree, epoch: u64, key: &str) -> Result<PathBuf, RecipeError> {
         let image = self.work.path().join("disk.erofs");
         let uuid = [&key[0..8], &key[8..12], &key[12..16], &key[16..20], &key[20..32]].join("-");
-        Tool::new("mkfs.erofs", self.interrupt)
+        self.tool("mkfs.erofs")
             // The image's own time, and the latest any file keeps. (`-T` would give all files one time.)
             .env("SOURCE_DATE_EPOCH", epoch.to_string())
             // Files whose end lies among the metadata cannot be mapped.

@@ -7,9 +7,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use forkd_fs::digest::Digest;
+use rustix::fs::{FlockOperation, flock};
 
 use super::{Catalogue, HubAddress, Registry, read_capped};
 use crate::paths::Paths;
+use crate::work_dir;
+
+/// How copies are named while they are written.
+const UNFINISHED_PREFIX: &str = ".tmp-";
 
 /// Copies of registries, by the digest of their URL.
 #[derive(Debug, Clone)]
@@ -51,10 +56,16 @@ impl RegistryCopies {
             return fs::File::options().append(true).open(path)?.set_modified(SystemTime::now());
         }
         fs::create_dir_all(&self.dir)?;
-        let mut file = tempfile::Builder::new().prefix(".tmp-").tempfile_in(&self.dir)?;
+        let mut file = tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempfile_in(&self.dir)?;
+        flock(file.as_file(), FlockOperation::LockExclusive)?;
         file.write_all(bytes)?;
         file.persist(path).map_err(|failed| failed.error)?;
         Ok(())
+    }
+
+    /// Removes copies that processes were writing when they died; returns their paths.
+    pub fn remove_dead(&self) -> io::Result<Vec<PathBuf>> {
+        work_dir::remove_dead(&self.dir, UNFINISHED_PREFIX)
     }
 
     /// The copy of a hub's registry.

@@ -8,6 +8,7 @@ mod program;
 use serde_json::Value;
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -55,6 +56,18 @@ impl Bed {
         let manifest = data.join("forkd/snapshots/python-numpy/manifest.toml");
         assert!(manifest.exists(), "{} is missing: run `make machine` first", manifest.display());
         Bed { dir: tempfile::tempdir().unwrap(), data }
+    }
+
+    /// The same with a copy of the snapshot, which the test may change and which nobody else maps.
+    pub fn copied() -> Bed {
+        let theirs = Bed::new();
+        let data = theirs.path("data");
+        fs::create_dir_all(data.join("forkd/snapshots")).unwrap();
+        let mut copy = Command::new("cp");
+        copy.args(["-r", "--sparse=always"]).arg(theirs.snapshot()).arg(data.join("forkd/snapshots"));
+        assert!(copy.status().unwrap().success());
+        symlink(theirs.data.join("forkd/kernels"), data.join("forkd/kernels")).unwrap();
+        Bed { data, ..theirs }
     }
 
     /// A path in the test's own directory.
@@ -121,6 +134,24 @@ pub fn supervisor_of(child: i64) -> i64 {
 pub fn alive(pid: i64) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     status.lines().any(|line| line.starts_with("State:") && !line.contains('Z'))
+}
+
+/// Processes, this one's children and zombies aside, that were started with the test's run directory.
+pub fn processes_of(run: &Path) -> Vec<u32> {
+    let needle = format!("XDG_RUNTIME_DIR={}", run.display());
+    let listed = fs::read_dir("/proc").unwrap().flatten();
+    let pids = listed.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let ours = |pid: &u32| {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        environment.split(|byte| *byte == 0).any(|variable| variable == needle.as_bytes())
+    };
+    pids.filter(|pid| ours(pid) && alive(i64::from(*pid))).collect()
+}
+
+/// How many mounts lie in a directory or come from it.
+pub fn mounts_of(dir: &Path) -> usize {
+    let dir = dir.to_str().unwrap();
+    fs::read_to_string("/proc/self/mounts").unwrap().lines().filter(|line| line.contains(dir)).count()
 }
 
 /// Looks every 50 ms.

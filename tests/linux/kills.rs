@@ -1,12 +1,11 @@
 //! kill -9 of every process that takes part in a fork, in every phase of it: nothing may be left, siblings go on, and
 //! the user is told. Short in the gate; `FORKD_SOAK=full` kills 200 times (`make soak`).
 
-use super::harness::{Bed, Hub, alive, wait_until};
+use super::harness::{Bed, Hub, mounts_of, processes_of, wait_until};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
@@ -50,23 +49,6 @@ struct Row {
 fn children_of(pid: u32) -> Vec<u32> {
     let listed = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     listed.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
-}
-
-/// Processes, this one's children and zombies aside, that were started with the test's run directory.
-fn processes_of(run: &Path) -> Vec<u32> {
-    let needle = format!("XDG_RUNTIME_DIR={}", run.display());
-    let listed = fs::read_dir("/proc").unwrap().flatten();
-    let pids = listed.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
-    let ours = |pid: &u32| {
-        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-        environment.split(|byte| *byte == 0).any(|variable| variable == needle.as_bytes())
-    };
-    pids.filter(|pid| ours(pid) && alive(i64::from(*pid))).collect()
-}
-
-fn mounts_of(dir: &Path) -> usize {
-    let dir = dir.to_str().unwrap();
-    fs::read_to_string("/proc/self/mounts").unwrap().lines().filter(|line| line.contains(dir)).count()
 }
 
 fn kill(pid: u32) {

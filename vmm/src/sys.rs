@@ -1,5 +1,6 @@
 //! The few process primitives that safe crates do not offer. Callers: `zygote.rs`, `jail.rs` and the root crate's
-//! `--detach`, always before the first thread is started; `vcpu_loop.rs`; and of networks: the root crate's `network.rs`.
+//! `--detach`, always before the first thread is started; `vcpu_loop.rs`; the root crate's `tools.rs`; and of networks: its
+//! `network.rs`.
 
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
@@ -7,6 +8,8 @@ use rustix::process::{Pid, Signal};
 use rustix::thread::UnshareFlags;
 use std::io;
 use std::os::fd::FromRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::Duration;
 
 /// Which side of [`fork_process`] the caller is on.
@@ -245,6 +248,21 @@ pub fn bind_to_parent(parent: impl AsFd) -> io::Result<()> {
         0 => Ok(()),
         _ => exit_now(1),
     }
+}
+
+/// Has the program that `command` starts killed when the thread that starts it dies.
+pub fn bind_to_starter(command: &mut Command) {
+    let starter = rustix::process::getpid();
+    let bind = move || {
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+        // It may have died before the signal was armed.
+        if rustix::process::getppid() != Some(starter) {
+            exit_now(1);
+        }
+        Ok(())
+    };
+    // SAFETY: what runs between fork and exec makes system calls, and neither allocates nor takes a lock.
+    unsafe { command.pre_exec(bind) };
 }
 
 /// Has endings of this process's children kept until they are asked for, whatever this process inherited.

@@ -15,8 +15,8 @@ use crate::digest::Digest;
 
 /// An entry's time of last use is this exact, to spare a write on every read.
 const USE_RESOLUTION: Duration = Duration::from_secs(600);
-/// Temporary files older than this were left by a process that died.
-const STALE_AFTER: Duration = Duration::from_secs(3600);
+/// A temporary file that is older than this is locked by its maker, or was left by one that died.
+const LOCKED_AFTER: Duration = Duration::from_secs(1);
 /// After a disk turned out to be full even without the cache: how long nothing is written.
 const FULL_FOR: Duration = Duration::from_secs(10);
 /// Most bytes of the disk left to others when nobody says how many.
@@ -56,8 +56,11 @@ struct Entries {
 }
 
 impl Entry {
-    fn is_stale(&self) -> bool {
-        self.used.elapsed().is_ok_and(|age| age > STALE_AFTER)
+    /// Whether a temporary file's maker is dead.
+    fn is_abandoned(&self) -> bool {
+        let free = |file: File| flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok();
+        let old = self.used.elapsed().is_ok_and(|age| age > LOCKED_AFTER);
+        old && File::open(&self.path).is_ok_and(free)
     }
 }
 
@@ -168,6 +171,8 @@ impl Disk {
             }
             made => made?,
         };
+        // Tells that its maker lives. Where files cannot be locked nobody takes it for a dead one's either.
+        let _ = flock(temporary.as_file(), FlockOperation::NonBlockingLockExclusive);
         temporary.write_all(frame)?;
         temporary.persist(&path).map_err(|failed| failed.error)?;
         Ok(())
@@ -206,7 +211,7 @@ impl Disk {
         let mut removed = Collected::default();
         unfinished
             .iter()
-            .filter(|entry| entry.is_stale())
+            .filter(|entry| entry.is_abandoned())
             .for_each(|entry| drop(remove(entry, &mut removed)));
         let total: u64 = frames.iter().chain(&damaged).map(|entry| entry.len).sum();
         let excess = match total > self.max_bytes {
@@ -283,12 +288,20 @@ impl Disk {
         for entry in &entries.damaged {
             remove(entry, &mut removed)?;
         }
-        for entry in entries.unfinished.iter().filter(|entry| everything || entry.is_stale()) {
+        for entry in entries.unfinished.iter().filter(|entry| everything || entry.is_abandoned()) {
             remove(entry, &mut removed)?;
         }
         let total: u64 = entries.frames.iter().map(|entry| entry.len).sum();
         let excess = total.saturating_sub(self.max_bytes).max(self.shortage(0));
         self.shrink(entries.frames, if everything { u64::MAX } else { excess }, &mut removed);
+        Ok(removed)
+    }
+
+    pub(super) fn remove_abandoned(&self) -> io::Result<Collected> {
+        let mut removed = Collected::default();
+        for entry in self.entries().unfinished.iter().filter(|entry| entry.is_abandoned()) {
+            remove(entry, &mut removed)?;
+        }
         Ok(removed)
     }
 

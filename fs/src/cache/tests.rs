@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::time::Duration;
 
 use super::*;
+use rustix::fs::{FlockOperation, flock};
 
 fn frame(seed: u8, len: usize) -> (Digest, Bytes) {
     let bytes = Bytes::from(vec![seed; len]);
@@ -79,14 +80,22 @@ fn what_dead_processes_left_is_removed() {
     let cache = open(dir.path());
     let folder = dir.path().join("chunks/aa");
     fs::create_dir_all(&folder).unwrap();
-    for (name, age) in [(".tmp-old", 7200), (".tmp-new", 10)] {
+    let made = |name: &str, age| {
         let file = File::create(folder.join(name)).unwrap();
         file.set_modified(SystemTime::now() - Duration::from_secs(age)).unwrap();
-    }
+        file
+    };
+    let (living, _new) = (made(".tmp-living", 7200), made(".tmp-new", 0));
+    flock(&living, FlockOperation::NonBlockingLockExclusive).unwrap();
+    let left = || [".tmp-dead", ".tmp-living", ".tmp-new"].map(|name| folder.join(name).exists());
+    drop(made(".tmp-dead", 5));
     let (digest, bytes) = frame(1, 10);
     cache.put(digest, bytes);
     cache.flush();
-    assert!(!folder.join(".tmp-old").exists() && folder.join(".tmp-new").exists());
+    assert_eq!(left(), [false, true, true], "the first write looks at what is there");
+    drop(made(".tmp-dead", 5));
+    assert_eq!(cache.remove_abandoned().unwrap(), Collected { files: 1, bytes: 0 });
+    assert_eq!(left(), [false, true, true]);
 }
 
 #[test]

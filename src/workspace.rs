@@ -1,5 +1,7 @@
-//! The directory beside `--out` in which a pack is taken apart and put together again. It goes when the command ends,
-//! fails or is interrupted; what a killed one left goes when the next one works in the same place.
+//! The directory beside `--out` in which a pack is put together, and taken apart before. It goes when the command ends,
+//! fails or is interrupted; what a killed one left goes when the next one works in the same place, or with
+//! `forkd cleanup`, which learns of the place from the command's run directory. Callers: `commands/pack.rs`, `repack.rs`,
+//! `trace.rs` and `cleanup.rs`.
 
 use std::fs::{self, File};
 use std::io;
@@ -8,41 +10,55 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
-use rustix::fs::{FlockOperation, flock};
-use tempfile::{TempDir, TempPath};
+use tempfile::TempPath;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
+use crate::run_dir::{RunDir, RunDirError};
 use crate::tools::Interrupt;
+use crate::work_dir::{self, WorkDir};
 
 /// How these directories are named.
 const PREFIX: &str = ".forkd-repack-";
-/// Age from which a directory that nobody has locked is garbage: its maker locks it right after creating it.
-const STALE_AFTER: Duration = Duration::from_secs(60);
-/// Attempts at removing a directory in which files still appear.
-const REMOVALS: u32 = 200;
-/// Time between them.
-const REMOVAL_PAUSE: Duration = Duration::from_millis(5);
 /// Longest time until an interruption is noticed.
 const INTERRUPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// There is no workspace.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkspaceError {
+    /// The run directory.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// The directory itself, or the new pack's place.
+    #[error("{}", path.display())]
+    Place {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
 
 /// The directory; removed when dropped.
 #[derive(Debug)]
 pub struct Workspace {
-    dir: TempDir,
-    _lock: File,
+    dir: WorkDir,
+    run_dir: Arc<RunDir>,
 }
 
 impl Workspace {
-    /// A new directory beside `out`.
-    pub fn create(out: &Path) -> io::Result<Workspace> {
+    /// A new directory beside `out`, which `run_dir` knows of.
+    pub fn create(out: &Path, run_dir: &Arc<RunDir>) -> Result<Workspace, WorkspaceError> {
         let parent = parent(out);
-        remove_stale(parent);
-        let dir = tempfile::Builder::new().prefix(PREFIX).tempdir_in(parent)?;
-        let lock = File::open(dir.path())?;
-        flock(&lock, FlockOperation::NonBlockingLockExclusive)?;
-        fs::create_dir(dir.path().join("unpacked"))?;
-        fs::create_dir(dir.path().join("members"))?;
-        Ok(Workspace { dir, _lock: lock })
+        let failed = |source| WorkspaceError::Place { path: out.to_owned(), source };
+        // What cannot be removed is not ours to speak of.
+        let _ = remove_dead(parent);
+        run_dir.note_workplace(&fs::canonicalize(parent).map_err(failed)?)?;
+        let dir = WorkDir::create(parent, PREFIX).map_err(failed)?;
+        for name in ["unpacked", "members"] {
+            fs::create_dir(dir.path().join(name)).map_err(failed)?;
+        }
+        Ok(Workspace { dir, run_dir: Arc::clone(run_dir) })
     }
 
     /// The directory itself.
@@ -65,6 +81,11 @@ impl Workspace {
         self.path().join("pack")
     }
 
+    /// What has to go before the process ends by itself.
+    pub fn remains(&self) -> Remains {
+        Remains { workspace: self.path().to_owned(), run_dir: Arc::clone(&self.run_dir) }
+    }
+
     /// Does something that does not look at `interrupt` itself: once that is set, the directory is removed and the process
     /// ends, exit status 130.
     pub fn until<T>(&self, interrupt: &Interrupt, step: impl FnOnce() -> T) -> T {
@@ -73,7 +94,7 @@ impl Workspace {
             let watcher = scope.spawn(|| {
                 while !done.load(SeqCst) {
                     if interrupt.is_set() {
-                        remove(self.path());
+                        self.remains().remove();
                         std::process::exit(130);
                     }
                     std::thread::park_timeout(INTERRUPT_PAUSE);
@@ -96,14 +117,18 @@ impl Workspace {
     }
 }
 
-/// Removes a directory before the process ends. Whoever still writes into it fails once it is gone, and waits for the end.
-fn remove(workspace: &Path) {
-    for _ in 0..REMOVALS {
-        match fs::remove_dir_all(workspace) {
-            Ok(()) => return,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
-            Err(_) => std::thread::sleep(REMOVAL_PAUSE),
-        }
+/// A workspace and its command's run directory.
+#[derive(Debug)]
+pub struct Remains {
+    workspace: PathBuf,
+    run_dir: Arc<RunDir>,
+}
+
+impl Remains {
+    /// Removes both. Whoever still writes into the workspace fails once it is gone, and waits for the process's end.
+    pub fn remove(&self) {
+        let _ = work_dir::remove(&self.workspace);
+        self.run_dir.remove();
     }
 }
 
@@ -111,21 +136,9 @@ fn parent(out: &Path) -> &Path {
     out.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Removes directories whose makers are dead. What cannot be removed is not ours to speak of.
-fn remove_stale(parent: &Path) {
-    for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
-        // Of the entry itself, should it be a link.
-        let Ok(metadata) = entry.metadata() else { continue };
-        let ours = metadata.is_dir() && entry.file_name().to_string_lossy().starts_with(PREFIX);
-        let old = || metadata.modified().is_ok_and(|at| at.elapsed().is_ok_and(|age| age > STALE_AFTER));
-        if !ours || !old() {
-            continue;
-        }
-        let Ok(dir) = File::open(entry.path()) else { continue };
-        if flock(&dir, FlockOperation::NonBlockingLockExclusive).is_ok() {
-            let _ = fs::remove_dir_all(entry.path());
-        }
-    }
+/// Removes workspaces in `place` whose makers are dead; returns their paths.
+pub fn remove_dead(place: &Path) -> io::Result<Vec<PathBuf>> {
+    work_dir::remove_dead(place, PREFIX)
 }
 
 /// Ctrl-C, SIGTERM and SIGHUP, which from here on end the process only after the workspace is gone.
@@ -149,15 +162,15 @@ impl Signals {
         Arc::clone(&self.seen)
     }
 
-    /// Waits for one, removes `workspace` and ends the process.
-    pub async fn remove_and_exit(mut self, workspace: PathBuf) {
+    /// Waits for one, removes `remains` and ends the process.
+    pub async fn remove_and_exit(mut self, remains: Remains) {
         let code = tokio::select! {
             _ = self.interrupt.recv() => 130,
             _ = self.terminate.recv() => 143,
             _ = self.hangup.recv() => 129,
         };
         self.seen.store(true, SeqCst);
-        remove(&workspace);
+        remains.remove();
         std::process::exit(code);
     }
 }
@@ -165,29 +178,26 @@ impl Signals {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn names(dir: &Path) -> usize {
-        fs::read_dir(dir).unwrap().count()
-    }
+    use crate::paths::Paths;
+    use crate::run_dir::ForkDir;
+    use rustix::fs::{FlockOperation, flock};
 
     #[test]
     fn nothing_is_left_and_only_the_dead_are_removed() {
         let dir = tempfile::tempdir().unwrap();
-        let out = dir.path().join("out");
-        let old = |name: &str| {
-            let path = dir.path().join(name);
-            fs::create_dir_all(path.join("members")).unwrap();
-            let long_ago = std::time::SystemTime::now() - Duration::from_secs(3600);
-            File::open(&path).unwrap().set_modified(long_ago).unwrap();
-            path
-        };
-        let (dead, foreign, living) = (old(".forkd-repack-dead"), old("mine"), old(".forkd-repack-living"));
-        let lock = File::open(&living).unwrap();
+        let (out, names) = (dir.path().join("out"), || fs::read_dir(dir.path()).unwrap().count());
+        let state = tempfile::tempdir().unwrap();
+        let below = |name: &str| state.path().join(name);
+        let paths = Paths { data: below("data"), cache: below("cache"), runtime: below("run") };
+        let run_dir = Arc::new(RunDir::create(&paths).unwrap());
+        for name in [".forkd-repack-dead", ".forkd-repack-living", "mine"] {
+            fs::create_dir_all(dir.path().join(name).join("members")).unwrap();
+        }
+        let lock = File::open(dir.path().join(".forkd-repack-living")).unwrap();
         flock(&lock, FlockOperation::NonBlockingLockExclusive).unwrap();
-        let young = dir.path().join(".forkd-repack-young");
-        fs::create_dir(&young).unwrap();
-        let (first, second) = (Workspace::create(&out).unwrap(), Workspace::create(&out).unwrap());
-        assert!(!dead.exists() && foreign.exists() && living.exists() && young.exists());
+        let create = || Workspace::create(&out, &run_dir).unwrap();
+        let (first, second) = (create(), create());
+        assert_eq!(names(), 4, "two workspaces, one of somebody who lives, and what is not ours");
         for (workspace, text) in [(&first, "first"), (&second, "second")] {
             fs::write(workspace.pack(), text).unwrap();
         }
@@ -199,6 +209,13 @@ mod tests {
         second.publish(&out, true).unwrap();
         assert_eq!(fs::read_to_string(&out).unwrap(), "third");
         drop((first, second));
-        assert_eq!(names(dir.path()), 4, "the pack and three directories that are not ours to remove");
+        assert_eq!(names(), 3, "the pack and two directories that are not ours to remove");
+        let [fork] = &ForkDir::all(&paths).unwrap()[..] else { panic!("one run directory") };
+        assert_eq!(fork.workplace().unwrap(), dir.path().canonicalize().unwrap());
+        drop(lock);
+        assert_eq!(remove_dead(dir.path()).unwrap().len(), 1);
+        let remains = create().remains();
+        remains.remove();
+        assert_eq!((names(), ForkDir::all(&paths).unwrap().len()), (2, 0));
     }
 }
