@@ -5,8 +5,11 @@ forkd=$1
 here=$(cd "$(dirname "$0")/.." && pwd)
 state=${XDG_DATA_HOME:-$HOME/.local/share}/forkd
 stamp=$state/python-numpy.inputs
-inputs=$(cd "$here" && cat recipes/python-numpy/* "$("$forkd" kernel path)" "$(dirname "$(readlink -f "$forkd")")/forkd-agent" vmm/src/*.rs \
-    vmm/src/devices/*.rs vmm/src/devices/virtio/*.rs vmm/src/devices/virtio/vsock/*.rs src/machine_build.rs src/machine_build/*.rs | sha256sum)
+# What a snapshot is made of, and by: the order of the list must not depend on the file system.
+inputs=$(cd "$here" && {
+    cat "$("$forkd" kernel path)" "$(dirname "$(readlink -f "$forkd")")/forkd-agent"
+    find recipes/python-numpy vmm/src src/machine_build* src/recipe* src/snapshot* -type f -print0 | LC_ALL=C sort -z | xargs -0 cat
+} | sha256sum)
 if [ -f "$state/snapshots/python-numpy/manifest.toml" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$inputs" ]; then
     echo "snapshot python-numpy is up to date"
     exit 0
