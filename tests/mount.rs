@@ -1,5 +1,8 @@
 //! `forkd mount` through the real kernel, with a real hub.
 
+#[path = "soak/faulty.rs"]
+#[allow(dead_code, reason = "the soaks use the rest")]
+mod faulty;
 mod support;
 
 use std::fs::{self, File};
@@ -9,6 +12,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use faulty::{Fault, Faulty, WRONG};
 use forkd_fs::digest::Digest;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
@@ -145,6 +149,57 @@ fn a_flipped_byte_gives_eio_and_is_named() {
     let stats = mount.stats("demo");
     let said = stats["last_error"].as_str().unwrap();
     assert!(said.contains("memory.bin") && said.contains("is corrupt"), "{said}");
+}
+
+#[test]
+fn a_mount_is_read_whole_while_one_answer_in_five_is_not_what_was_asked() {
+    for wrong in WRONG {
+        let lab = Lab::new();
+        lab.snapshot("demo", 64);
+        lab.hub_dir("demo");
+        let faulty = Faulty::start_with(lab.path("hub"), 20, &[wrong], 0);
+        // The first of all, when nothing is known of the pack yet, is one of them.
+        faulty.fail_next(wrong);
+        let mount = Mount::new(&lab, "mnt", &faulty.url(), &[]);
+        for member in MEMBERS {
+            let read = fs::read(mount.version("demo").join(member));
+            let read = read.unwrap_or_else(|error| panic!("{wrong:?}: {member}: {error}"));
+            let original = digest(&lab.snapshot_dir("demo").join(member));
+            assert_eq!(Digest::of(&read), original, "{wrong:?}: {member}");
+        }
+        let (requests, faults) = faulty.counts();
+        println!("{requests} requests, {faults:?}");
+        assert!(requests > 20 && faults[&wrong] * 10 > requests, "{requests} requests, {faults:?}");
+        assert_eq!(mount.stats("demo")["failed_reads"], 0);
+    }
+}
+
+#[test]
+fn a_hub_that_only_answers_what_was_not_asked_is_said_to_in_time() {
+    let lab = Lab::new();
+    lab.hub_dir("demo");
+    let faulty = Faulty::start(lab.path("hub"), 0);
+    let mount = Mount::new(&lab, "mnt", &faulty.url(), &["--deadline", "500ms"]);
+    let (memory, original) =
+        (mount.version("demo").join("memory.bin"), lab.snapshot_dir("demo").join("memory.bin"));
+    let outcomes = [
+        (Fault::WrongRange, Errno::IO, "when asked for bytes"),
+        (Fault::Gzip, Errno::IO, "gzip-encoded although that was not accepted"),
+        (Fault::Page, Errno::STALE, "answered for an object of 15 bytes instead of"),
+    ];
+    // Far enough from each other that nothing was read ahead.
+    for (at, (wrong, errno, says)) in [0, 25, 50].map(data).into_iter().zip(outcomes) {
+        fs::metadata(&memory).unwrap();
+        faulty.fail(100, &[wrong]);
+        let started = Instant::now();
+        assert_eq!(read_at(&memory, at, 4096), Err(errno), "{wrong:?}");
+        assert!(started.elapsed() < Duration::from_secs(3), "{wrong:?}: {:?}", started.elapsed());
+        let stats = mount.stats("demo");
+        let said = stats["last_error"].as_str().unwrap();
+        assert!(said.contains("gave up on") && said.contains(says), "{said}");
+        faulty.mend();
+        assert_eq!(read_at(&memory, at, 4096), read_at(&original, at, 4096), "{wrong:?}");
+    }
 }
 
 #[test]

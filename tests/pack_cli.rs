@@ -1,5 +1,8 @@
 //! pack, unpack, inspect, publish, pull, images, snapshots and rmi as a user runs them.
 
+#[path = "soak/faulty.rs"]
+#[allow(dead_code, reason = "the soaks use the rest")]
+mod faulty;
 mod support;
 
 use std::fs;
@@ -7,6 +10,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
+use faulty::{Faulty, WRONG};
 use forkd_fs::digest::Digest;
 use support::{CHUNK, Hub, Lab, dir_bytes, flip, legacy_pack, noise, wait_until};
 
@@ -247,4 +251,23 @@ fn packing_refuses_what_it_cannot_do() {
     lab.run(&["pack", "--tag", "demo", "--out", out]).ok();
     lab.run(&["pack", "--tag", "demo", "--out", out]).fails(1, &["exists already", "--force"]);
     lab.run(&["pack", "--tag", "demo", "--out", out, "--force"]).ok();
+}
+
+#[test]
+fn a_pull_is_whole_though_one_answer_in_five_is_not_what_was_asked() {
+    for wrong in WRONG {
+        let lab = Lab::new();
+        lab.snapshot("demo", 64);
+        lab.hub_dir("demo");
+        let faulty = Faulty::start_with(lab.path("hub"), 20, &[wrong], 0);
+        faulty.fail_next(wrong);
+        lab.run(&["pull", "lab/demo", "--tag", "copy", "--hub", &faulty.url()]).ok();
+        for member in MEMBERS {
+            let (pulled, original) = (lab.snapshot_dir("copy"), lab.snapshot_dir("demo"));
+            assert_eq!(digest(&pulled.join(member)), digest(&original.join(member)), "{wrong:?}: {member}");
+        }
+        let (requests, faults) = faulty.counts();
+        println!("{requests} requests, {faults:?}");
+        assert!(faults[&wrong] >= 2, "{requests} requests, {faults:?}");
+    }
 }

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 mod support;
 use support::server::{Fault, Server};
-use support::{Fixture, noise, options};
+use support::{CHUNK, Fixture, noise, options};
 
 /// The reader's deadline is 1.5 s, a silent server is given up after 0.2 s.
 const DEADLINE: Duration = Duration::from_millis(1500);
@@ -30,6 +30,8 @@ enum Inject {
     Next(Vec<Fault>),
     /// All requests do.
     Always(Fault),
+    /// Every fifth request does, of those for forty chunks one after the other.
+    Fifth(Fault),
     /// A byte of the frame arrives flipped so many times.
     Flip(u32),
     /// The object is another one from now on, of the same size or not, with this ETag.
@@ -67,6 +69,11 @@ fn lasts(fault: &'static str, always: Fault, outcome: &'static str) -> Row {
     Row { fault, inject, outcome, errno: Some(Errno::IO), requests }
 }
 
+/// The same, of an object that may be another one now.
+fn stale(fault: &'static str, always: Fault, outcome: &'static str) -> Row {
+    Row { errno: Some(Errno::STALE), ..lasts(fault, always, outcome) }
+}
+
 fn other(fault: &'static str, inject: Inject, outcome: &'static str, errno: Errno, requests: usize) -> Row {
     Row { fault, inject, outcome, errno: Some(errno), requests: Exactly(requests) }
 }
@@ -83,7 +90,24 @@ fn passing_rows() -> Vec<Row> {
         passes("short body, honestly announced", next(&[ShortLength]), 2),
         passes("200 for 206: no ranges", Inject::Always(Whole), 1),
         passes("200 for 206, cut off once", next(&[WholeUpTo(50_000), Whole]), 2),
-        passes("200 for 206, length not announced", Inject::Always(WholeChunked), 1),
+        passes("200 for 206, length not announced", Inject::Always(WholeChunked), 2),
+        passes("another range", next(&[WrongRange]), 2),
+        passes("another range on every answer of a connection", next(&[BadConnection]), 2),
+        passes("206 without Content-Range", next(&[NoContentRange]), 2),
+        passes("several ranges", next(&[Multipart]), 2),
+        passes("206, another size with the same ETag", next(&[OtherSize]), 2),
+        passes("gzip-encoded answer", next(&[Gzip]), 2),
+        passes("200 of another length", next(&[Page]), 2),
+        passes("200 of another length, not announced", next(&[Chunked(noise(2, 3000))]), 2),
+        passes("another range, one answer in five", Inject::Fifth(WrongRange), 50),
+        passes("gzip-encoded, one answer in five", Inject::Fifth(Gzip), 50),
+        passes("200 of another length, one answer in five", Inject::Fifth(Page), 50),
+        passes(
+            "200 of another length, not announced, one answer in five",
+            Inject::Fifth(Chunked(noise(2, 3000))),
+            50,
+        ),
+        passes("206, another size with the same ETag, one answer in five", Inject::Fifth(OtherSize), 50),
         passes("429 with Retry-After of 1 s", next(&[Status(429, Some(1))]), 2),
         passes("503 with Retry-After as a date gone by", next(&[RetryAfter(date(-10))]), 2),
         passes("500 then good", next(&[Status(500, None)]), 2),
@@ -115,9 +139,18 @@ fn failing_rows() -> Vec<Row> {
             Errno::IO,
         ),
         fails("slow drip", Drip(Duration::from_millis(100)), "TooSlow", Errno::IO),
-        fails("wrong range", WrongRange, "WrongRange", Errno::IO),
-        fails("206 without Content-Range", NoContentRange, "WrongRange", Errno::IO),
-        fails("gzip-encoded answer", Gzip, "Encoded", Errno::IO),
+        lasts("another range for ever", WrongRange, "Deadline: WrongRange"),
+        lasts("206 without Content-Range for ever", NoContentRange, "Deadline: WrongRange"),
+        lasts("several ranges for ever", Multipart, "Deadline: WrongRange"),
+        lasts("gzip-encoded for ever", Gzip, "Deadline: Encoded"),
+        stale("200 of another length for ever", Page, "Deadline: WrongLength"),
+        stale(
+            "200 of another length for ever, not announced",
+            Chunked(noise(2, 3000)),
+            "Download: WrongLength",
+        ),
+        stale("206, another size with the same ETag for ever", OtherSize, "Deadline: WrongLength"),
+        fails("206, another ETag", OtherEtag, "Replaced", Errno::STALE),
         fails("401", Status(401, None), "Denied", Errno::ACCESS),
         fails("403", Status(403, None), "Denied", Errno::ACCESS),
         fails("404", Status(404, None), "NotFound", Errno::STALE),
@@ -169,7 +202,8 @@ struct Prepared {
 }
 
 async fn prepare(inject: &Inject) -> Prepared {
-    let fixture = Fixture::with(&[("memory.bin", noise(1, 100_000))]);
+    let len = if matches!(inject, Inject::Fifth(_)) { 40 * CHUNK } else { 100_000 };
+    let fixture = Fixture::with(&[("memory.bin", noise(1, len))]);
     let server = Server::start(fixture.bytes()).await;
     let mut front = None;
     if let Inject::Replace { etag, .. } = inject {
@@ -202,6 +236,7 @@ impl Prepared {
             // A redirect to itself.
             Inject::Always(Fault::Redirect(_)) => server.fail_always(Fault::Redirect(server.url())),
             Inject::Always(fault) => server.fail_always(fault),
+            Inject::Fifth(fault) => server.fail_every_fifth(fault),
             Inject::Flip(times) => {
                 let store = self.store.as_ref().unwrap();
                 let file = store.index().file("memory.bin").unwrap();
@@ -234,14 +269,15 @@ impl Prepared {
             let error = Store::open(self.location.clone(), options()).await.expect_err("must not open");
             return (name_of_open(&error), Some(of_open_error(&error)));
         };
-        let file = store.index().file("memory.bin").unwrap();
-        match store.read(file, 0, 100_000).await {
-            Ok(bytes) => {
-                assert_eq!(bytes, self.fixture.files["memory.bin"]);
-                ("the right bytes".into(), None)
+        let (file, plain) = (store.index().file("memory.bin").unwrap(), &self.fixture.files["memory.bin"]);
+        let step = if plain.len() > 100_000 { CHUNK } else { plain.len() };
+        for (at, expected) in (0..).step_by(step).zip(plain.chunks(step)) {
+            match store.read(file, at, step as u64).await {
+                Ok(bytes) => assert_eq!(bytes, expected),
+                Err(error) => return (name_of_read(&error), Some(of_read_error(&error))),
             }
-            Err(error) => (name_of_read(&error), Some(of_read_error(&error))),
         }
+        ("the right bytes".into(), None)
     }
 
     fn requests(&self) -> usize {

@@ -4,11 +4,11 @@ use std::time::{Duration, Instant};
 
 use forkd_fs::index::ChunkId;
 use forkd_fs::source::{Class, HttpError, SourceError};
-use forkd_fs::store::{OpenError, PackLocation, PackSource, ReadError, Store};
+use forkd_fs::store::{OpenError, PackLocation, PackSource, ReadError, Store, StoreOptions};
 
 mod support;
 use support::server::{Fault, Server};
-use support::{Fixture, http, noise, options};
+use support::{CHUNK, Fixture, http, noise, options, source};
 
 type Opened = (Fixture, Server, std::sync::Arc<Store>, ChunkId);
 
@@ -134,6 +134,15 @@ async fn documents_are_fetched_whole_and_bounded() {
     assert!(matches!(http().get(&server.url(), 10).await, Err(HttpError::TooLong { limit: 10, .. })));
     server.fail_next([Fault::Status(404, None)]);
     assert!(matches!(http().get(&server.url(), 100).await, Err(HttpError::NotFound { .. })));
+    // What is not the document is asked for again; a page that says why there is none may be compressed.
+    server.fail_next([Fault::Gzip, Fault::NoContentRange]);
+    assert_eq!(http().get(&server.url(), 100).await.unwrap(), "{\"schema_version\":1}");
+    server.fail_always(Fault::Gzip);
+    let failed = http().get(&server.url(), 100).await.unwrap_err();
+    assert!(
+        matches!(&failed, HttpError::Deadline { last, .. } if matches!(**last, HttpError::Encoded { .. })),
+        "{failed}"
+    );
     // Nobody speaks TLS there; that it is tried shows in the error of the handshake.
     server.fail_always(Fault::Redirect("https://127.0.0.1:1/x".into()));
     let failed = http().get(&server.url(), 100).await.unwrap_err();
@@ -142,4 +151,120 @@ async fn documents_are_fetched_whole_and_bounded() {
     let started = Instant::now();
     let failed = http().get("http://127.0.0.1:1/registry.json", 100).await.unwrap_err();
     assert!(matches!(failed, HttpError::Deadline { .. }) && started.elapsed() < Duration::from_secs(1));
+}
+
+/// Every answer that is not one to what was asked.
+const WRONG: [Fault; 6] = [
+    Fault::WrongRange,
+    Fault::NoContentRange,
+    Fault::Multipart,
+    Fault::Gzip,
+    Fault::ShortLength,
+    Fault::Page,
+];
+
+#[tokio::test]
+async fn an_opening_whose_every_first_answer_is_wrong_succeeds() {
+    let fixture = Fixture::new();
+    let pinned = |url| fixture.pinned(url);
+    // Of an unpinned pack not even the size is known to tell a page by.
+    let unpinned = |url| PackLocation { source: PackSource::Url(url), size: None, index: None };
+    let locations: [(&dyn Fn(String) -> PackLocation, usize); 2] = [(&pinned, 6), (&unpinned, 5)];
+    for (location, kinds) in locations {
+        for wrong in &WRONG[..kinds] {
+            let server = Server::start(fixture.bytes()).await;
+            server.fail_next([wrong.clone(), wrong.clone()]);
+            let options = StoreOptions { head_bytes: 100_000, ..options() };
+            let store = Store::open(location(server.url()), options).await;
+            let store = store.unwrap_or_else(|error| panic!("{wrong:?}: {error:?}"));
+            fixture.check_all(&store).await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn wrong_answers_teach_nothing_and_take_nothing_away() {
+    let (_fixture, server, store, id) = opened().await;
+    for wrong in WRONG.into_iter().chain([Fault::OtherSize]) {
+        server.fail_next([wrong]);
+        store.chunk(id).await.unwrap();
+        store.release_memory();
+    }
+    let asked = server.requests();
+    assert_eq!(asked.len(), 1 + 7 * 2);
+    assert!(asked[1..].iter().all(|asked| asked.if_match.as_deref() == Some("\"one\"")));
+    // The object that was opened is still the one that is waited for.
+    server.replace(noise(9, 200_000), Some("\"two\""));
+    server.fail_next([Fault::WrongRange, Fault::Gzip]);
+    let failed = store.chunk(ChunkId { chunk: 1, ..id }).await.unwrap_err();
+    assert!(
+        matches!(&failed, ReadError::Source { source, .. }
+        if matches!(**source, SourceError::Http(HttpError::Replaced { .. }))),
+        "{failed:?}"
+    );
+}
+
+#[tokio::test]
+async fn reads_of_every_class_get_over_wrong_answers() {
+    let memory = noise(1, 300 * CHUNK);
+    let fixture = Fixture::with(&[("memory.bin", memory)]);
+    for class in [Class::Demand, Class::WorkingSet, Class::Prefetch] {
+        for wrong in &WRONG {
+            let server = Server::start(fixture.bytes()).await;
+            let store = Store::open(fixture.pinned(server.url()), options()).await.unwrap();
+            server.fail_every_fifth(wrong.clone());
+            let file = store.index().file("memory.bin").unwrap();
+            let all = store.index().stored_chunks(file).map(|(id, _)| id).collect();
+            let fetched = store.fetch(&[all], class, &|_, _| ()).await;
+            fetched.unwrap_or_else(|error| panic!("{class:?} {wrong:?}: {error:?}"));
+            assert_eq!(store.progress().chunks_fetched, 300);
+            assert!(server.request_count() > 10 && store.progress().retrying_since.is_none());
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_asked_again_is_asked_over_another_connection() {
+    // So short that a connection is fit for the next request whether anybody has read the answer or not.
+    let object = noise(1, 5000);
+    let server = Server::start(object.clone()).await;
+    let source = source(&http(), &server.url(), Some(5000));
+    for at in 0..10 {
+        server.fail_next([Fault::BadConnection]);
+        let bytes = source.read_at(at * 100, 100, Class::Demand).await.unwrap();
+        assert_eq!(bytes, object[at as usize * 100..][..100]);
+    }
+    assert_eq!(server.request_count(), 20, "one that is kept answers wrongly for ever");
+}
+
+#[tokio::test]
+async fn bytes_beyond_the_end_are_asked_for_once() {
+    let server = Server::start(noise(1, 5000)).await;
+    server.fail_always(Fault::UpToTheEnd);
+    let source = source(&http(), &server.url(), None);
+    let error = source.read_at(4000, 2000, Class::Demand).await.unwrap_err();
+    assert!(matches!(error, SourceError::Http(HttpError::OutOfRange { .. })), "{error:?}");
+    assert_eq!(server.request_count(), 1);
+}
+
+#[tokio::test]
+async fn a_host_that_keeps_answering_wrongly_is_said_to() {
+    let server = Server::start(noise(1, 5000)).await;
+    for (fault, says) in [
+        (Fault::WrongRange, "sent the range \"bytes 11-20/5000\" when asked for bytes 10-19"),
+        (Fault::NoContentRange, "sent a range without saying which when asked for bytes 10-19"),
+        (Fault::Multipart, "sent several ranges when asked for bytes 10-19"),
+        (Fault::Gzip, "sent its answer gzip-encoded although that was not accepted"),
+        (Fault::Page, "answered for an object of 28 bytes instead of 5000"),
+    ] {
+        server.fail_always(fault);
+        let source = source(&http(), &server.url(), Some(5000));
+        let SourceError::Http(HttpError::Deadline { url, attempts, waited, last }) =
+            source.read_at(10, 10, Class::Demand).await.unwrap_err()
+        else {
+            panic!("{says}")
+        };
+        assert_eq!((url, last.to_string()), (server.url(), format!("{} {says}", server.url())));
+        assert!(attempts > 2 && waited < Duration::from_millis(1500), "{attempts} in {waited:?}");
+    }
 }

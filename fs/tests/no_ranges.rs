@@ -98,7 +98,7 @@ async fn a_broken_download_goes_on_and_a_replaced_object_is_noticed() {
     same_length[10] ^= 1;
     for (other, etag, word) in [
         (noise(2, 300_000), Some("\"two\""), "Replaced"),
-        (noise(2, 299_999), None, "Replaced"),
+        (noise(2, 299_999), None, "WrongLength"),
         (same_length, None, "Replaced"),
     ] {
         let server = host(object.clone()).await;
@@ -113,6 +113,27 @@ async fn a_broken_download_goes_on_and_a_replaced_object_is_noticed() {
         let before = server.request_count();
         source.read_at(200_000, 100, Class::Demand).await.unwrap();
         assert!(server.request_count() > before, "the next reader starts afresh");
+    }
+}
+
+#[tokio::test]
+async fn a_download_gets_over_wrong_answers() {
+    use Fault::{Chunked, Gzip, NoContentRange, Page, WholeUpTo};
+    let object = noise(1, 300_000);
+    let cut = WholeUpTo(100_000);
+    for wrong in [
+        vec![Page, Gzip, cut.clone(), Page],
+        vec![cut, NoContentRange, Gzip],
+        // What seemed to be the object is not held against it.
+        vec![Chunked(noise(2, 3000))],
+        vec![Chunked(noise(2, 400_000))],
+    ] {
+        let (server, requests) = (host(object.clone()).await, wrong.len() + 1);
+        server.fail_next(wrong);
+        let whole = source(&http(), &server.url(), Some(300_000));
+        assert_eq!(whole.read_at(299_000, 1000, Class::Demand).await.unwrap(), object[299_000..]);
+        assert_eq!(whole.read_at(0, 300_000, Class::Demand).await.unwrap(), object);
+        assert_eq!(server.request_count(), requests);
     }
 }
 
@@ -167,11 +188,12 @@ async fn only_what_was_announced_is_downloaded() {
     assert_eq!(known.read_at(0, 300_000, Class::Demand).await.unwrap(), object);
     let shorter = source(&http(), &server.url(), Some(200_000));
     let error = met(shorter.read_at(150_000, 50_000, Class::Demand).await.unwrap_err());
-    assert!(error.starts_with("Replaced"), "{error}");
+    assert!(error.starts_with("WrongLength"), "{error}");
     server.fail_always(Fault::Whole);
     let longer =
         source(&http(), &server.url(), Some(400_000)).read_at(0, 100, Class::Demand).await.unwrap_err();
-    assert!(matches!(http_error(longer), HttpError::Replaced { .. }));
+    let HttpError::Deadline { last, .. } = http_error(longer) else { panic!("not retried") };
+    assert!(matches!(*last, HttpError::WrongLength { wanted: 400_000, got: 300_000, .. }), "{last}");
 }
 
 /// A disk of 256 KiB.

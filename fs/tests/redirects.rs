@@ -113,6 +113,20 @@ async fn a_target_that_is_gone_is_replaced() {
 }
 
 #[tokio::test]
+async fn a_redirect_that_leads_astray_is_asked_again() {
+    let (hosts, portal) = (Hosts::start().await, Server::start(Vec::new()).await);
+    portal.fail_always(Fault::Page);
+    let source = source(&http(), &hosts.front.url(), Some(200_000));
+    hosts.check(&source, 0).await;
+    // The way is forgotten when what is there answers wrongly, and for a while leads to the portal.
+    hosts.back.fail_next([Fault::Page]);
+    hosts.front.fail_next([Fault::Redirect(portal.url())]);
+    hosts.check(&source, 1000).await;
+    let asked = (hosts.front.request_count(), hosts.back.request_count(), portal.request_count());
+    assert_eq!(asked, (3, 3, 1));
+}
+
+#[tokio::test]
 async fn no_error_and_no_description_shows_a_signature() {
     let faults =
         [Fault::Status(418, None), Fault::WrongRange, Fault::Gzip, Fault::Status(403, None), Fault::Reset];

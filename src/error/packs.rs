@@ -88,15 +88,18 @@ fn hint_of_http(row: Row, error: &HttpError) -> Row {
         HttpError::Downgrade { .. } => row.hint("the publisher has to mend the redirect"),
         HttpError::Spool { .. } => row.hint("make room there, or point XDG_CACHE_HOME elsewhere"),
         HttpError::Download { last, .. } => hint_of_http(row, last),
+        HttpError::WrongRange { .. }
+        | HttpError::WrongLength { .. }
+        | HttpError::Encoded { .. }
+        | HttpError::BodyLength { .. } => {
+            row.hint("the host, or a proxy on the way, does not send what it is asked for: ask its operator")
+        }
         HttpError::NotFound { .. }
         | HttpError::Url { .. }
         | HttpError::Client(_)
         | HttpError::TooSlow { .. }
         | HttpError::Busy { .. }
         | HttpError::Status { .. }
-        | HttpError::WrongRange { .. }
-        | HttpError::BodyLength { .. }
-        | HttpError::Encoded { .. }
         | HttpError::OutOfRange { .. }
         | HttpError::Redirects { .. }
         | HttpError::Queued { .. }

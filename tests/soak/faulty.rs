@@ -18,11 +18,28 @@ pub enum Fault {
     Stall,
     ShortBody,
     FlippedByte,
+    /// One byte further on.
+    WrongRange,
+    /// Said to be compressed.
+    Gzip,
+    /// 200 and a page of somebody else's.
+    Page,
 }
 
+/// Answers that come, and are not to what was asked.
+pub const WRONG: [Fault; 3] = [Fault::WrongRange, Fault::Gzip, Fault::Page];
+
 /// Everything that can happen.
-pub const FAULTS: [Fault; 5] =
-    [Fault::Reset, Fault::ServerError, Fault::Stall, Fault::ShortBody, Fault::FlippedByte];
+pub const FAULTS: [Fault; 8] = [
+    Fault::Reset,
+    Fault::ServerError,
+    Fault::Stall,
+    Fault::ShortBody,
+    Fault::FlippedByte,
+    Fault::WrongRange,
+    Fault::Gzip,
+    Fault::Page,
+];
 
 pub struct Faulty {
     address: SocketAddr,
@@ -149,6 +166,9 @@ impl Shared {
         let mut body = vec![0; end - start];
         object.read_exact_at(&mut body, start as u64)?;
         let mut answer = match range {
+            Some((start, end)) if fault == Some(Fault::WrongRange) => {
+                format!("HTTP/1.1 206 Partial Content\r\nContent-Range: bytes {}-{end}/{size}\r\n", start + 1)
+            }
             Some((start, end)) => {
                 format!("HTTP/1.1 206 Partial Content\r\nContent-Range: bytes {start}-{}/{size}\r\n", end - 1)
             }
@@ -163,9 +183,17 @@ impl Shared {
         }
         let broken = || Err(io::ErrorKind::ConnectionAborted.into());
         match fault {
-            None => {
+            None | Some(Fault::WrongRange) => {
                 stream.write_all(answer.as_bytes())?;
                 stream.write_all(&body)
+            }
+            Some(Fault::Gzip) => {
+                let answer = answer.replacen("\r\n", "\r\nContent-Encoding: gzip\r\n", 1);
+                stream.write_all(answer.as_bytes())?;
+                stream.write_all(&body)
+            }
+            Some(Fault::Page) => {
+                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n<p>Log in, do.\n")
             }
             Some(Fault::Reset) => {
                 // Closed without lingering, a connection is reset.

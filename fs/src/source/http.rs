@@ -1,6 +1,9 @@
 //! Packs on HTTP servers: single byte ranges, one object pinned by its strong ETag, retries up to a deadline. Nothing
 //! outside this folder knows reqwest.
 //!
+//! What is retried: what got lost, and what came but is no answer to what was asked. What is final at once: a refusal, and
+//! an answer that shows that the object is another one.
+//!
 //! How long one read can take. A demand read ends at the latest when, for its deadline, fewer than 64 KiB have arrived;
 //! the attempt that is under way then may add one idle timeout. Waiting for a free request counts; a pause the server
 //! asks for (Retry-After) counts and is not begun when it would not fit. A read of `n` bytes therefore takes at most
@@ -204,7 +207,8 @@ impl HttpBody {
                     if matches!(error, HttpError::Stalled { .. }) {
                         self.idle = (self.idle * 2).min(source.object.longest_idle(self.class));
                     }
-                    self.retries.pause(source.object.route.start(), self.progress.0, error).await?;
+                    let pause = self.retries.pause(source.object.route.start(), self.progress.0, error);
+                    pause.await.inspect_err(|error| source.object.unlearn_after(error))?;
                 }
             }
         }
@@ -276,7 +280,7 @@ impl HttpBody {
         let (object, began) = (&self.source.object, Instant::now());
         let until = (self.progress.0 + self.deadline).max(began + self.idle);
         let late = |_| HttpError::Stalled { url: object.route.label(), waited: began.elapsed() };
-        let asked = object.ask(self.next, end - 1, self.idle);
+        let asked = object.ask(self.next, end - 1, self.idle, self.retries.after_wrong_answer());
         timeout_at(until.into(), asked).await.unwrap_or_else(|elapsed| Err(late(elapsed)))
     }
 

@@ -3,7 +3,7 @@
 //! | failure | errno |
 //! |---|---|
 //! | retries exhausted, bytes corrupt, the pack malformed or missing where the registry says it is | EIO |
-//! | the object was replaced or vanished since it was opened | ESTALE |
+//! | the object was replaced or vanished since it was opened, or has another length until the deadline | ESTALE |
 //! | the hub or the file system denies access | EACCES |
 //! | a host without byte ranges, and no room for a copy of the pack | ENOSPC |
 //! | no such name in the pack | ENOENT |
@@ -86,7 +86,9 @@ fn of_http_error(error: &HttpError, missing: Errno) -> Errno {
         HttpError::Denied { .. } => Errno::ACCESS,
         HttpError::NotFound { .. } => missing,
         HttpError::Replaced { .. } => Errno::STALE,
+        HttpError::WrongLength { .. } => Errno::STALE,
         HttpError::Download { last, .. } => of_http_error(last, missing),
+        HttpError::Deadline { last, .. } => of_http_error(last, missing),
         HttpError::Spool { source, .. } => Errno::from_io_error(source).unwrap_or(Errno::IO),
         HttpError::Url { .. }
         | HttpError::Client(_)
@@ -105,7 +107,6 @@ fn of_http_error(error: &HttpError, missing: Errno) -> Errno {
         | HttpError::Redirects { .. }
         | HttpError::Downgrade { .. }
         | HttpError::Untrusted { .. }
-        | HttpError::Queued { .. }
-        | HttpError::Deadline { .. } => Errno::IO,
+        | HttpError::Queued { .. } => Errno::IO,
     }
 }

@@ -21,8 +21,22 @@ pub enum Fault {
     Whole,
     /// 206 for one byte further on.
     WrongRange,
-    /// 206 without saying of what.
+    /// 206 without saying of what, also to a request for the whole object.
     NoContentRange,
+    /// 206 for several ranges.
+    Multipart,
+    /// 206 with another size of the object.
+    OtherSize,
+    /// 206 with another ETag.
+    OtherEtag,
+    /// 206 up to the end of the object, which lies before that of the range.
+    UpToTheEnd,
+    /// This and all later answers on the connection are 206 for one byte further on.
+    BadConnection,
+    /// 200 and a page of somebody else's.
+    Page,
+    /// 200 and these bytes, chunked: their length is not announced.
+    Chunked(Vec<u8>),
     /// The connection closes in mid-body.
     ShortBody,
     /// The connection closes in mid-body, and then there is another object.
@@ -69,6 +83,8 @@ pub struct State {
     /// Faults for the next requests, in order; then `always`.
     pub next: Mutex<VecDeque<Fault>>,
     pub always: Mutex<Fault>,
+    /// What every fifth request meets.
+    pub fifth: Mutex<Option<Fault>>,
     /// Offsets of bytes sent flipped, each so many times.
     pub flips: Mutex<Vec<(usize, u32)>>,
     pub latency: Mutex<Duration>,
@@ -117,6 +133,7 @@ impl Server {
             etag: Mutex::new(Some("\"one\"".into())),
             next: Mutex::default(),
             always: Mutex::new(Fault::Fine),
+            fifth: Mutex::default(),
             flips: Mutex::default(),
             latency: Mutex::default(),
             key: Mutex::default(),
@@ -199,6 +216,11 @@ impl Server {
         *self.state.always.lock().unwrap() = fault;
     }
 
+    /// Every fifth request, counted from the server's first, meets this fault.
+    pub fn fail_every_fifth(&self, fault: Fault) {
+        *self.state.fifth.lock().unwrap() = Some(fault);
+    }
+
     pub fn set_latency(&self, latency: Duration) {
         *self.state.latency.lock().unwrap() = latency;
     }
@@ -235,10 +257,18 @@ impl State {
 
 async fn serve(mut stream: TcpStream, state: Arc<State>) {
     stream.set_nodelay(true).unwrap();
+    let mut bad = false;
     while let Some(request) = read_request(&mut stream).await {
-        state.requests.lock().unwrap().push(request.clone());
-        let fault = state.next.lock().unwrap().pop_front();
+        let count = {
+            let mut requests = state.requests.lock().unwrap();
+            requests.push(request.clone());
+            requests.len()
+        };
+        let fifth = if count % 5 == 0 { state.fifth.lock().unwrap().clone() } else { None };
+        let fault = fifth.or_else(|| state.next.lock().unwrap().pop_front());
         let fault = fault.unwrap_or_else(|| state.always.lock().unwrap().clone());
+        bad |= matches!(fault, Fault::BadConnection);
+        let fault = if bad { Fault::WrongRange } else { fault };
         let latency = *state.latency.lock().unwrap();
         tokio::time::sleep(latency).await;
         if !answer(&mut stream, &state, request, fault).await {
@@ -305,10 +335,21 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
     if request.if_match.is_some() && request.if_match != etag {
         return send(stream, "412 Precondition Failed\r\nContent-Length: 0", b"").await;
     }
+    const PAGE: &[u8] = b"<title>Please log in</title>";
+    if matches!(fault, Fault::Page) {
+        return send(stream, &format!("200 OK\r\nContent-Length: {}", PAGE.len()), PAGE).await;
+    }
+    if let Fault::Chunked(page) = &fault {
+        let body = [format!("{:x}\r\n", page.len()).as_bytes(), page, b"\r\n0\r\n\r\n"].concat();
+        return send(stream, "200 OK\r\nTransfer-Encoding: chunked", &body).await;
+    }
     let whole = matches!(fault, Fault::Whole | Fault::WholeUpTo(_) | Fault::WholeChunked);
-    let Some(range) = request.range.filter(|_| !whole) else {
+    let Some(mut range) = request.range.filter(|_| !whole) else {
         return send_whole(stream, state, &etag_line, fault).await;
     };
+    if matches!(fault, Fault::UpToTheEnd) {
+        range.end = range.end.min(object.len());
+    }
     if range.end > object.len() {
         return send(stream, "416 Range Not Satisfiable\r\nContent-Length: 0", b"").await;
     }
@@ -321,6 +362,18 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
             send(stream, &format!("{head}Content-Length: {len}"), &body).await
         }
         Fault::NoContentRange => send(stream, &format!("206 X\r\nContent-Length: {len}"), &body).await,
+        Fault::Multipart => {
+            let head = "206 X\r\nContent-Type: multipart/byteranges; boundary=x";
+            send(stream, &format!("{head}\r\nContent-Length: {len}"), &body).await
+        }
+        Fault::OtherSize => {
+            let head = format!("206 X\r\n{etag_line}Content-Range: bytes {first}-{last}/{}", total + 1);
+            send(stream, &format!("{head}\r\nContent-Length: {len}"), &body).await
+        }
+        Fault::OtherEtag => {
+            let head = format!("206 X\r\nETag: \"other\"\r\nContent-Range: bytes {first}-{last}/{total}");
+            send(stream, &format!("{head}\r\nContent-Length: {len}"), &body).await
+        }
         Fault::Gzip => {
             send(stream, &format!("{head}Content-Encoding: gzip\r\nContent-Length: {len}"), &body).await
         }
@@ -366,6 +419,10 @@ async fn send_whole(stream: &mut TcpStream, state: &State, etag_line: &str, faul
             let body = [format!("{len:x}\r\n").as_bytes(), &body, b"\r\n0\r\n\r\n"].concat();
             send(stream, &format!("{head}Transfer-Encoding: chunked"), &body).await
         }
+        Fault::Gzip => {
+            send(stream, &format!("{head}Content-Encoding: gzip\r\nContent-Length: {len}"), &body).await
+        }
+        Fault::NoContentRange => send(stream, &format!("206 X\r\nContent-Length: {len}"), &body).await,
         Fault::WholeUpTo(end) if end < len => {
             send(stream, &format!("{head}Content-Length: {len}"), &body[..end]).await;
             false

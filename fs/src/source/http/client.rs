@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use reqwest::header::{self, HeaderMap};
+use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Client, Response, StatusCode, redirect};
 use tokio::time::timeout;
 
@@ -66,12 +66,20 @@ pub struct HttpClient(Arc<ClientShared>);
 #[derive(Debug)]
 struct ClientShared {
     options: HttpOptions,
+    /// Whose connections are kept for later requests.
+    keeping: Clients,
+    /// Whose connections serve one request each.
+    closing: Clients,
+    lanes: Lanes,
+    keyring: Keyring,
+}
+
+#[derive(Debug, Default)]
+struct Clients {
     /// For http URLs. Reading the system's root certificates takes longer than a round trip; this one does without.
     plain: OnceLock<Client>,
     /// For https URLs.
     secure: OnceLock<Client>,
-    lanes: Lanes,
-    keyring: Keyring,
 }
 
 impl Default for HttpClient {
@@ -84,8 +92,8 @@ impl HttpClient {
     /// Costs nothing: the client proper is set up by its first request.
     pub fn new(options: HttpOptions) -> Self {
         Self(Arc::new(ClientShared {
-            plain: OnceLock::new(),
-            secure: OnceLock::new(),
+            keeping: Clients::default(),
+            closing: Clients::default(),
             lanes: Lanes::new(options.demand_requests, options.prefetch_requests),
             keyring: Keyring::new(options.credentials.clone()),
             options,
@@ -115,7 +123,8 @@ impl HttpClient {
             // Bounds an attempt whose bytes drip in.
             let patience = self.0.options.idle_timeout * 6;
             let stalled = |_| HttpError::Stalled { url: address.label().to_owned(), waited: patience };
-            let attempt = self.get_once(&address, credential.as_ref(), limit);
+            let again = retries.after_wrong_answer();
+            let attempt = self.get_once(&address, credential.as_ref(), limit, again);
             match timeout(patience, attempt).await.unwrap_or_else(|e| Err(stalled(e))) {
                 Ok(document) => return Ok(document),
                 Err(error) => retries.pause(address.label(), started, error).await?,
@@ -129,8 +138,7 @@ impl HttpClient {
         let Ok((address, _)) = Address::parse(url) else { return };
         let this = self.clone();
         tokio::spawn(async move {
-            let client = if address.is_secure() { this.secure() } else { this.plain() };
-            if let Ok(client) = client {
+            if let Ok(client) = this.client(address.is_secure(), true) {
                 // Whoever needs the host hears what is wrong with it.
                 drop(timeout(this.0.options.idle_timeout, client.head(address.url().clone()).send()).await);
             }
@@ -170,7 +178,7 @@ impl HttpClient {
         idle: Duration,
         headers: &HeaderMap,
     ) -> Result<Response, HttpError> {
-        let client = if address.is_secure() { self.secure()? } else { self.plain()? };
+        let client = self.client(address.is_secure(), !headers.contains_key(header::CONNECTION))?;
         let request = client.get(address.url().clone()).headers(headers.clone());
         let request = request.header(header::ACCEPT_ENCODING, "identity");
         let request = match credential {
@@ -183,17 +191,16 @@ impl HttpClient {
         }
     }
 
-    fn plain(&self) -> Result<&Client, HttpError> {
+    /// `keep`: whether connections serve more than one request.
+    fn client(&self, secure: bool, keep: bool) -> Result<&Client, HttpError> {
+        let clients = if keep { &self.0.keeping } else { &self.0.closing };
+        let builder = || self.builder().pool_max_idle_per_host(if keep { usize::MAX } else { 0 });
         // A proxy that is itself reached by TLS needs the roots after all.
         let proxy = ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"].map(std::env::var);
-        if proxy.iter().flatten().any(|proxy| proxy.starts_with("https:")) {
-            return self.secure();
+        if secure || proxy.iter().flatten().any(|proxy| proxy.starts_with("https:")) {
+            return set_up(&clients.secure, builder);
         }
-        set_up(&self.0.plain, || self.builder().tls_certs_only([]))
-    }
-
-    fn secure(&self) -> Result<&Client, HttpError> {
-        set_up(&self.0.secure, || self.builder())
+        set_up(&clients.plain, || builder().tls_certs_only([]))
     }
 
     fn builder(&self) -> reqwest::ClientBuilder {
@@ -214,13 +221,15 @@ impl HttpClient {
         address: &Address,
         credential: Option<&Credential>,
         limit: u64,
+        again: bool,
     ) -> Result<Bytes, HttpError> {
         let (url, idle) = (address.label(), self.0.options.idle_timeout);
-        let mut response = fetch(self, address.clone(), credential, idle).await?;
-        check_encoding(url, response.headers())?;
+        let headers = HeaderMap::from_iter(own_connection().into_iter().filter(|_| again));
+        let mut response = fetch(self, address.clone(), credential, idle, &headers).await?;
         if response.status() != StatusCode::OK {
             return Err(bad_status(url, response.status(), response.headers()));
         }
+        check_encoding(url, response.headers())?;
         let too_long = || HttpError::TooLong { url: url.to_owned(), limit };
         if response.content_length().is_some_and(|len| len > limit) {
             return Err(too_long());
@@ -245,6 +254,12 @@ fn set_up(
     }
     let client = builder().build().map_err(HttpError::Client)?;
     Ok(place.get_or_init(|| client))
+}
+
+/// What a request says that is to have a connection of its own ([`HttpClient::exchange`] heeds it too). After a wrong
+/// answer: behind one address may be several servers, of which a connection keeps the one it began with.
+pub(super) fn own_connection() -> [(HeaderName, HeaderValue); 1] {
+    [(header::CONNECTION, HeaderValue::from_static("close"))]
 }
 
 /// The next piece of a body, `None` at its end.

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use reqwest::header::{self, HeaderMap};
+
 /// Why an HTTP server did not deliver.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpError {
@@ -133,14 +135,24 @@ pub enum HttpError {
         waited: Duration,
     },
     /// Another range than the one asked for.
-    #[error("{url} sent the range {got:?} for bytes {wanted}")]
+    #[error("{url} sent {got} when asked for {wanted}")]
     WrongRange {
         /// What was asked.
         url: String,
-        /// The range asked for.
+        /// What was asked for.
         wanted: String,
-        /// Its Content-Range.
+        /// What it says it sent.
         got: String,
+    },
+    /// A whole object of another length than the object has, or another length although the ETag is the same.
+    #[error("{url} answered for an object of {got} bytes instead of {wanted}")]
+    WrongLength {
+        /// What was asked.
+        url: String,
+        /// Length of the object.
+        wanted: u64,
+        /// The answer's; when it is not announced, how much of it came.
+        got: u64,
     },
     /// A body of another length than announced.
     #[error("{url} sent {got} bytes more or fewer than the {wanted} asked for")]
@@ -214,14 +226,34 @@ pub enum HttpError {
 }
 
 impl HttpError {
-    /// Whether an answer was about something else than what was opened.
+    /// A partial answer with these headers, which is not what was `wanted`.
+    pub(super) fn wrong_range(url: String, wanted: String, headers: &HeaderMap) -> Self {
+        let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+        let got = match (text(header::CONTENT_RANGE), text(header::CONTENT_TYPE)) {
+            (Some(range), _) => format!("the range {range:?}"),
+            (None, Some(kind)) if kind.starts_with("multipart/byteranges") => "several ranges".into(),
+            (None, _) => "a range without saying which".into(),
+        };
+        Self::WrongRange { url, wanted, got }
+    }
+
+    /// Whether an answer came that is not one to what was asked. It says nothing about the object.
+    pub(super) fn is_wrong_answer(&self) -> bool {
+        matches!(
+            self,
+            Self::WrongRange { .. }
+                | Self::WrongLength { .. }
+                | Self::Encoded { .. }
+                | Self::BodyLength { .. }
+        )
+    }
+
+    /// Whether what was opened may have been something else than what is there.
     pub(super) fn is_of_another_object(&self) -> bool {
         match self {
-            Self::Replaced { .. }
-            | Self::WrongRange { .. }
-            | Self::OutOfRange { .. }
-            | Self::Encoded { .. } => true,
+            Self::Replaced { .. } | Self::WrongLength { .. } | Self::OutOfRange { .. } => true,
             Self::Download { last, .. } => last.is_of_another_object(),
+            Self::Deadline { last, .. } => last.is_of_another_object(),
             _ => false,
         }
     }
@@ -239,12 +271,14 @@ impl HttpError {
     pub(super) fn is_transient(&self) -> bool {
         match self {
             Self::Connect { .. } | Self::Transfer { .. } | Self::Stalled { .. } | Self::Busy { .. } => true,
-            Self::BodyLength { .. } => true,
+            Self::WrongRange { .. }
+            | Self::WrongLength { .. }
+            | Self::Encoded { .. }
+            | Self::BodyLength { .. } => true,
             Self::Url { .. } | Self::Client(_) | Self::Denied { .. } | Self::NotFound { .. } => false,
-            Self::Status { .. } | Self::NoRanges { .. } | Self::WrongRange { .. } | Self::Encoded { .. } => {
-                false
-            }
-            Self::Redirects { .. }
+            Self::Status { .. }
+            | Self::NoRanges { .. }
+            | Self::Redirects { .. }
             | Self::Downgrade { .. }
             | Self::Untrusted { .. }
             | Self::Queued { .. }

@@ -10,7 +10,7 @@ use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Response, StatusCode};
 
 use super::HttpError;
-use super::client::{HttpClient, check_encoding, next_piece};
+use super::client::{HttpClient, check_encoding, next_piece, own_connection};
 use super::redirect::Route;
 use super::retry::bad_status;
 use crate::source::{Class, Counters, Deadlines, Trouble};
@@ -34,6 +34,8 @@ struct Learnt {
     /// Its strong ETag (`Some(None)`: it had none).
     etag: Option<Option<String>>,
     size: Option<u64>,
+    /// Whether the host has sent a range.
+    ranges: bool,
 }
 
 /// Reads that are being retried.
@@ -96,13 +98,24 @@ impl Object {
         Counters { requests: self.route.requests(), bytes: self.bytes.load(Relaxed) }
     }
 
-    /// Asks for bytes `first..=last`.
-    pub(super) async fn ask(&self, first: u64, last: u64, idle: Duration) -> Result<Answer, HttpError> {
+    /// Asks for bytes `first..=last`; `again`: after an answer that was not one to this.
+    pub(super) async fn ask(
+        &self,
+        first: u64,
+        last: u64,
+        idle: Duration,
+        again: bool,
+    ) -> Result<Answer, HttpError> {
         let range = format!("bytes={first}-{last}").try_into().expect("digits fit a header");
-        let response = self.send(idle, HeaderMap::from_iter([(header::RANGE, range)])).await?;
+        let response = self.send(idle, HeaderMap::from_iter([(header::RANGE, range)]), again).await?;
         let answer = match response.status() {
             StatusCode::PARTIAL_CONTENT => {
                 self.check_range(&response, first, last).map(|()| Answer::Range(response))
+            }
+            // A page of somebody else's looks like this; from a host that does it again it is the object.
+            StatusCode::OK if response.content_length().is_none() && self.learnt().ranges && !again => {
+                let (url, wanted) = (self.route.label(), format!("bytes {first}-{last}"));
+                Err(HttpError::WrongRange { url, wanted, got: "something without a length".into() })
             }
             StatusCode::OK => self.check_whole(&response).map(|()| {
                 let all = response.content_length().is_some_and(|len| first == 0 && len == last + 1);
@@ -113,17 +126,17 @@ impl Object {
             }
             _ => Err(self.refusal(&response)),
         };
-        answer.inspect_err(|error| self.unlearn_after(error))
+        answer.inspect_err(|error| self.doubt_way_after(error))
     }
 
-    /// Asks for the whole object.
-    pub(super) async fn ask_whole(&self, idle: Duration) -> Result<Response, HttpError> {
-        let response = self.send(idle, HeaderMap::new()).await?;
+    /// Asks for the whole object; `again`: after an answer that was not one to this.
+    pub(super) async fn ask_whole(&self, idle: Duration, again: bool) -> Result<Response, HttpError> {
+        let response = self.send(idle, HeaderMap::new(), again).await?;
         let answer = match response.status() {
             StatusCode::OK => self.check_whole(&response).map(|()| response),
             _ => Err(self.refusal(&response)),
         };
-        answer.inspect_err(|error| self.unlearn_after(error))
+        answer.inspect_err(|error| self.doubt_way_after(error))
     }
 
     /// The next piece of a body, `None` at its end.
@@ -141,8 +154,16 @@ impl Object {
         self.learnt.lock().expect("no panics while held")
     }
 
-    /// Forgets what was learnt and where redirects led when an answer was about something else. One captive portal's page
-    /// must not be held against all answers that come later; what they send is checked by its digest anyway.
+    /// Asks for the way again after an answer that was not one to what was asked: a redirect may have led astray. What was
+    /// learnt of the object stays, as no such answer has taught anything.
+    fn doubt_way_after(&self, error: &HttpError) {
+        if error.is_wrong_answer() {
+            self.route.forget_all();
+        }
+    }
+
+    /// Forgets what was learnt and where redirects led when a read has ended because the object is another one. One captive
+    /// portal's page must not be held against all answers that come later; what they send is checked by its digest anyway.
     pub(super) fn unlearn_after(&self, error: &HttpError) {
         if error.is_of_another_object() {
             *self.learnt() = Learnt::default();
@@ -160,7 +181,10 @@ impl Object {
         Ok(())
     }
 
-    async fn send(&self, idle: Duration, mut headers: HeaderMap) -> Result<Response, HttpError> {
+    async fn send(&self, idle: Duration, mut headers: HeaderMap, again: bool) -> Result<Response, HttpError> {
+        if again {
+            headers.extend(own_connection());
+        }
         let etag = self.learnt().etag.clone().flatten().and_then(|etag| HeaderValue::from_str(&etag).ok());
         headers.extend(etag.map(|etag| (header::IF_MATCH, etag)));
         self.route.send(&self.client, idle, &headers).await
@@ -178,44 +202,59 @@ impl Object {
 
     fn check_range(&self, response: &Response, first: u64, last: u64) -> Result<(), HttpError> {
         check_encoding(self.route.start(), response.headers())?;
-        let got = header_text(response, header::CONTENT_RANGE).unwrap_or_default();
-        let wrong = || {
-            let (url, wanted) = (self.route.label(), format!("{first}-{last}"));
-            HttpError::WrongRange { url, wanted, got: got.into() }
-        };
-        let (got_first, got_last, total) = parse_content_range(got).ok_or_else(wrong)?;
-        self.check_size(total)?;
-        // After the size: another object's ETag must not be the one that is waited for.
-        self.check_etag(response)?;
-        if (got_first, got_last) != (first, last) {
+        let url = || self.route.label();
+        let wrong = || HttpError::wrong_range(url(), format!("bytes {first}-{last}"), response.headers());
+        let sent = header_text(response, header::CONTENT_RANGE).and_then(parse_content_range);
+        let (got_first, got_last, total) = sent.ok_or_else(wrong)?;
+        // Of an object that ends before `last`, the bytes up to its end are the right answer.
+        if got_first != first || got_last < first || got_last != last.min(total.saturating_sub(1)) {
             return Err(wrong());
         }
-        let wanted = last + 1 - first;
-        match response.content_length().filter(|&len| len != wanted) {
-            Some(len) => {
-                Err(HttpError::BodyLength { url: self.route.label(), wanted, got: len.abs_diff(wanted) })
-            }
-            None => Ok(()),
+        let wanted = got_last + 1 - first;
+        if let Some(len) = response.content_length().filter(|&len| len != wanted) {
+            return Err(HttpError::BodyLength { url: url(), wanted, got: len.abs_diff(wanted) });
         }
+        self.check_object(response, Some(total))?;
+        if got_last < last {
+            return Err(HttpError::OutOfRange { url: url(), wanted: format!("{first}-{last}") });
+        }
+        self.learnt().ranges = true;
+        Ok(())
     }
 
     fn check_whole(&self, response: &Response) -> Result<(), HttpError> {
         check_encoding(self.route.start(), response.headers())?;
-        response.content_length().map_or(Ok(()), |len| self.check_size(len))?;
-        self.check_etag(response)
+        self.check_object(response, response.content_length())
     }
 
-    fn check_etag(&self, response: &Response) -> Result<(), HttpError> {
+    /// Holds what an answer says of the object against what is known, and learns what is new. Last of all checks: an answer
+    /// that is not one to what was asked teaches nothing.
+    fn check_object(&self, response: &Response, size: Option<u64>) -> Result<(), HttpError> {
         let etag = header_text(response, header::ETAG).filter(|etag| etag.starts_with('"'));
         let mut learnt = self.learnt();
-        let pinned = learnt.etag.get_or_insert_with(|| etag.map(str::to_owned));
-        match (pinned, etag) {
-            (Some(pinned), Some(etag)) if pinned != etag => {
-                let detail = format!("its ETag was {pinned}, now {etag}");
-                Err(HttpError::Replaced { url: self.route.label(), detail })
+        let pinned = learnt.etag.as_ref().and_then(Option::as_deref);
+        let (known, url) = (self.declared_size.or(learnt.size), || self.route.label());
+        if let (Some(wanted), Some(got)) = (known, size)
+            && wanted != got
+        {
+            // A host that names the range asked for has understood, and knows how long its object is. A whole answer may be
+            // a portal's or an error page, and the same ETag with another size is a contradiction.
+            let understood = response.status() == StatusCode::PARTIAL_CONTENT;
+            if !understood || (pinned.is_some() && pinned == etag) {
+                return Err(HttpError::WrongLength { url: url(), wanted, got });
             }
-            _ => Ok(()),
+            let detail = format!("{wanted} bytes were expected, it has {got}");
+            return Err(HttpError::Replaced { url: url(), detail });
         }
+        if let (Some(pinned), Some(etag)) = (pinned, etag)
+            && pinned != etag
+        {
+            let detail = format!("its ETag was {pinned}, now {etag}");
+            return Err(HttpError::Replaced { url: url(), detail });
+        }
+        learnt.size = learnt.size.or(size);
+        learnt.etag.get_or_insert_with(|| etag.map(str::to_owned));
+        Ok(())
     }
 
     pub(super) fn trouble(&self) -> Option<Trouble> {

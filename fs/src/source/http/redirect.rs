@@ -179,15 +179,16 @@ impl Route {
     }
 }
 
-/// Fetches `address` once, following redirects and remembering nothing.
+/// Fetches `address` once with `headers`, following redirects and remembering nothing.
 pub(super) async fn fetch(
     client: &HttpClient,
     address: Address,
     credential: Option<&Credential>,
     idle: Duration,
+    headers: &HeaderMap,
 ) -> Result<Response, HttpError> {
     let start = Target { address, redirected: false, at_home: true };
-    Ok(follow(client, start, credential, idle, &HeaderMap::new(), &|| ()).await?.0)
+    Ok(follow(client, start, credential, idle, headers, &|| ()).await?.0)
 }
 
 /// Asks at `at` and wherever redirects lead from there, until an answer is none.

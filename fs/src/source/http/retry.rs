@@ -16,6 +16,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 pub(super) fn bad_status(url: &str, status: StatusCode, headers: &HeaderMap) -> HttpError {
     let (url, status) = (url.to_owned(), status.as_u16());
     match status {
+        // To a request for all of it.
+        206 => HttpError::wrong_range(url, "all of it".into(), headers),
         401 | 403 => HttpError::Denied { url, status },
         404 | 410 => HttpError::NotFound { url, status },
         408 | 429 | 500.. => HttpError::Busy { url, status, retry_after: retry_after(headers) },
@@ -41,11 +43,17 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 pub(super) struct Retries {
     deadline: Duration,
     attempts: u32,
+    after_wrong_answer: bool,
 }
 
 impl Retries {
     pub(super) fn new(deadline: Duration) -> Self {
-        Self { deadline, attempts: 0 }
+        Self { deadline, attempts: 0, after_wrong_answer: false }
+    }
+
+    /// Whether the last attempt met an answer that is not one to what was asked.
+    pub(super) fn after_wrong_answer(&self) -> bool {
+        self.after_wrong_answer
     }
 
     /// Forgets the attempts so far, after a success.
@@ -75,6 +83,7 @@ impl Retries {
     /// How long to wait before the next attempt after `error`; `None` when it is no use or there is no time.
     pub(super) fn next_pause(&mut self, since: Instant, error: &HttpError) -> Option<Duration> {
         self.attempts += 1;
+        self.after_wrong_answer = error.is_wrong_answer();
         let pause = self.pause_after(error);
         if !error.is_transient() || since.elapsed().saturating_add(pause) > self.deadline {
             return None;
@@ -122,7 +131,7 @@ mod tests {
     fn pauses_grow_scatter_and_are_bounded() {
         let error = HttpError::Stalled { url: String::new(), waited: Duration::ZERO };
         let pauses = |attempts| {
-            let retries = Retries { deadline: Duration::MAX, attempts };
+            let retries = Retries { attempts, ..Retries::new(Duration::MAX) };
             (0..100).map(|_| retries.pause_after(&error).as_millis()).collect::<Vec<_>>()
         };
         for (attempts, middle) in [(1, 50), (2, 100), (4, 400), (40, 2000)] {

@@ -168,8 +168,14 @@ impl Shared {
         let mut retries = Retries::new(object.deadline(Class::Demand).max(object.deadline(Class::Prefetch)));
         let (mut failing, mut fruitless) = (false, 0);
         let end = loop {
-            let before = self.fill.borrow().have;
-            let Err(error) = self.attempt(first.take(), &mut failing).await else { break End::Complete };
+            let (before, again) = (self.fill.borrow().have, retries.after_wrong_answer());
+            let Err(error) = self.attempt(first.take(), again, &mut failing).await else {
+                break End::Complete;
+            };
+            if let HttpError::WrongLength { .. } = error {
+                // What came was something else: nothing of it may be held against the next answer.
+                self.fill.send_modify(|fill| fill.have = before);
+            }
             let (error, (have, mark)) = (Arc::new(error), (self.fill.borrow().have, self.fill.borrow().mark));
             if have > before {
                 retries.reset();
@@ -179,19 +185,28 @@ impl Shared {
             object.note_failure(&mut failing, &error);
             match retries.next_pause(mark, &error).filter(|_| fruitless <= FRUITLESS) {
                 Some(pause) => tokio::time::sleep(pause).await,
-                None => break End::Failed(error),
+                None => {
+                    object.unlearn_after(&error);
+                    break End::Failed(error);
+                }
             }
         };
         object.note_recovery(&mut failing);
         self.fill.send_modify(|fill| fill.end = Some(end));
     }
 
-    /// Receives the object from its start, skipping what is there already.
-    async fn attempt(self: &Arc<Self>, first: Option<Response>, failing: &mut bool) -> Result<(), HttpError> {
+    /// Receives the object from its start, skipping what is there already. `again`: after an answer that was not one to
+    /// what was asked.
+    async fn attempt(
+        self: &Arc<Self>,
+        first: Option<Response>,
+        again: bool,
+        failing: &mut bool,
+    ) -> Result<(), HttpError> {
         let (object, idle) = (&self.object, self.object.idle(Class::Prefetch));
         let mut response = match first {
             Some(first) => first,
-            None => object.ask_whole(idle).await?,
+            None => object.ask_whole(idle, again).await?,
         };
         self.check_size()?;
         let mut at = 0;
@@ -204,8 +219,7 @@ impl Shared {
         let have = self.fill.borrow().have;
         match object.size() {
             Some(size) if at < size => {
-                let url = object.route.label();
-                Err(HttpError::BodyLength { url, wanted: size, got: size - at })
+                Err(HttpError::WrongLength { url: object.route.label(), wanted: size, got: at })
             }
             Some(_) => Ok(()),
             None if at < have => object.check_size(have).and_then(|()| object.check_size(at)),
@@ -245,10 +259,7 @@ impl Shared {
         let limit = self.object.client.options().spool_limit;
         let url = || self.object.route.label();
         match self.object.size() {
-            Some(size) if len > size => {
-                let detail = format!("{size} bytes were expected, it has more");
-                Err(HttpError::Replaced { url: url(), detail })
-            }
+            Some(size) if len > size => Err(HttpError::WrongLength { url: url(), wanted: size, got: len }),
             _ if len > limit => Err(HttpError::NoRanges { url: url(), limit }),
             _ => self.check_room(0),
         }
