@@ -70,6 +70,13 @@ impl Bed {
         Bed { data, ..theirs }
     }
 
+    /// Fresh directories, and no snapshot but what the test makes.
+    pub fn with_own_snapshots() -> Bed {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        Bed { dir, data }
+    }
+
     /// A path in the test's own directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
