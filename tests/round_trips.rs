@@ -126,3 +126,10 @@ fn a_machine_with_its_trace_makes_three() {
     let bed = Bed::new(|_| {});
     assert_eq!(bed.cold_round_trips(LEAST), LEAST);
 }
+
+#[test]
+fn a_page_that_the_trace_lacks_costs_one_more() {
+    // All of them lie in one chunk, and the working set is on its way when the guest asks for it.
+    let bed = Bed::new(|buckets| buckets[0].clear());
+    assert_eq!(bed.cold_round_trips(LEAST + 1), LEAST + 1);
+}
