@@ -14,6 +14,8 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 const ROUND_TRIP_MS: f64 = 400.0;
+/// The first of the pages that the guest reads between its first instruction and ready.
+const TOUCHED: u32 = 512;
 /// Connection, registry, index with head.
 const LEAST: u64 = 3;
 /// A busy host can only make it look like more of them.
@@ -119,6 +121,27 @@ impl Bed {
         assert!(report["children"][0]["ready_ms"].is_number(), "{report}");
         (first / ROUND_TRIP_MS) as u64
     }
+
+    /// Leaves the pack's index in the cache and nothing else.
+    fn keep_index(&self) {
+        let registry: Value =
+            serde_json::from_slice(&fs::read(self.path("hub/registry.json")).unwrap()).unwrap();
+        let entry = &registry["packages"]["test/machine"]["versions"]["latest"];
+        let number = |field: &str| entry[field].as_u64().unwrap();
+        let pack = File::open(self.path("hub").join(entry["url"].as_str().unwrap())).unwrap();
+        let mut index = vec![0; number("index_size") as usize];
+        pack.read_exact_at(&mut index, number("index_offset")).unwrap();
+        let name = entry["index_sha256"].as_str().unwrap();
+        let chunks = self.path("cache/forkd/chunks");
+        drop(fs::remove_dir_all(&chunks));
+        fs::create_dir_all(chunks.join(&name[..2])).unwrap();
+        fs::write(chunks.join(&name[..2]).join(name), index).unwrap();
+    }
+}
+
+/// Pages that the guest reads later, as a trace's first runs: what lies behind them comes later.
+fn later_pages(pages: u32) -> PageRun {
+    PageRun { first_page: TOUCHED, pages }
 }
 
 #[test]
@@ -132,4 +155,19 @@ fn a_page_that_the_trace_lacks_costs_one_more() {
     // All of them lie in one chunk, and the working set is on its way when the guest asks for it.
     let bed = Bed::new(|buckets| buckets[0].clear());
     assert_eq!(bed.cold_round_trips(LEAST + 1), LEAST + 1);
+}
+
+#[test]
+fn a_hot_set_too_large_to_be_used_still_has_the_first_pages() {
+    // 257 MiB of the same pages, over and over.
+    let bed = Bed::new(|buckets| buckets[1] = vec![later_pages(3584); 19]);
+    assert!(fs::metadata(bed.path("data/forkd/snapshots/machine/hotset")).unwrap().len() > 256 << 20);
+    assert_eq!(bed.cold_round_trips(LEAST), LEAST);
+}
+
+#[test]
+fn a_pack_of_which_only_the_index_is_cached_needs_no_more() {
+    // Without the index's request there is no head; small members and first pages come together all the same.
+    let bed = Bed::new(|_| {});
+    assert_eq!(bed.least_round_trips(LEAST, Bed::keep_index), LEAST);
 }
