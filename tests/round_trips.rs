@@ -84,6 +84,15 @@ impl Bed {
         assert!(done.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
     }
 
+    /// Changes each entry of the registry.
+    fn change_entries(&self, change: impl Fn(&mut serde_json::Map<String, Value>)) {
+        let path = self.path("hub/registry.json");
+        let mut registry: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+        let versions = registry["packages"]["test/machine"]["versions"].as_object_mut().unwrap();
+        versions.values_mut().for_each(|entry| change(entry.as_object_mut().unwrap()));
+        fs::write(&path, registry.to_string()).unwrap();
+    }
+
     /// Forks the machine, by an attempt that `prepare`s the cache, until it takes no more than `expected` round trips to its
     /// first instruction; returns the least.
     fn least_round_trips(&self, expected: u64, prepare: impl Fn(&Bed)) -> u64 {
@@ -155,6 +164,20 @@ fn a_page_that_the_trace_lacks_costs_one_more() {
     // All of them lie in one chunk, and the working set is on its way when the guest asks for it.
     let bed = Bed::new(|buckets| buckets[0].clear());
     assert_eq!(bed.cold_round_trips(LEAST + 1), LEAST + 1);
+}
+
+#[test]
+fn first_pages_beyond_the_usual_head_cost_none_where_the_registry_tells_and_one_where_not() {
+    // 4 MiB of noise, which does not compress, before the guest's own pages.
+    let bed = Bed::new(|buckets| buckets[0].insert(0, later_pages(1024)));
+    assert_eq!(bed.cold_round_trips(LEAST), LEAST);
+    bed.change_entries(|entry| drop(entry.remove("head_size").expect("it is published")));
+    assert_eq!(bed.cold_round_trips(LEAST + 1), LEAST + 1);
+    // What a stranger says is bounded, and cannot make a fork wait for more than there is.
+    for size in [1_u64, 1 << 40] {
+        bed.change_entries(|entry| drop(entry.insert("head_size".to_owned(), size.into())));
+        assert!(bed.cold_round_trips(LEAST + 1) <= LEAST + 1, "a head of {size}");
+    }
 }
 
 #[test]
