@@ -29,6 +29,8 @@ const MIB: u64 = 1 << 20;
 /// Where the page tables and the code lie.
 const TABLES: [u64; 3] = [0x1000, 0x2000, 0x3000];
 const CODE: u64 = 0x1_0000;
+/// Where the task register points as KVM leaves it: kvm_pvm's emulator looks there whether the guest may use a port.
+const TASK_SEGMENT: u64 = 0;
 /// The first page that the guest reads; the instructions below contain it.
 const FIRST_TOUCHED: u64 = 2 * MIB;
 /// What one page directory maps.
@@ -159,7 +161,7 @@ fn enter(machine: &Machine) -> Result<(), Failure> {
 }
 
 fn trace(wanted: &Wanted, memory: &File) -> Result<(), Failure> {
-    let own = TABLES.into_iter().chain([CODE]).map(|at| (at / PAGE_BYTES) as u32);
+    let own = TABLES.into_iter().chain([TASK_SEGMENT, CODE]).map(|at| (at / PAGE_BYTES) as u32);
     let touched = (FIRST_TOUCHED / PAGE_BYTES) as u32..(wanted.touched_mib * MIB / PAGE_BYTES) as u32;
     let buckets = vec![PageRun::from_pages(own), PageRun::from_pages(touched)];
     let region = RegionTrace { file: snapshot::MEMORY.to_owned(), buckets };

@@ -86,6 +86,9 @@ pub struct Version {
     /// Ours: `forkd_pack_version` of the pack.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pack_format: Option<u32>,
+    /// Ours: bytes at the start of the pack that hold what a copy needs before its first instruction.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub head_size: Option<u64>,
     /// Ours: offset of the index frame in the pack.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index_offset: Option<u64>,

@@ -246,6 +246,7 @@ impl Sandbox {
         runtime: Handle,
         host: KvmKind,
     ) -> Result<Sandbox, SandboxError> {
+        hot_pages::ask_early(&store);
         let names = [snapshot::CONFIGURATION, snapshot::VMSTATE, snapshot::TRACE];
         // At once: both lie at the start of the pack, and a pack of a foreign machine need not have the others.
         let (manifest, small) = tokio::join!(store.manifest(), store.read_files(&names, SMALL_FILE_MAX));
@@ -291,9 +292,9 @@ impl Sandbox {
         let hot = HotPages::of_pack(&pages, &trace).map(Arc::new);
         if let Some(hot) = &hot {
             // What the first instructions need. It came with the index: without it every child would fault at once.
-            for chunk in 0..hot.first_chunks {
-                hot.install_chunk(&pager, &pages, chunk, &pages.store.chunk(hot.chunk(chunk)).await?);
-            }
+            let install =
+                |chunk: PackChunk, data: ChunkData| hot.install_chunk(&pager, &pages, chunk.chunk, &data);
+            pages.store.fetch(&[hot.first()], Class::Demand, &install).await?;
         }
         let images = Images::Lazy { pager, pages, trace, hot };
         Ok(Sandbox { configuration, vmstate: vmstate_file, images, zero_runs, complete: false })
@@ -314,10 +315,8 @@ impl Sandbox {
         async move {
             let Some((pager, pages, trace, hot)) = lazy else { return Ok(true) };
             let index = pages.store.index();
-            let working_set = match &hot {
-                Some(hot) => hot.batches(),
-                None => prefetch::plan(index, &trace),
-            };
+            let hot_rest = hot.as_ref().and_then(|hot| hot.rest());
+            let working_set = hot_rest.map_or_else(|| prefetch::plan(index, &trace), |rest| vec![rest]);
             let rest = vec![prefetch::remaining(index, &working_set)];
             let install = |chunk: PackChunk, data: ChunkData| {
                 if let Some(hot) = hot.as_ref().filter(|hot| hot.file == chunk.file) {

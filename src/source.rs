@@ -23,6 +23,8 @@ pub const DEMAND_DEADLINE: Duration = Duration::from_secs(600);
 /// there, so they cost no round trip of their own. What follows them keeps the link busy until the next answer comes: 20 ms
 /// at 50 MB/s.
 const HEAD_BYTES: u64 = 1 << 20;
+/// The most that a registry can make of it, with its `head_size`: 16 MiB of pages, and the longest trace.
+const HEAD_BYTES_MAX: u64 = 24 << 20;
 
 /// Nothing to fork from.
 #[derive(Debug, thiserror::Error)]
@@ -129,7 +131,7 @@ pub async fn open(
         Some(path) => Err(PackLocation { source: PackSource::Path(path), size: None, index: None }),
         None => Ok((hub, target.parse()?)),
     };
-    let mut resolved_name = target.to_owned();
+    let (mut resolved_name, mut head_bytes) = (target.to_owned(), HEAD_BYTES);
     let location = match named {
         Ok((hub, reference)) => {
             packs::preconnect(hub.as_deref(), &http);
@@ -137,13 +139,14 @@ pub async fn open(
             reached(Stage::Registry);
             let resolved = packs::warn_unpinned(catalogue.resolve(&reference)?);
             resolved_name = catalogue.settled(&resolved).to_string();
+            head_bytes = resolved.entry.head_size.unwrap_or(0).clamp(HEAD_BYTES, HEAD_BYTES_MAX);
             resolved.location
         }
         Err(location) => location,
     };
     let options = StoreOptions {
         demand_deadline: OPEN_DEADLINE,
-        head_bytes: HEAD_BYTES,
+        head_bytes,
         observer,
         ..packs::store_options(paths, cache, &http)
     };

@@ -2,8 +2,39 @@
 
 use std::ops::Range;
 
+use crate::format::{HOTSET, MANIFEST, SNAPSHOT, TRACE, VMSTATE};
 use crate::index::{ChunkId, FileId, Index};
 use crate::trace::{PAGE_SIZE, PageRun, Trace};
+
+/// Most plain bytes of the `hotset` that a machine waits for before it starts. Every page of the first bucket is touched
+/// before the first instruction, and by itself it would come with 256 KiB and a round trip of its own.
+const FIRST_BYTES_MAX: u64 = 16 << 20;
+
+/// How many chunks at the start of the `hotset` hold the pages that are touched before the first instruction: one at least,
+/// and none when the pack has no `hotset` or one that does not fit `trace`.
+pub fn first_hot_chunks(index: &Index, trace: &Trace) -> u32 {
+    let Some((file, entry)) = index.file(HOTSET).and_then(|file| Some((file, index.entry(file)?))) else {
+        return 0;
+    };
+    if trace.page_count() * PAGE_SIZE != entry.size {
+        return 0;
+    }
+    let runs = trace.regions.iter().filter_map(|region| region.buckets.first()).flatten();
+    let bytes = runs.map(|run| u64::from(run.pages)).sum::<u64>() * PAGE_SIZE;
+    let chunks = bytes.min(FIRST_BYTES_MAX).div_ceil(u64::from(index.chunk_size())).max(1);
+    chunks.min(index.chunk_count(file).into()) as u32
+}
+
+/// How many bytes at the start of a pack hold what a machine needs before its first instruction.
+pub fn head_len(index: &Index, trace: &Trace) -> u64 {
+    let first = first_hot_chunks(index, trace);
+    let small = [MANIFEST, SNAPSHOT, VMSTATE, TRACE].map(|name| (name, u32::MAX));
+    let records = small.into_iter().chain([(HOTSET, first)]).filter_map(|(name, chunks)| {
+        let record = index.records_in(index.file(name)?, 0..chunks).next_back()?;
+        Some(index.record_at(record))
+    });
+    records.map(|record| record.offset + u64::from(record.length)).max().unwrap_or(0)
+}
 
 /// The stored chunks that `trace` touches: one batch a bucket, in pack order within it. A chunk stands in the earliest
 /// bucket that touches it only; zero chunks and files the pack does not have are left out.
@@ -128,6 +159,46 @@ mod tests {
                 }
             }
         }
+    }
+
+    /// A pack with a trace of 10 bytes and a hot set for `buckets` of so many pages.
+    fn hot(buckets: &[u32]) -> (Index, Trace) {
+        let mut from = 0;
+        let runs = buckets.iter().map(|&pages| {
+            from += pages;
+            vec![PageRun { first_page: from - pages, pages }]
+        });
+        let buckets: Vec<_> = runs.collect();
+        let trace = Trace { regions: vec![RegionTrace { file: "memory.bin".into(), buckets }] };
+        let hot_bytes = trace.page_count() * PAGE_SIZE;
+        let mut offset = 0;
+        let files = [("trace", 10), (HOTSET, hot_bytes), ("memory.bin", hot_bytes)].map(|(name, size)| {
+            let records = (0..size.div_ceil(MIN_CHUNK_SIZE.into()) as u32).map(|chunk| {
+                offset += 100;
+                ChunkRecord { chunk, length: 100, offset: offset - 100, digest: Digest::of(b"") }
+            });
+            (name.to_owned(), size, records.collect())
+        });
+        (Index::new(MIN_CHUNK_SIZE, 1 << 30, files.into()), trace)
+    }
+
+    #[test]
+    fn the_head_ends_with_the_pages_of_the_first_instruction() {
+        // 16 pages a chunk.
+        for (buckets, chunks) in
+            [(&[1, 40][..], 1), (&[16, 40], 1), (&[17, 40], 2), (&[100, 1], 7), (&[0, 1], 1)]
+        {
+            let (index, trace) = hot(buckets);
+            assert_eq!(first_hot_chunks(&index, &trace), chunks, "{buckets:?}");
+            assert_eq!(head_len(&index, &trace), 100 + 100 * u64::from(chunks), "{buckets:?}");
+        }
+        let (index, trace) = hot(&[1 << 20]);
+        assert_eq!(u64::from(first_hot_chunks(&index, &trace)) * u64::from(MIN_CHUNK_SIZE), FIRST_BYTES_MAX);
+        let (index, _) = hot(&[17]);
+        let (_, other) = hot(&[18]);
+        assert_eq!((first_hot_chunks(&index, &other), head_len(&index, &other)), (0, 100), "not its trace");
+        let stored = BTreeSet::from([1, 2]);
+        assert_eq!(head_len(&self::index([&stored, &stored]), &Trace::default()), 0, "neither is there");
     }
 
     #[test]

@@ -36,6 +36,9 @@ const PATIENCE: Duration = Duration::from_millis(100);
 /// Parts of a bulk read under way at once: keeps a connection busy while others wait for their round trips. The HTTP
 /// client's prefetch budget bounds the requests of all stores together.
 const PARALLEL_PARTS: usize = 4;
+/// The same until a chunk has come that was asked for: four that begin together share the link, and what was asked for first,
+/// which is needed first, comes four times as late.
+const FIRST_PARTS: usize = 2;
 
 /// Zeros at hand: as many as the mount's largest read.
 const ZEROS: usize = 1 << 20;
@@ -296,15 +299,20 @@ impl Store {
         let mut parts = self.plan(batches, on_chunk)?.into_iter();
         let (sink, mut arrived) = mpsc::channel(16);
         let hand_over = |(record, plain)| on_chunk(self.index.chunk_at(record), ChunkData::Data(plain));
-        let mut tasks = JoinSet::new();
+        let (mut tasks, mut at_once) = (JoinSet::new(), FIRST_PARTS);
         loop {
-            while tasks.len() < PARALLEL_PARTS
+            while tasks.len() < at_once
                 && let Some(part) = parts.next()
             {
                 tasks.spawn(self.clone().work(part, class, sink.clone()));
             }
             tokio::select! {
-                Some(chunk) = arrived.recv() => hand_over(chunk),
+                Some(chunk) = arrived.recv() => {
+                    if !self.is_in_head(self.index.chunk_at(chunk.0)) {
+                        at_once = PARALLEL_PARTS;
+                    }
+                    hand_over(chunk);
+                }
                 finished = tasks.join_next() => match finished {
                     Some(done) => done.unwrap_or(Err(ReadError::Stopped))?,
                     None => break,
@@ -321,6 +329,12 @@ impl Store {
     /// Whether a chunk was verified since the store was opened (zero chunks always are).
     pub fn is_fetched(&self, id: ChunkId) -> bool {
         self.index.record_number(id).map_or(self.index.is_zero(id), |record| self.is_record_fetched(record))
+    }
+
+    /// Whether a stored chunk comes in the head ([`StoreOptions::head_bytes`]), so that it takes no request of its own.
+    pub fn is_in_head(&self, id: ChunkId) -> bool {
+        let record = self.index.record(id);
+        record.is_some_and(|record| record.offset + u64::from(record.length) <= self.head.len())
     }
 
     /// How far fetching has come. Cheap.

@@ -227,6 +227,24 @@ async fn random_reads_equal_the_original() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_bulk_read_begins_with_two_requests() {
+    const LATENCY: Duration = Duration::from_millis(150);
+    let fixture = Fixture::with(&[("memory.bin", noise(1, 300 * CHUNK))]);
+    let server = Server::start(fixture.bytes()).await;
+    let store = Store::open(fixture.pinned(server.url()), options()).await.unwrap();
+    server.set_latency(LATENCY);
+    let all = stored(&store);
+    let reading = tokio::spawn({
+        let store = store.clone();
+        async move { store.fetch(&[all], Class::WorkingSet, &|_, _| {}).await }
+    });
+    tokio::time::sleep(LATENCY / 2).await;
+    assert_eq!(server.request_count(), 1 + 2, "what was asked for first has the link");
+    reading.await.unwrap().unwrap();
+    assert_eq!(server.request_count(), 1 + 10, "2 MiB at a time");
+}
+
 #[tokio::test]
 async fn fetching_everything_takes_few_requests_and_hands_over_each_chunk() {
     let (fixture, dir) = (Fixture::new(), tempfile::tempdir().unwrap());

@@ -1,9 +1,13 @@
 //! `forkd hub publish`: a pack into a hub's folder.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
+use forkd_fs::format::TRACE;
+use forkd_fs::prefetch;
 use forkd_fs::source::HttpClient;
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
+use forkd_fs::trace::{MAX_TRACE_LEN, Trace};
 
 use crate::cli::PublishArgs;
 use crate::error::CommandError;
@@ -47,6 +51,17 @@ async fn contents(args: &PublishArgs) -> Result<Contents, CommandError> {
         Err(OpenError::Legacy { version, .. }) => return Ok(Contents::Legacy { version }),
         Err(error) => return Err(error.into()),
     };
-    let manifest = store.manifest().await?;
-    Ok(Contents::Indexed { pin: store.index_pin(), manifest: Box::new((*manifest).clone()) })
+    let manifest = Box::new((*store.manifest().await?).clone());
+    Ok(Contents::Indexed { pin: store.index_pin(), manifest, head_size: head_size(&store).await? })
+}
+
+/// `None` of a pack whose trace nobody could use: it may be of another monitor's machine.
+async fn head_size(store: &Arc<Store>) -> Result<Option<u64>, CommandError> {
+    let index = store.index();
+    let entry = index.file(TRACE).and_then(|file| index.entry(file));
+    if entry.is_none_or(|entry| entry.size > MAX_TRACE_LEN) {
+        return Ok(None);
+    }
+    let trace = store.read_files(&[TRACE], MAX_TRACE_LEN).await?;
+    Ok(Trace::decode(&trace[0]).ok().map(|trace| prefetch::head_len(index, &trace)))
 }

@@ -44,6 +44,8 @@ pub enum Contents {
         pin: IndexPin,
         /// Its manifest.
         manifest: Box<Manifest>,
+        /// How many bytes at its start a copy needs before its first instruction, where it has a trace.
+        head_size: Option<u64>,
     },
     /// A pack of the predecessor.
     Legacy {
@@ -203,7 +205,8 @@ fn entry(
         ..Version::default()
     };
     match contents {
-        Contents::Indexed { pin, manifest } => {
+        Contents::Indexed { pin, manifest, head_size } => {
+            entry.head_size = *head_size;
             entry.pack_format = Some(manifest.forkd_pack_version);
             entry.memory_mib = Some(manifest.requires.memory_mib);
             entry.base_image = Some(manifest.base_image.clone()).filter(|text| !text.is_empty());

@@ -3,24 +3,41 @@
 use super::{IMAGE_FILES, StorePages};
 use crate::snapshot;
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
-use forkd_fs::store::ChunkData;
+use forkd_fs::prefetch;
+use forkd_fs::store::{ChunkData, Store};
 use forkd_fs::trace::Trace;
 use forkd_vmm::memory::{ImageId, PAGE_BYTES};
 use forkd_vmm::pager::{ChunkId, Pager};
+use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Largest `hotset` that is used, bytes: a working set beyond that is better fetched by chunks.
+/// Largest `hotset` that is used as a whole, bytes: a working set beyond that is better fetched by chunks.
 const HOTSET_MAX: u64 = 256 << 20;
-/// Most chunks of the `hotset` that are waited for before a child starts.
-const FIRST_CHUNKS_MAX: u64 = 4;
+/// Bytes of the `hotset` that are asked for before the trace says how many are needed first.
+const GUESSED_BYTES: u64 = 1 << 20;
+
+/// Asks for the first hot pages together with the small members, when they do not come with the index. What is asked for now
+/// is not asked for again.
+pub(super) fn ask_early(store: &Arc<Store>) {
+    let Some(file) = store.index().file(snapshot::HOTSET) else { return };
+    if !store.is_in_head(PackChunk { file, chunk: 0 }) {
+        let store = Arc::clone(store);
+        // Whoever needs them sees the error.
+        tokio::spawn(async move { drop(store.read(file, 0, GUESSED_BYTES).await) });
+    }
+}
 
 /// The pages that a fork touches up to its first answer, stored together in the pack's `hotset`: installed one by one, they
 /// cost a tenth of the chunks they lie in.
 pub(super) struct HotPages {
     pub(super) file: FileId,
+    /// Otherwise only its first chunks are.
+    used_whole: bool,
+    /// Chunks that are used.
     chunks: u32,
-    /// Chunks with the pages that are touched before the first instruction.
-    pub(super) first_chunks: u32,
+    /// Those of them with the pages that are touched before the first instruction.
+    first_chunks: u32,
     pages_per_chunk: usize,
     pages: Vec<(ImageId, u32)>,
     /// Which chunks have come.
@@ -33,9 +50,12 @@ impl HotPages {
         let index = pages.store.index();
         let file = index.file(snapshot::HOTSET)?;
         let size = index.entry(file)?.size;
-        if size == 0 || size > HOTSET_MAX || trace.page_count() * PAGE_BYTES != size {
+        let first_chunks = prefetch::first_hot_chunks(index, trace);
+        if first_chunks == 0 {
             return None;
         }
+        let used_whole = size <= HOTSET_MAX;
+        let chunks = if used_whole { index.chunk_count(file) } else { first_chunks };
         let image_of =
             |name: &str| IMAGE_FILES.iter().position(|file| *file == name).map(|at| ImageId::ALL[at]);
         let images: Vec<_> =
@@ -46,27 +66,31 @@ impl HotPages {
             (u64::from(page) < index.entry(file)?.size / PAGE_BYTES).then_some((image, page))
         };
         let pages_per_chunk = index.chunk_size() as usize / PAGE_BYTES as usize;
-        let first_runs = trace.regions.iter().filter_map(|region| region.buckets.first()).flatten();
-        let first_pages = first_runs.map(|run| u64::from(run.pages)).sum::<u64>();
-        let first_chunks = first_pages.div_ceil(pages_per_chunk as u64).clamp(1, FIRST_CHUNKS_MAX);
-        let chunks = index.chunk_count(file);
+        let used = chunks as usize * pages_per_chunk;
         Some(HotPages {
             file,
+            used_whole,
             chunks,
-            first_chunks: chunks.min(first_chunks as u32),
+            first_chunks,
             pages_per_chunk,
-            pages: listed.map(in_image).collect::<Option<_>>()?,
+            pages: listed.take(used).map(in_image).collect::<Option<_>>()?,
             installed: (0..chunks).map(|_| AtomicBool::new(false)).collect(),
         })
     }
 
-    pub(super) fn chunk(&self, chunk: u32) -> PackChunk {
-        PackChunk { file: self.file, chunk }
+    /// The chunks that children wait for before they start.
+    pub(super) fn first(&self) -> Vec<PackChunk> {
+        self.chunks_in(0..self.first_chunks)
     }
 
-    /// What is left to fetch: neighbours, which come in one stream.
-    pub(super) fn batches(&self) -> Vec<Vec<PackChunk>> {
-        vec![(self.first_chunks..self.chunks).map(|chunk| self.chunk(chunk)).collect()]
+    /// What is left to fetch: neighbours, which come in one stream. `None` where the rest of the working set is to come by
+    /// chunks.
+    pub(super) fn rest(&self) -> Option<Vec<PackChunk>> {
+        self.used_whole.then(|| self.chunks_in(self.first_chunks..self.chunks))
+    }
+
+    fn chunks_in(&self, range: Range<u32>) -> Vec<PackChunk> {
+        range.map(|chunk| PackChunk { file: self.file, chunk }).collect()
     }
 
     pub(super) fn install_chunk(&self, pager: &Pager, pages: &StorePages, chunk: u32, data: &ChunkData) {
