@@ -142,7 +142,7 @@ impl Download {
                     .map_err(failed(directory))?;
                 // Nobody else knows its name but who collects what is left.
                 flock(&file, FlockOperation::LockExclusive).map_err(|errno| failed(&path)(errno.into()))?;
-                if is_at(&file, &path) {
+                if work_dir::is_at(&file, &path) {
                     return Ok(Download { path, file, keep: false });
                 }
                 continue;
@@ -152,7 +152,7 @@ impl Download {
             // Waits for another process that downloads the same.
             flock(&file, FlockOperation::LockExclusive).map_err(|errno| failed(path)(errno.into()))?;
             // That one may have removed it when it was done.
-            if is_at(&file, path) {
+            if work_dir::is_at(&file, path) {
                 return Ok(Download { path: path.clone(), file, keep: true });
             }
         }
@@ -234,13 +234,6 @@ async fn size_of(source: &Source) -> Result<u64, DownloadError> {
         true => Err(DownloadError::TooLarge { location: source.describe().to_owned(), size }),
         false => Ok(size),
     }
-}
-
-fn is_at(file: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let place = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-    let (Ok(file), Ok(path)) = (file.metadata(), fs::metadata(path)) else { return false };
-    place(file) == place(path)
 }
 
 /// Removes interrupted downloads that nobody works on and that nobody can go on with; returns their paths.

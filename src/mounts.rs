@@ -243,7 +243,14 @@ pub fn detach(mountpoint: &Path) -> Result<(), MountsError> {
 
 /// Takes everything that is mounted in `dir` out of the file system, whoever mounted it.
 pub fn detach_below(dir: &Path) -> io::Result<()> {
-    let dir = dir.canonicalize()?;
+    // Its last component is not followed: a link there would lead to other people's mounts.
+    let (Some(parent), Some(name)) = (dir.parent(), dir.file_name()) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let dir = parent.canonicalize()?.join(name);
+    if !dir.symlink_metadata()?.is_dir() {
+        return Err(io::ErrorKind::NotADirectory.into());
+    }
     let text = std::fs::read("/proc/self/mountinfo")?;
     let points = text.split(|&b| b == b'\n').filter_map(mountpoint);
     let mut below: Vec<_> = points.filter(|point| *point != dir && point.starts_with(&dir)).collect();

@@ -3,23 +3,37 @@
 //! `kernel.rs`, `recipe/root_disk.rs`, `workspace.rs`, `download.rs`, `commands/cleanup.rs`.
 
 use crate::mounts;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};
+use rustix::process::geteuid;
 use std::fs::{self, File};
 use std::io;
+use std::mem;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tempfile::TempDir;
 
 /// Attempts at removing a directory in which files still appear: what writes there is dying.
 const REMOVALS: u32 = 200;
 /// Time between them.
 const REMOVAL_PAUSE: Duration = Duration::from_millis(5);
 
-/// A locked directory; removed when dropped.
+/// A locked directory; removed when dropped, without what is mounted in it.
 #[derive(Debug)]
 pub struct WorkDir {
-    dir: TempDir,
-    lock: File,
+    path: PathBuf,
+    /// None once it is the caller's.
+    lock: Option<File>,
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        if self.lock.is_some()
+            && let Err(error) = remove(&self.path)
+        {
+            let path = self.path.display();
+            tracing::warn!(%path, %error, "a work directory is left for the next command");
+        }
+    }
 }
 
 impl WorkDir {
@@ -32,7 +46,7 @@ impl WorkDir {
                 Ok(lock)
             });
             match locked {
-                Ok(lock) if dir.path().exists() => return Ok(WorkDir { dir, lock }),
+                Ok(lock) if dir.path().exists() => return Ok(WorkDir { path: dir.keep(), lock: Some(lock) }),
                 // Somebody took it for a dead one's before it was locked.
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
@@ -43,12 +57,13 @@ impl WorkDir {
 
     /// Where it is.
     pub fn path(&self) -> &Path {
-        self.dir.path()
+        &self.path
     }
 
     /// Keeps it, for the caller to rename or remove. It is locked as long as the file is open.
-    pub fn keep(self) -> (PathBuf, File) {
-        (self.dir.keep(), self.lock)
+    pub fn keep(mut self) -> (PathBuf, File) {
+        let lock = self.lock.take().expect("only this takes it, with all of `self`");
+        (mem::take(&mut self.path), lock)
     }
 }
 
@@ -71,17 +86,24 @@ pub fn remove_dead(parent: &Path, prefix: &str) -> io::Result<Vec<PathBuf>> {
     failed.map_or(Ok(removed), Err)
 }
 
-/// Removes a directory or file that nobody has locked. Returns whether it did; a link is nobody's.
+/// Removes a directory or file of this user that nobody has locked. Returns whether it did; a link is nobody's.
 pub fn remove_unless_held(path: &Path) -> io::Result<bool> {
-    let is_dir = match path.symlink_metadata() {
-        Ok(metadata) if metadata.is_dir() || metadata.is_file() => metadata.is_dir(),
-        _ => return Ok(false),
-    };
-    let Ok(lock) = File::open(path) else { return Ok(false) };
-    if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let Ok(lock) = open(path, flags, Mode::empty()) else { return Ok(false) };
+    let lock = File::from(lock);
+    let metadata = lock.metadata()?;
+    let known = (metadata.is_dir() || metadata.is_file()) && metadata.uid() == geteuid().as_raw();
+    if !known || flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() || !is_at(&lock, path) {
         return Ok(false);
     }
-    if is_dir { remove(path) } else { fs::remove_file(path) }.map(|()| true)
+    if metadata.is_dir() { remove(path) } else { fs::remove_file(path) }.map(|()| true)
+}
+
+/// Whether an open file is still the one of this name: before it was locked another may have taken its place.
+pub fn is_at(file: &File, path: &Path) -> bool {
+    let place = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let (Ok(file), Ok(path)) = (file.metadata(), path.symlink_metadata()) else { return false };
+    place(file) == place(path)
 }
 
 /// Removes a directory in which others may still write, and nothing that is mounted in it.
@@ -163,6 +185,37 @@ mod tests {
         remove(&dir).unwrap();
         assert!(!dir.exists());
         assert_eq!(fs::read_to_string(precious.join("file")).unwrap(), "kept");
+    }
+
+    #[test]
+    fn what_took_the_place_of_a_locked_directory_is_not_removed() {
+        let place = tempfile::tempdir().unwrap();
+        let path = |name: &str| place.path().join(name);
+        fs::create_dir(path("work-old")).unwrap();
+        let lock = File::open(path("work-old")).unwrap();
+        fs::rename(path("work-old"), path("published")).unwrap();
+        fs::create_dir(path("work-old")).unwrap();
+        assert!(!is_at(&lock, &path("work-old")) && is_at(&lock, &path("published")));
+    }
+
+    #[test]
+    fn a_link_in_the_place_of_a_directory_leads_to_nobody_s_mounts() {
+        if !rustix::process::geteuid().is_root() {
+            println!("skipped: this takes root");
+            return;
+        }
+        let place = tempfile::tempdir().unwrap();
+        let (source, theirs, link) =
+            (place.path().join("source"), place.path().join("theirs"), place.path().join("work"));
+        fs::create_dir(&source).unwrap();
+        fs::create_dir_all(theirs.join("point")).unwrap();
+        fs::write(source.join("file"), "").unwrap();
+        rustix::mount::mount_bind(&source, theirs.join("point")).unwrap();
+        symlink(&theirs, &link).unwrap();
+        let detached = mounts::detach_below(&link);
+        let mounted = theirs.join("point/file").exists();
+        rustix::mount::unmount(theirs.join("point"), rustix::mount::UnmountFlags::DETACH).unwrap();
+        assert!(detached.is_err() && mounted, "{detached:?}");
     }
 
     #[test]
