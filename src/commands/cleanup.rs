@@ -39,31 +39,41 @@ struct Cleaned {
 /// Runs the command.
 pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
-    let (mut forks, mut work) = (Vec::new(), Vec::new());
-    ForkDir::remove_unborn(&paths)?;
-    for fork in ForkDir::all(&paths)? {
+    let (mut forks, mut work, mut sweep) = (Vec::new(), Vec::new(), Sweep::default());
+    sweep.part(ForkDir::remove_unborn(&paths));
+    for fork in sweep.part(ForkDir::all(&paths)) {
         // Its run directory, which knows the place, has to go last.
         if let Some(place) = fork.workplace().filter(|_| !fork.is_alive()) {
-            work.extend(workspace::remove_dead(&place).map_err(failed(&place))?);
+            let removed = workspace::remove_dead(&place).map_err(failed(&place));
+            if removed.is_err() {
+                sweep.part(removed);
+                continue;
+            }
+            work.extend(sweep.part(removed));
         }
-        if fork.remove_if_dead()? {
+        if sweep.part(fork.remove_if_dead()) {
             forks.push(fork.id);
         }
     }
     // Those of forks whose directory is gone are known by their emptiness only.
     let cgroups = Groups::find().ok().and_then(|groups| groups.remove_empty().ok()).unwrap_or(0);
-    work.extend(recipe::remove_dead(&paths).map_err(failed(&paths.cache))?);
-    work.extend(kernel::remove_dead(&paths).map_err(failed(&paths.cache))?);
-    work.extend(download::remove_dead(&paths).map_err(failed(&paths.cache))?);
-    work.extend(RegistryCopies::new(&paths).remove_dead().map_err(failed(&paths.cache))?);
+    let copies = RegistryCopies::new(&paths);
+    for removed in [
+        recipe::remove_dead(&paths),
+        kernel::remove_dead(&paths),
+        download::remove_dead(&paths),
+        copies.remove_dead(),
+    ] {
+        work.extend(sweep.part(removed.map_err(failed(&paths.cache))));
+    }
     let cleaned = Cleaned {
         cgroups,
         warm: Address::all(&paths).iter().filter(|address| address.remove_if_dead()).count(),
         forks,
-        mounts: mounts::clear_dead(&paths).map_err(MountCommandError::from)?,
-        drafts: snapshot::remove_dead_drafts(&paths)?,
+        mounts: sweep.part(mounts::clear_dead(&paths).map_err(MountCommandError::from)),
+        drafts: sweep.part(snapshot::remove_dead_drafts(&paths)),
         work,
-        chunks: unfinished_chunks(&paths)?,
+        chunks: sweep.part(unfinished_chunks(&paths)),
     };
     output.report(&cleaned, |cleaned| {
         let count =
@@ -81,7 +91,23 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
             count(cleaned.warm, "socket") + " of dead warm images",
         )
     });
-    Ok(ExitCode::SUCCESS)
+    sweep.failed.map_or(Ok(ExitCode::SUCCESS), Err)
+}
+
+/// Keeps the first failure: what cannot be removed is in nobody else's way.
+#[derive(Default)]
+struct Sweep {
+    failed: Option<CommandError>,
+}
+
+impl Sweep {
+    /// What a part of the work removed; nothing, when it failed.
+    fn part<T: Default>(&mut self, removed: Result<T, impl Into<CommandError>>) -> T {
+        removed.unwrap_or_else(|error| {
+            self.failed.get_or_insert(error.into());
+            T::default()
+        })
+    }
 }
 
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> PathsError {
