@@ -87,15 +87,16 @@ struct Feature(u32, u32, Register, u32, &'static str);
 
 #[derive(Clone, Copy, PartialEq)]
 enum Register {
+    Eax,
     Ebx,
     Ecx,
     Edx,
 }
 
-use Register::{Ebx, Ecx, Edx};
+use Register::{Eax, Ebx, Ecx, Edx};
 
 /// What user programs choose their code by, named as /proc/cpuinfo names it.
-const FEATURES: [Feature; 30] = [
+const FEATURES: [Feature; 43] = [
     Feature(1, 0, Edx, 25, "sse"),
     Feature(1, 0, Edx, 26, "sse2"),
     Feature(1, 0, Ecx, 0, "sse3"),
@@ -119,11 +120,24 @@ const FEATURES: [Feature; 30] = [
     Feature(7, 0, Ebx, 16, "avx512f"),
     Feature(7, 0, Ebx, 17, "avx512dq"),
     Feature(7, 0, Ebx, 18, "rdseed"),
+    Feature(7, 0, Ebx, 19, "adx"),
+    Feature(7, 0, Ebx, 21, "avx512ifma"),
+    Feature(7, 0, Ebx, 28, "avx512cd"),
     Feature(7, 0, Ebx, 29, "sha_ni"),
     Feature(7, 0, Ebx, 30, "avx512bw"),
     Feature(7, 0, Ebx, 31, "avx512vl"),
+    Feature(7, 0, Ecx, 1, "avx512vbmi"),
+    Feature(7, 0, Ecx, 6, "avx512_vbmi2"),
+    Feature(7, 0, Ecx, 8, "gfni"),
+    Feature(7, 0, Ecx, 9, "vaes"),
+    Feature(7, 0, Ecx, 10, "vpclmulqdq"),
     Feature(7, 0, Ecx, 11, "avx512_vnni"),
+    Feature(7, 0, Ecx, 12, "avx512_bitalg"),
+    Feature(7, 0, Ecx, 14, "avx512_vpopcntdq"),
+    Feature(7, 0, Edx, 23, "avx512_fp16"),
     Feature(7, 0, Edx, 24, "amx_tile"),
+    Feature(7, 1, Eax, 4, "avx_vnni"),
+    Feature(7, 1, Eax, 5, "avx512_bf16"),
     Feature(0x8000_0001, 0, Ecx, 5, "abm"),
     Feature(0x8000_0001, 0, Edx, 27, "rdtscp"),
 ];
@@ -178,6 +192,7 @@ fn features(leaves: &[kvm_cpuid_entry2]) -> Vec<&'static str> {
     let shown = |Feature(function, index, register, bit, _): &&Feature| {
         leaves.iter().any(|leaf| {
             let value = match register {
+                Eax => leaf.eax,
                 Ebx => leaf.ebx,
                 Ecx => leaf.ecx,
                 Edx => leaf.edx,
