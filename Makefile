@@ -77,6 +77,8 @@ soak:
 	FORKD_SOAK=full cargo test --release --workspace --test soak -- --nocapture --test-threads 1
 	FORKD_SOAK=full cargo test --release --test linux_copies -- --nocapture --test-threads 1
 	FORKD_SOAK=full cargo test --release --test linux kills -- --nocapture
+	FORKD_SOAK=full cargo test --release --test linux remains -- --nocapture
+	FORKD_SOAK=full cargo test --release --test linux_registers -- --nocapture --test-threads 1
 
 ## every parser of outside input under libFuzzer, SECONDS each; finds land in fuzz/artifacts (needs a nightly toolchain)
 SECONDS ?= 60

@@ -18,7 +18,7 @@ use kvm_bindings::{
     kvm_sregs,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
-use page_table::{Access, AddressSpace};
+use page_table::{Access, AddressSpace, Untranslated};
 use std::sync::LazyLock;
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
@@ -32,15 +32,15 @@ pub mod xsave;
 pub mod xsave_area;
 
 /// Extra kernel command line. Of the XSAVE family the kernel may use what is carried out here. User programs see the
-/// host's CPUID whatever is cleared, so that all the state they can use (AVX, AVX-512) has to be saved; the rest (tiles of AMX,
-/// protection keys, MPX) they can only use when the kernel has enabled it.
+/// host's CPUID whatever is cleared, so that all the state they can use (AVX, AVX-512) has to be saved. The rest (tiles of
+/// AMX, protection keys, MPX) they can only use when the kernel has enabled it.
 pub const COMMAND_LINE: &str = "nopti mitigations=off clocksource=kvm-clock no_timer_check lpj=2300000 \
      clearcpuid=popcnt,smap,smep,umip,fsgsbase,pcid,invpcid,erms,fsrm,cx16,rdpid,rdrand,rdseed,\
      xsaveopt,xsavec,xsaves,xgetbv1,pku,amx_tile,mpx";
 
-/// KVM_FEATURE_PV_UNHALT, KVM_FEATURE_PV_SEND_IPI and KVM_FEATURE_PV_SCHED_YIELD: a guest that is shown them makes hypercalls.
-/// KVM's emulator answers one by writing the processor's own instruction for it over the one that is there, which faults as
-/// soon as the guest's kernel has made its code read-only.
+/// KVM_FEATURE_PV_UNHALT, KVM_FEATURE_PV_SEND_IPI and KVM_FEATURE_PV_SCHED_YIELD: a guest that is shown them makes
+/// hypercalls. KVM's emulator answers one by writing the processor's own instruction for it over the one that is there. That
+/// faults as soon as the guest's kernel has made its code read-only.
 pub const HYPERCALLS: u32 = 1 << 7 | 1 << 11 | 1 << 13;
 
 const MSR_LSTAR: u32 = 0xc000_0082;
@@ -82,6 +82,12 @@ pub enum PvmError {
     Internal {
         /// Linux' KVM_INTERNAL_ERROR_* number.
         suberror: u32,
+        /// Where.
+        address: u64,
+    },
+    /// The guest's code cannot be read.
+    #[error("kvm_pvm cannot emulate the instruction at {address:#x}, whose bytes cannot be read")]
+    Unreadable {
         /// Where.
         address: u64,
     },
@@ -143,11 +149,16 @@ pub fn mend_instruction(vm: &VmFd, vcpu: &mut VcpuFd, ram: &GuestMemoryMmap) -> 
         return Err(PvmError::Internal { suberror, address });
     }
     let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
-    let bytes = fetch(&AddressSpace::new(ram, &regs, &sregs), ram, address);
+    let bytes = match fetch(&AddressSpace::new(ram, &regs, &sregs), ram, address) {
+        Err(Untranslated::Changed) => Vec::new(),
+        fetched => fetched.map_err(|_| PvmError::Unreadable { address })?,
+    };
     let (length, exception) = match bytes.first() {
+        // It is executed again.
+        None => (0, None),
         Some(&FWAIT) => (1, None),
         Some(&INT3) => (1, Some(Exception::Breakpoint)),
-        _ => {
+        Some(_) => {
             let decoded = XsaveInstruction::decode(&bytes, &regs).filter(|_| sregs.cs.l != 0);
             let instruction = decoded.ok_or(PvmError::Instruction { address, bytes })?;
             carry_out(&instruction, vm, vcpu, ram, (&regs, &sregs))?
@@ -186,22 +197,24 @@ fn carry_out(
 }
 
 /// The bytes at `address`, up to the longest instruction; fewer when it ends before a page that cannot be read.
-fn fetch(space: &AddressSpace<'_>, ram: &GuestMemoryMmap, address: u64) -> Vec<u8> {
+fn fetch(space: &AddressSpace<'_>, ram: &GuestMemoryMmap, address: u64) -> Result<Vec<u8>, Untranslated> {
     let end = address.saturating_add(LONGEST as u64);
     let next_page = (address | (PAGE_BYTES - 1)).saturating_add(1).min(end);
     let mut bytes = Vec::with_capacity(LONGEST);
     for range in [address..next_page, next_page..end] {
-        let Ok(pieces) = space.pieces(range, Access::Read) else { break };
+        let pieces = match space.pieces(range, Access::Read) {
+            Err(error) if bytes.is_empty() => return Err(error),
+            // What is needed may end before this page.
+            pieces => pieces.unwrap_or_default(),
+        };
         for piece in pieces {
-            let mut part = [0; LONGEST];
-            let part = &mut part[..piece.bytes];
-            if ram.read_slice(part, piece.start).is_err() {
-                return bytes;
+            let mut part = vec![0; piece.bytes];
+            if ram.read_slice(&mut part, piece.start).is_ok() {
+                bytes.extend(part);
             }
-            bytes.extend_from_slice(part);
         }
     }
-    bytes
+    Ok(bytes)
 }
 
 /// A 64-bit interrupt gate (Intel SDM volume 3, "64-Bit IDT Gate Descriptors").
@@ -231,7 +244,7 @@ fn install_syscall_stub(vcpu: &VcpuFd, ram: &GuestMemoryMmap, lstar: u64) -> Res
         let unmapped = PvmError::Internal { suberror: EMULATION_FAILED, address };
         space.translate(address, Access::Read).map_err(|_| unmapped)
     };
-    let gate_at = translate(sregs.idt.base + PAGE_FAULT_VECTOR * 16)?;
+    let gate_at = translate(sregs.idt.base.wrapping_add(PAGE_FAULT_VECTOR * 16))?;
     let gate = Gate(ram.read_obj(gate_at)?);
     let handler = gate.handler();
     let handler_at = translate(handler)?;
@@ -243,7 +256,7 @@ fn install_syscall_stub(vcpu: &VcpuFd, ram: &GuestMemoryMmap, lstar: u64) -> Res
         return Ok(());
     }
     let offset = find_padding(ram, handler_at)?.ok_or(PvmError::NoPadding { handler })?;
-    let stub_address = handler + offset as u64;
+    let stub_address = handler.wrapping_add(offset as u64);
     let stub = syscall_stub(stub_address, lstar, handler);
     ram.write_slice(&stub, GuestAddress(handler_at.0 + offset as u64))?;
     ram.write_obj(gate.with_handler(stub_address).0, gate_at)?;
@@ -272,7 +285,7 @@ fn syscall_stub(at: u64, lstar: u64, handler: u64) -> Vec<u8> {
     code.extend([0x48, 0x8b, 0x64, 0x24, 0x20]);
     for target in [lstar, handler] {
         code.push(0xe9);
-        let next = at + code.len() as u64 + 4;
+        let next = at.wrapping_add(code.len() as u64 + 4);
         code.extend((target.wrapping_sub(next) as u32).to_le_bytes());
     }
     code

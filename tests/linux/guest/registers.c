@@ -38,7 +38,10 @@
 #define SPIN 4000000L
 #define PAGE 4096
 
-typedef uint8_t Registers[REGISTERS_MAX * REGISTER_BYTES] __attribute__((aligned(64)));
+// Where the masks of 512-bit instructions lie behind the vectors, k0 to k7, 8 bytes each.
+#define MASKS (REGISTERS_MAX * REGISTER_BYTES)
+
+typedef uint8_t Registers[MASKS + 64] __attribute__((aligned(64)));
 
 static int bits = 256;
 
@@ -76,6 +79,8 @@ static int wrong(const Registers wanted, const Registers found) {
     int sum = 0;
     for (int number = 0; number < count(); number++)
         sum += memcmp(wanted + number * REGISTER_BYTES, found + number * REGISTER_BYTES, bytes_each()) != 0;
+    for (int mask = 1; bits == 512 && mask < 8; mask++)
+        sum += memcmp(wanted + MASKS + mask * 8, found + MASKS + mask * 8, 2) != 0;
     return sum;
 }
 
@@ -85,6 +90,9 @@ static int wrong(const Registers wanted, const Registers found) {
 #define KEEP_YMM(n) "vmovdqu %%ymm" #n ", " #n "*64(%[out])\n"
 #define LOAD_ZMM(n) "vmovdqu64 " #n "*64(%[in]), %%zmm" #n "\n"
 #define KEEP_ZMM(n) "vmovdqu64 %%zmm" #n ", " #n "*64(%[out])\n"
+#define MASKS7(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#define LOAD_MASK(n) "kmovw 2048+" #n "*8(%[in]), %%k" #n "\n"
+#define KEEP_MASK(n) "kmovw %%k" #n ", 2048+" #n "*8(%[out])\n"
 #define CLOBBERS "rcx", "r11", "memory", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", \
     "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15"
 
@@ -92,19 +100,28 @@ static int wrong(const Registers wanted, const Registers found) {
 #define HOLD(RESULT, WORK, IN, OUT, ...)                                                                            \
     do {                                                                                                            \
         if (bits == 512)                                                                                            \
-            __asm__ volatile(EACH16(LOAD_ZMM) UPPER16(LOAD_ZMM) WORK EACH16(KEEP_ZMM) UPPER16(KEEP_ZMM) "vzeroupper" \
+            __asm__ volatile(EACH16(LOAD_ZMM) UPPER16(LOAD_ZMM) MASKS7(LOAD_MASK) WORK                              \
+                             EACH16(KEEP_ZMM) UPPER16(KEEP_ZMM) MASKS7(KEEP_MASK) "vzeroupper"                      \
                              : "+a"(RESULT) : [in] "r"(IN), [out] "r"(OUT), __VA_ARGS__ : CLOBBERS);                \
         else                                                                                                        \
             __asm__ volatile(EACH16(LOAD_YMM) WORK EACH16(KEEP_YMM) "vzeroupper"                                     \
                              : "+a"(RESULT) : [in] "r"(IN), [out] "r"(OUT), __VA_ARGS__ : CLOBBERS);                \
     } while (0)
 
+// Values of vector registers, of an x87 register and of the rounding mode, through so many turns of an empty loop.
 static int spin(uint64_t seed, long turns) {
     Registers in, out;
     long ignored = 0;
+    unsigned rounding = (unsigned)(seed & 3) << 13, mxcsr;
+    double on_stack = (double)(seed & 0xffff), popped;
     fill(in, seed);
+    _mm_setcsr(0x1f80 | rounding);
+    __asm__ volatile("fldl %0" : : "m"(on_stack));
     HOLD(ignored, "mov %[turns], %%rcx\n 1: dec %%rcx\n jnz 1b\n", in, out, [turns] "r"(turns));
-    return wrong(in, out);
+    __asm__ volatile("fstpl %0" : "=m"(popped));
+    mxcsr = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+    return wrong(in, out) + (popped != on_stack) + ((mxcsr & 0x6000) != rounding);
 }
 
 // fork(2) or vfork(2) by its number, between loading and checking; both processes return. Inline, because after vfork(2) they
@@ -166,7 +183,10 @@ static int hold(int processes, double seconds) {
         } while (now() < end);
         _exit(0);
     }
-    while (wait(0) > 0) {}
+    int status, died = 0;
+    while (wait(&status) > 0)
+        died += status != 0;
+    tallies[0].bad += died;
     return report("hold", tallies, processes);
 }
 

@@ -4,6 +4,7 @@
 //! Nothing here trusts the tables: every address in them is looked up in the guest's RAM, and a walk has as many steps as
 //! there are levels. Protection keys are not looked at: the guest's kernel is told that there are none.
 
+use crate::memory::PAGE_BYTES;
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,8 +31,6 @@ const CR0_WP: u64 = 1 << 16;
 const CR4_LA57: u64 = 1 << 12;
 const CR4_SMAP: u64 = 1 << 21;
 const RFLAGS_AC: u64 = 1 << 18;
-/// Smallest page, bytes.
-const PAGE: u64 = 4096;
 /// Bits of an address that one level of tables translates.
 const LEVEL_BITS: u32 = 9;
 /// Bits of an address within the smallest page.
@@ -103,7 +102,7 @@ impl<'a> AddressSpace<'a> {
         let mut pieces = Vec::new();
         let mut address = range.start;
         while address < range.end {
-            let bytes = (PAGE - address % PAGE).min(range.end - address);
+            let bytes = (PAGE_BYTES - address % PAGE_BYTES).min(range.end - address);
             pieces.push(Piece { start: self.translate(address, access)?, bytes: bytes as usize });
             address += bytes;
         }
@@ -210,7 +209,7 @@ mod tests {
             let entry_at = GuestAddress(table + (address >> (PAGE_BITS + LEVEL_BITS * at) & 511) * 8);
             let leaf = at == level;
             let large = if leaf && level > 0 { LARGE } else { 0 };
-            table += PAGE;
+            table += PAGE_BYTES;
             ram.write_obj(if leaf { physical | bits | large } else { table | bits }, entry_at).unwrap();
             if leaf {
                 return entry_at;
@@ -248,13 +247,13 @@ mod tests {
                 // Half of them lead to other tables.
                 let word = if index % 2 == 0 { *word & 0x7ff8_0fff | 1 } else { *word };
                 for page in 0..16 {
-                    ram.write_obj(word, GuestAddress(page * PAGE + index as u64 * 64)).unwrap();
+                    ram.write_obj(word, GuestAddress(page * PAGE_BYTES + index as u64 * 64)).unwrap();
                 }
             }
             let (regs, sregs) = registers(false);
             let access = if write { Access::Write } else { Access::Read };
             let space = AddressSpace::new(&ram, &regs, &sregs);
-            let _ = space.pieces(address..address.saturating_add(3 * PAGE), access);
+            let _ = space.pieces(address..address.saturating_add(3 * PAGE_BYTES), access);
         }
     }
 

@@ -1,10 +1,10 @@
-//! XSAVE and XRSTOR of the guest's kernel, carried out on its registers and memory: KVM's emulator, which runs that kernel on
-//! `kvm_pvm`, does not know them, and without them two tasks of a guest share their vector registers. For `pvm.rs`.
+//! XSAVE and XRSTOR of the guest's kernel, carried out on its registers and memory. KVM's emulator, which runs that kernel
+//! on `kvm_pvm`, does not know them, and without them two tasks of a guest share their vector registers. For `pvm.rs`.
 
 use super::exception::Exception;
 use super::instruction::{Operation, XsaveInstruction};
 use super::page_table::{Access, AddressSpace, Piece, Untranslated};
-use super::xsave_area::{self, FIXED, Layout, Refused};
+use super::xsave_area::{self, FIXED, Layout, Refused, XSTATE_BV};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -12,8 +12,6 @@ const CR0_TS: u64 = 1 << 3;
 const CR4_OSXSAVE: u64 = 1 << 18;
 /// An area begins at a multiple of this, bytes.
 const ALIGNMENT: u64 = 64;
-/// Where XSTATE_BV lies in an area.
-const XSTATE_BV: u64 = 512;
 
 /// The guest uses state that cannot be saved here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -65,8 +63,8 @@ impl From<Refused> for Outcome {
     }
 }
 
-/// Carries out `instruction` between the guest's RAM and `state`, the image that KVM passes. RAM is changed only by a save that
-/// is done, `state` is that of the vCPU only after a restore that is done.
+/// Carries out `instruction` between the guest's RAM and `state`, the image that KVM passes. RAM is changed only by a save
+/// that is done; `state` is to be given back to the vCPU only after a restore that is done.
 pub fn execute(
     instruction: &XsaveInstruction,
     registers: Registers<'_>,
@@ -108,7 +106,7 @@ impl Area<'_> {
     fn save(&self, layout: &Layout, state: &mut [u8], components: u64, wide: bool) -> Result<(), Outcome> {
         let pieces = self.pieces(layout.bytes(components), Access::Write)?;
         let mut before = [0; 8];
-        self.read(&pieces, XSTATE_BV as usize, &mut before)?;
+        self.read(&pieces, XSTATE_BV.start, &mut before)?;
         xsave_area::save(state, components, u64::from_le_bytes(before), wide);
         for range in layout.saved(components) {
             for (at, address, bytes) in parts(&pieces, range.start, range.len()) {

@@ -24,7 +24,8 @@ const MXCSR: Range<usize> = 24..28;
 const MXCSR_MASK: Range<usize> = 28..32;
 const X87_REGISTERS: Range<usize> = 32..160;
 const XMM: Range<usize> = 160..416;
-const XSTATE_BV: Range<usize> = 512..520;
+/// Where XSTATE_BV lies in an image.
+pub const XSTATE_BV: Range<usize> = 512..520;
 /// Bytes that XRSTOR wants to be zero in the standard format.
 const MUST_BE_ZERO: Range<usize> = 520..536;
 /// Upper halves of the x87 pointers: what the 32-bit forms use for selectors, which processors of today store as zero.
