@@ -238,6 +238,30 @@ async fn what_is_asked_again_is_asked_over_another_connection() {
 }
 
 #[tokio::test]
+async fn one_wrong_answer_costs_one_connection() {
+    let object = noise(1, 4 << 20);
+    let server = Server::start(object.clone()).await;
+    server.set_bandwidth(10 << 20);
+    let source = source(&http(), &server.url(), Some(4 << 20));
+    // Beside a demand read, prefetch asks for little at a time: one body takes many requests.
+    let mut beside = source.stream_at(0, 1 << 20, Class::Prefetch);
+    beside.next().await.unwrap();
+    source.read_at(0, 100, Class::Demand).await.unwrap();
+    while beside.next().await.unwrap().is_some() {}
+    let (requests, connections) = (server.request_count(), server.connection_count());
+    server.fail_next([Fault::WrongRange]);
+    let mut body = source.stream_at(0, 4 << 20, Class::Prefetch);
+    let mut got = Vec::new();
+    while let Some(piece) = body.next().await.unwrap() {
+        got.extend_from_slice(&piece);
+    }
+    assert_eq!(got, object);
+    let (requests, opened) = (server.request_count() - requests, server.connection_count() - connections);
+    // One for the question that was repeated, and one after it.
+    assert!(requests > 4 && opened <= 2, "{opened} connections for {requests} requests");
+}
+
+#[tokio::test]
 async fn bytes_beyond_the_end_are_asked_for_once() {
     let server = Server::start(noise(1, 5000)).await;
     server.fail_always(Fault::UpToTheEnd);

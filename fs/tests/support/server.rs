@@ -96,6 +96,8 @@ pub struct State {
     /// Body bytes that crossed the link.
     pub sent: AtomicU64,
     pub requests: Mutex<Vec<Request>>,
+    /// Connections that were accepted.
+    pub connections: AtomicU64,
 }
 
 /// A link that all bodies of a server share, piece by piece.
@@ -141,6 +143,7 @@ impl Server {
             link: Mutex::default(),
             sent: AtomicU64::new(0),
             requests: Mutex::default(),
+            connections: AtomicU64::new(0),
         };
         Self::listen("127.0.0.1:0".parse().unwrap(), Arc::new(state)).await
     }
@@ -152,6 +155,7 @@ impl Server {
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
+                shared.connections.fetch_add(1, Relaxed);
                 connections.spawn(serve(stream, shared.clone()));
             }
         });
@@ -200,6 +204,10 @@ impl Server {
 
     pub fn requests(&self) -> Vec<Request> {
         self.state.requests.lock().unwrap().clone()
+    }
+
+    pub fn connection_count(&self) -> u64 {
+        self.state.connections.load(Relaxed)
     }
 
     pub fn request_count(&self) -> usize {
