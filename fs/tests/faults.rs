@@ -205,6 +205,20 @@ async fn wrong_answers_teach_nothing_and_take_nothing_away() {
 }
 
 #[tokio::test]
+async fn a_host_that_has_sent_ranges_is_asked_for_ranges_ever_after() {
+    let object = noise(1, 5000);
+    let server = Server::start(object.clone()).await;
+    let source = source(&http(), &server.url(), Some(5000));
+    assert_eq!(source.read_at(0, 100, Class::Demand).await.unwrap(), object[..100]);
+    server.fail_next([Fault::WrongRange, Fault::Chunked(noise(2, 300)), Fault::WholeChunked]);
+    assert_eq!(source.read_at(100, 100, Class::Demand).await.unwrap(), object[100..200]);
+    assert_eq!(source.read_at(200, 100, Class::Demand).await.unwrap(), object[200..300]);
+    let asked = server.requests();
+    assert!(asked.len() == 6 && asked.iter().all(|asked| asked.range.is_some()), "{asked:?}");
+    assert_eq!(source.counters().bytes, 300, "nothing was downloaded whole");
+}
+
+#[tokio::test]
 async fn reads_of_every_class_get_over_wrong_answers() {
     let memory = noise(1, 300 * CHUNK);
     let fixture = Fixture::with(&[("memory.bin", memory)]);

@@ -112,8 +112,8 @@ impl Object {
             StatusCode::PARTIAL_CONTENT => {
                 self.check_range(&response, first, last).map(|()| Answer::Range(response))
             }
-            // A page of somebody else's looks like this; from a host that does it again it is the object.
-            StatusCode::OK if response.content_length().is_none() && self.learnt().ranges && !again => {
+            // A page of somebody else's looks like this. From a host that serves ranges it never is the object.
+            StatusCode::OK if response.content_length().is_none() && self.learnt().ranges => {
                 let (url, wanted) = (self.route.label(), format!("bytes {first}-{last}"));
                 Err(HttpError::WrongRange { url, wanted, got: "something without a length".into() })
             }
