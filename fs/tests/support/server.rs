@@ -61,6 +61,8 @@ pub enum Fault {
     WholeUpTo(usize),
     /// 200 and the whole object, chunked: its length is not announced.
     WholeChunked,
+    /// The same, which ends after so many bytes as if that were all.
+    ChunkedUpTo(usize),
     /// A gzip-encoded answer.
     Gzip,
     /// A redirect to this location.
@@ -351,7 +353,7 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
         let body = [format!("{:x}\r\n", page.len()).as_bytes(), page, b"\r\n0\r\n\r\n"].concat();
         return send(stream, "200 OK\r\nTransfer-Encoding: chunked", &body).await;
     }
-    let whole = matches!(fault, Fault::Whole | Fault::WholeUpTo(_) | Fault::WholeChunked);
+    let whole = matches!(fault, Fault::Whole | Fault::WholeUpTo(_) | Fault::WholeChunked | Fault::ChunkedUpTo(_));
     let Some(mut range) = request.range.filter(|_| !whole) else {
         return send_whole(stream, state, &etag_line, fault).await;
     };
@@ -423,8 +425,9 @@ async fn send_whole(stream: &mut TcpStream, state: &State, etag_line: &str, faul
     let body = state.body(0..len);
     let head = format!("200 OK\r\n{etag_line}");
     match fault {
-        Fault::WholeChunked => {
-            let body = [format!("{len:x}\r\n").as_bytes(), &body, b"\r\n0\r\n\r\n"].concat();
+        Fault::WholeChunked | Fault::ChunkedUpTo(_) => {
+            let len = if let Fault::ChunkedUpTo(end) = fault { end } else { len };
+            let body = [format!("{len:x}\r\n").as_bytes(), &body[..len], b"\r\n0\r\n\r\n"].concat();
             send(stream, &format!("{head}Transfer-Encoding: chunked"), &body).await
         }
         Fault::Gzip => {
