@@ -330,7 +330,7 @@ fn compile(
 fn make<'a>(tree: &Path, objects: &Path, interrupt: &'a Interrupt) -> Tool<'a> {
     let mut output = std::ffi::OsString::from("O=");
     output.push(objects);
-    Tool::with_its_own("make", interrupt)
+    Tool::isolated("make", interrupt)
         .arg("-C")
         .arg(tree)
         .arg(output)

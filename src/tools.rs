@@ -127,7 +127,7 @@ impl Interrupt {
 
 /// What shuts a program in with all that it starts and mounts: namespaces that end when their first process does, which
 /// the kernel kills when `unshare` is.
-const SHELL: [&str; 6] = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
+const UNSHARE: [&str; 6] = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
 
 /// A program about to be run. Once it runs it is killed when the thread that runs it dies.
 pub struct Tool<'a> {
@@ -135,7 +135,7 @@ pub struct Tool<'a> {
     name: String,
     interrupt: &'a Interrupt,
     log: Option<&'a mut dyn Write>,
-    outlives: bool,
+    finishes_alone: bool,
 }
 
 impl<'a> Tool<'a> {
@@ -146,24 +146,24 @@ impl<'a> Tool<'a> {
 
     /// A program that starts others, or mounts. They end with it, and with us; its mounts are nobody else's to see. That takes
     /// root: for other users it is an ordinary program.
-    pub fn with_its_own(program: &str, interrupt: &'a Interrupt) -> Self {
-        if !can_shut_in() {
+    pub fn isolated(program: &str, interrupt: &'a Interrupt) -> Self {
+        if !can_isolate() {
             return Self::new(program, interrupt);
         }
-        let mut command = Command::new(SHELL[0]);
-        command.args(&SHELL[1..]).arg("--").arg(program);
+        let mut command = Command::new(UNSHARE[0]);
+        command.args(&UNSHARE[1..]).arg("--").arg(program);
         Self::started_by(command, program, interrupt)
     }
 
     fn started_by(mut command: Command, program: &str, interrupt: &'a Interrupt) -> Self {
         // A group of its own: the terminal's Ctrl-C comes to us, and we end it in an order that lets it clean up.
         command.stdin(Stdio::null()).env("LC_ALL", "C.UTF-8").process_group(0);
-        Self { command, name: program.to_owned(), interrupt, log: None, outlives: false }
+        Self { command, name: program.to_owned(), interrupt, log: None, finishes_alone: false }
     }
 
     /// Lets it finish when forkd is killed.
-    fn surviving(mut self) -> Self {
-        self.outlives = true;
+    fn finishes_alone(mut self) -> Self {
+        self.finishes_alone = true;
         self
     }
 
@@ -201,7 +201,7 @@ impl<'a> Tool<'a> {
         let (reader, writer) = io::pipe().map_err(output(&self.name))?;
         let copy = writer.try_clone().map_err(output(&self.name))?;
         self.command.stdout(writer).stderr(copy);
-        if !self.outlives {
+        if !self.finishes_alone {
             sys::bind_to_starter(&mut self.command);
         }
         let mut child =
@@ -260,13 +260,13 @@ impl<'a> Tool<'a> {
 }
 
 /// Whether this user can have programs in namespaces of their own.
-fn can_shut_in() -> bool {
+fn can_isolate() -> bool {
     if !rustix::process::geteuid().is_root() {
         return false;
     }
-    let mut trial = Command::new(SHELL[0]);
+    let mut trial = Command::new(UNSHARE[0]);
     trial
-        .args(&SHELL[1..])
+        .args(&UNSHARE[1..])
         .args(["--", "true"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -343,13 +343,13 @@ pub fn install(
             .args(["install", "--yes", "--no-install-recommends"])
             .args(packages)
             // Half an installation would be this machine's trouble, not ours.
-            .surviving()
+            .finishes_alone()
             .run(line)
     };
     // Lists that are absent or old are the usual reason for a failure.
     match install(&mut line) {
         Err(ToolError::Failed { .. }) => {
-            Tool::new("apt-get", interrupt).arg("update").surviving().run(&mut line)?;
+            Tool::new("apt-get", interrupt).arg("update").finishes_alone().run(&mut line)?;
             install(&mut line)
         }
         result => result,

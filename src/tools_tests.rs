@@ -52,7 +52,7 @@ fn an_interrupt_ends_the_program_and_its_children() {
 
 #[test]
 fn what_a_program_starts_and_mounts_ends_with_it() {
-    if !can_shut_in() {
+    if !can_isolate() {
         println!("skipped: this takes root");
         return;
     }
@@ -62,14 +62,14 @@ fn what_a_program_starts_and_mounts_ends_with_it() {
         "mount -t tmpfs none {path} && touch {path}/file && ls {path}\n\
          setsid sleep 1000007 >/dev/null 2>&1 &\n readlink /proc/self/ns/pid"
     );
-    let said = Tool::with_its_own("sh", &interrupt).args(["-c", &script]).capture().unwrap();
+    let said = Tool::isolated("sh", &interrupt).args(["-c", &script]).capture().unwrap();
     let ours = std::fs::read_link("/proc/self/ns/pid").unwrap();
     let lines: Vec<_> = said.lines().collect();
     assert!(lines[0] == "file" && lines[1] != ours.to_str().unwrap(), "{said}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     let left = shell("ps -eo stat,args | grep -v ^Z | grep -c '[s]leep 1000007'", &interrupt).capture();
     assert!(matches!(left, Err(ToolError::Failed { .. })), "{left:?}");
-    let failed = Tool::with_its_own("sh", &interrupt).args(["-c", "echo no; exit 3"]).capture();
+    let failed = Tool::isolated("sh", &interrupt).args(["-c", "echo no; exit 3"]).capture();
     let Err(ToolError::Failed { tool, status, tail }) = failed else { panic!("{failed:?}") };
     assert_eq!((tool.as_str(), status.code(), tail.as_str()), ("sh", Some(3), "no"));
 }

@@ -53,7 +53,7 @@ impl Workspace {
         let failed = |source| WorkspaceError::Place { path: out.to_owned(), source };
         // What cannot be removed is not ours to speak of.
         let _ = remove_dead(parent);
-        run_dir.note_workplace(&fs::canonicalize(parent).map_err(failed)?)?;
+        run_dir.note_workspace_parent(&fs::canonicalize(parent).map_err(failed)?)?;
         let dir = WorkDir::create(parent, PREFIX).map_err(failed)?;
         for name in ["unpacked", "members"] {
             fs::create_dir(dir.path().join(name)).map_err(failed)?;
@@ -211,7 +211,7 @@ mod tests {
         drop((first, second));
         assert_eq!(names(), 3, "the pack and two directories that are not ours to remove");
         let [fork] = &ForkDir::all(&paths).unwrap()[..] else { panic!("one run directory") };
-        assert_eq!(fork.workplace().unwrap(), dir.path().canonicalize().unwrap());
+        assert_eq!(fork.workspace_parent().unwrap(), dir.path().canonicalize().unwrap());
         drop(lock);
         assert_eq!(remove_dead(dir.path()).unwrap().len(), 1);
         let remains = create().remains();

@@ -43,7 +43,7 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
     ForkDir::remove_unborn(&paths)?;
     for fork in ForkDir::all(&paths)? {
         // Its run directory, which knows the place, has to go last.
-        if let Some(place) = fork.workplace().filter(|_| !fork.is_alive()) {
+        if let Some(place) = fork.workspace_parent().filter(|_| !fork.is_alive()) {
             work.extend(workspace::remove_dead(&place).map_err(failed(&place))?);
         }
         if fork.remove_if_dead()? {

@@ -238,7 +238,7 @@ struct Builder<'a> {
 impl Builder<'_> {
     /// A program whose processes and mounts end with it, and its temporary files with the work directory.
     fn tool(&self, name: &str) -> Tool<'_> {
-        Tool::with_its_own(name, self.interrupt).env("TMPDIR", self.work.path())
+        Tool::isolated(name, self.interrupt).env("TMPDIR", self.work.path())
     }
 
     /// The distribution's tree, and the time (seconds since 1970) of its newest packaged file.
