@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use forkd_vmm::sys;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
 /// Lines of a failed program's output that its error shows.
 const TAIL_LINES: usize = 12;
@@ -29,6 +29,10 @@ const LINE_MAX: usize = 4096;
 const POLL: Duration = Duration::from_millis(100);
 /// How long an interrupted program may take to clean up before it is killed.
 const GRACE: Duration = Duration::from_secs(10);
+/// The same of an isolated one, which may not hear of it, and whose processes and mounts go with its namespaces.
+const ISOLATED_GRACE: Duration = Duration::from_secs(1);
+/// How long the processes of one that was killed may take to be gone.
+const GONE: Duration = Duration::from_millis(500);
 
 /// Why an external program did not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +139,7 @@ pub struct Tool<'a> {
     name: String,
     interrupt: &'a Interrupt,
     log: Option<&'a mut dyn Write>,
+    isolated: bool,
     finishes_alone: bool,
 }
 
@@ -144,21 +149,29 @@ impl<'a> Tool<'a> {
         Self::started_by(Command::new(program), program, interrupt)
     }
 
-    /// A program that starts others, or mounts. They end with it, and with us; its mounts are nobody else's to see. That takes
-    /// root: for other users it is an ordinary program.
+    /// A program that starts others, or mounts. They end with it, and with us; its mounts are nobody else's to see. It
+    /// is the first process of its namespace, which SIGTERM ends only if it has a handler. That takes root: for other
+    /// users it is an ordinary program.
     pub fn isolated(program: &str, interrupt: &'a Interrupt) -> Self {
         if !can_isolate() {
             return Self::new(program, interrupt);
         }
         let mut command = Command::new(UNSHARE[0]);
         command.args(&UNSHARE[1..]).arg("--").arg(program);
-        Self::started_by(command, program, interrupt)
+        Self { isolated: true, ..Self::started_by(command, program, interrupt) }
     }
 
     fn started_by(mut command: Command, program: &str, interrupt: &'a Interrupt) -> Self {
         // A group of its own: the terminal's Ctrl-C comes to us, and we end it in an order that lets it clean up.
         command.stdin(Stdio::null()).env("LC_ALL", "C.UTF-8").process_group(0);
-        Self { command, name: program.to_owned(), interrupt, log: None, finishes_alone: false }
+        Self {
+            command,
+            name: program.to_owned(),
+            interrupt,
+            log: None,
+            isolated: false,
+            finishes_alone: false,
+        }
     }
 
     /// Lets it finish when forkd is killed.
@@ -209,6 +222,7 @@ impl<'a> Tool<'a> {
         // The command keeps its copies of the pipe's end, and the reader would wait for those.
         drop(self.command);
 
+        let grace = if self.isolated { ISOLATED_GRACE } else { GRACE };
         let (sender, lines) = mpsc::sync_channel(64);
         thread::spawn(move || read_lines(BufReader::new(reader), |text| sender.send(text).is_ok()));
         let mut tail = VecDeque::with_capacity(TAIL_LINES);
@@ -216,7 +230,7 @@ impl<'a> Tool<'a> {
             match lines.recv_timeout(POLL) {
                 Ok(text) => {
                     if let Some(Err(source)) = self.log.as_mut().map(|log| writeln!(log, "{text}")) {
-                        stop(&mut child);
+                        stop(&mut child, grace);
                         return Err(ToolError::Output { tool: self.name, source });
                     }
                     line(&text);
@@ -234,7 +248,7 @@ impl<'a> Tool<'a> {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             if self.interrupt.is_set() {
-                stop(&mut child);
+                stop(&mut child, grace);
                 return Err(ToolError::Interrupted);
             }
         }
@@ -275,16 +289,21 @@ fn can_isolate() -> bool {
 }
 
 /// Asks a program and its children to end, then makes them.
-fn stop(child: &mut Child) {
+fn stop(child: &mut Child, grace: Duration) {
     let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let signal = |signal| group.map(|group| kill_process_group(group, signal));
     let _ = signal(Signal::TERM);
-    let end = Instant::now() + GRACE;
+    let end = Instant::now() + grace;
     while Instant::now() < end && matches!(child.try_wait(), Ok(None)) {
         thread::sleep(POLL / 4);
     }
     let _ = signal(Signal::KILL);
     let _ = child.wait();
+    // Its directory is removed next: nobody may still be writing there.
+    let end = Instant::now() + GONE;
+    while Instant::now() < end && group.is_some_and(|group| test_kill_process_group(group).is_ok()) {
+        thread::sleep(POLL / 10);
+    }
 }
 
 /// Splits output into lines. A carriage return ends one too: that is how progress is shown.

@@ -75,6 +75,26 @@ fn what_a_program_starts_and_mounts_ends_with_it() {
 }
 
 #[test]
+fn an_interrupt_ends_an_isolated_program_that_does_not_hear_of_it_too() {
+    if !can_isolate() {
+        println!("skipped: this takes root");
+        return;
+    }
+    let interrupt = Interrupt::default();
+    let (setter, mut started) = (interrupt.clone(), Instant::now());
+    let script = "setsid sleep 1000011 >/dev/null 2>&1 & echo up; exec sleep 1000011";
+    let result = Tool::isolated("sh", &interrupt).args(["-c", script]).run(|_| {
+        started = Instant::now();
+        setter.set();
+    });
+    assert!(matches!(result, Err(ToolError::Interrupted)), "{result:?}");
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    let fresh = Interrupt::default();
+    let left = shell("ps -eo stat,args | grep -v ^Z | grep -c '[s]leep 1000011'", &fresh).capture();
+    assert!(matches!(left, Err(ToolError::Failed { .. })), "{left:?}");
+}
+
+#[test]
 fn a_daemon_left_behind_does_not_hold_us_up() {
     let interrupt = Interrupt::default();
     let started = Instant::now();
