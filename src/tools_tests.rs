@@ -95,6 +95,20 @@ fn an_interrupt_ends_an_isolated_program_that_does_not_hear_of_it_too() {
 }
 
 #[test]
+fn a_closed_terminal_is_an_interrupt_with_its_own_exit_status() {
+    let interrupt = Interrupt::watch();
+    assert_eq!((interrupt.is_set(), interrupt.exit_status()), (false, None));
+    rustix::process::kill_process(rustix::process::getpid(), Signal::HUP).unwrap();
+    let started = Instant::now();
+    while !interrupt.is_set() {
+        assert!(started.elapsed() < Duration::from_secs(5));
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(interrupt.exit_status(), Some(129));
+    assert!(matches!(shell("true", &interrupt).capture(), Err(ToolError::Interrupted)));
+}
+
+#[test]
 fn a_daemon_left_behind_does_not_hold_us_up() {
     let interrupt = Interrupt::default();
     let started = Instant::now();
