@@ -353,7 +353,8 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
         let body = [format!("{:x}\r\n", page.len()).as_bytes(), page, b"\r\n0\r\n\r\n"].concat();
         return send(stream, "200 OK\r\nTransfer-Encoding: chunked", &body).await;
     }
-    let whole = matches!(fault, Fault::Whole | Fault::WholeUpTo(_) | Fault::WholeChunked | Fault::ChunkedUpTo(_));
+    let whole =
+        matches!(fault, Fault::Whole | Fault::WholeUpTo(_) | Fault::WholeChunked | Fault::ChunkedUpTo(_));
     let Some(mut range) = request.range.filter(|_| !whole) else {
         return send_whole(stream, state, &etag_line, fault).await;
     };

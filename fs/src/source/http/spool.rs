@@ -1,6 +1,6 @@
-//! Objects on hosts without byte ranges: downloaded once, from start to end, into a file without a name that all readers
-//! of the object share. The download goes on by itself, over broken connections too, until it is complete or its last
-//! reader is gone.
+//! Objects on hosts without byte ranges: downloaded once, from start to end, into a file without a name that all
+//! readers of the object share. The download goes on by itself, over broken connections too, until it is complete or
+//! its last reader is gone.
 
 use std::fs::File;
 use std::io;
@@ -175,8 +175,8 @@ impl Shared {
             let reached = self.fill.borrow().have;
             let too_long = matches!(error, HttpError::WrongLength { wanted, got, .. } if got > wanted);
             if too_long || (before == 0 && matches!(error, HttpError::WrongLength { .. })) {
-                // It may have been something else, and nothing of that may be held against the next answer. Of an answer
-                // that ends early, but began with the bytes that were there, what is new stays.
+                // It may have been something else, and nothing of that may be held against the next answer. Of an
+                // answer that ends early, but began with the bytes that were there, what is new stays.
                 self.fill.send_modify(|fill| fill.have = before);
             }
             let (error, mark) = (Arc::new(error), self.fill.borrow().mark);
