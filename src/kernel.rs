@@ -11,8 +11,8 @@
 //! ```
 //!
 //! A kernel appears with one rename, so a build that fails or is killed leaves none. What else a killed one leaves goes
-//! with the next one, or with `forkd cleanup`. Called by `forkd kernel`, and by the build of recipes, which needs a kernel
-//! to boot.
+//! with the next one, or with `forkd cleanup`. Called by `forkd kernel`, and by the build of recipes, which needs a
+//! kernel to boot.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -330,7 +330,7 @@ fn compile(
 fn make<'a>(tree: &Path, objects: &Path, interrupt: &'a Interrupt) -> Tool<'a> {
     let mut output = std::ffi::OsString::from("O=");
     output.push(objects);
-    Tool::with_its_own("make", interrupt)
+    Tool::isolated("make", interrupt)
         .arg("-C")
         .arg(tree)
         .arg(output)

@@ -45,8 +45,8 @@ use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 
-/// Parses `arguments` (the program's name first), runs the command and returns the exit code of DESIGN section 9:
-/// 0 done, 1 failed, 2 usage.
+/// Parses `arguments` (the program's name first), runs the command and returns its exit code: 0 when it did what was
+/// asked, 1 when it failed, 2 when the command line is not a valid one.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
     let ahead = commands::fork::Ahead::of(&arguments);
@@ -62,8 +62,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// Log lines go to stderr, filtered by `FORKD_LOG` (the syntax of `RUST_LOG`); warnings only unless asked. They are coloured
-/// where stderr is a terminal, unless `NO_COLOR` says otherwise.
+/// Log lines go to stderr, filtered by `FORKD_LOG` (the syntax of `RUST_LOG`); warnings only unless asked. They are
+/// coloured where stderr is a terminal, unless `NO_COLOR` says otherwise.
 fn start_logging(verbose: u8) {
     let fallback = match verbose {
         0 => "warn",
@@ -79,7 +79,8 @@ fn start_logging(verbose: u8) {
     let _ = subscriber.with_writer(std::io::stderr).try_init();
 }
 
-/// Whether what is written to a terminal, or not, has colour codes, by the rule of no-color.org: an empty variable is none.
+/// Whether what is written to a terminal, or not, has colour codes, by the rule of no-color.org: an empty variable is
+/// none.
 fn has_colours(terminal: bool, no_color: Option<&OsStr>) -> bool {
     terminal && no_color.is_none_or(OsStr::is_empty)
 }

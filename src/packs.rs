@@ -64,14 +64,15 @@ pub async fn find(
     }
 }
 
-/// Connections opened beside the registry's. Index and head come through two of the five; the working set, in four parts at
-/// most (`forkd_fs::store`), goes on with these and two more; and one is left for a page that the trace lacks. A guest waits for
-/// that: two round trips instead of one when it has no connection.
+/// Connections opened beside the registry's. Index and head come through two of the five; the working set, in four
+/// parts at most (`forkd_fs::store`), goes on with these and two more; and one is left for a page that the trace lacks.
+/// A guest waits for that: two round trips instead of one when it has no connection.
 const PRECONNECTED: usize = 4;
 
 /// Opens connections to the hub while its registry is asked for, most often the pack's host too.
 pub fn preconnect(hub: Option<&str>, http: &HttpClient) {
     if let Ok(HubAddress::Url(url)) = HubAddress::find(hub) {
+        http.authorize(url.as_str());
         (0..PRECONNECTED).for_each(|_| http.preconnect(url.as_str()));
     }
 }

@@ -7,7 +7,7 @@
 //!                        <child>.vsock   the child's vsock (CONNECT port)
 //!                        <child>.console its console
 //!                        cgroups         path of the directory with the children's cgroups, where they have any
-//!                        workplace       path of the directory in which its workspace lies (`workspace.rs`)
+//!                        workspace_parent path of the directory in which its workspace lies (`workspace.rs`)
 //! ```
 //! Callers: `supervisor.rs`, `machine_build.rs`, `workspace.rs`, and the commands that look at running children.
 
@@ -28,7 +28,7 @@ use std::time::Duration;
 const LOCK: &str = "lock";
 const CONTROL: &str = "control.sock";
 const CGROUPS: &str = "cgroups";
-const WORKPLACE: &str = "workplace";
+const WORKSPACE_PARENT: &str = "workspace_parent";
 /// Longest query or answer, bytes.
 const MESSAGE_MAX: u64 = 4 << 20;
 /// How long a supervisor may take to answer.
@@ -224,8 +224,8 @@ impl RunDir {
     }
 
     /// Notes in which directory this command's workspace will be, for whoever cleans up after it.
-    pub fn note_workplace(&self, directory: &Path) -> Result<(), RunDirError> {
-        let path = self.path.join(WORKPLACE);
+    pub fn note_workspace_parent(&self, directory: &Path) -> Result<(), RunDirError> {
+        let path = self.path.join(WORKSPACE_PARENT);
         fs::write(&path, directory.as_os_str().as_bytes()).map_err(file_error("writing", &path))
     }
 
@@ -344,8 +344,8 @@ impl ForkDir {
     }
 
     /// Where its workspace is, if it noted one.
-    pub fn workplace(&self) -> Option<PathBuf> {
-        let path = fs::read(self.path.join(WORKPLACE)).ok()?;
+    pub fn workspace_parent(&self) -> Option<PathBuf> {
+        let path = fs::read(self.path.join(WORKSPACE_PARENT)).ok()?;
         Some(PathBuf::from(OsStr::from_bytes(&path)))
     }
 

@@ -11,7 +11,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use forkd_vmm::sys;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, kill_process_group, test_kill_process_group};
 
 /// Lines of a failed program's output that its error shows.
 const TAIL_LINES: usize = 12;
@@ -29,6 +29,13 @@ const LINE_MAX: usize = 4096;
 const POLL: Duration = Duration::from_millis(100);
 /// How long an interrupted program may take to clean up before it is killed.
 const GRACE: Duration = Duration::from_secs(10);
+/// The same of an isolated one, which may not hear of it, and whose processes and mounts go with its namespaces.
+const ISOLATED_GRACE: Duration = Duration::from_secs(1);
+/// How long the processes of one that was killed may take to be gone.
+const GONE: Duration = Duration::from_millis(500);
+
+/// Exit status after Ctrl-C.
+const INTERRUPTED: u8 = 130;
 
 /// Why an external program did not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -79,13 +86,14 @@ fn tail_text(tail: &str) -> String {
     if tail.is_empty() { String::new() } else { format!("; its last words:\n{tail}") }
 }
 
-/// Whether the user wants us to stop: SIGINT or SIGTERM since [`Interrupt::watch`].
+/// Whether the user wants us to stop: SIGINT, SIGTERM or SIGHUP since [`Interrupt::watch`]. What it holds is the exit
+/// status that shells give to that signal, 0 until one has come.
 #[derive(Debug, Clone, Default)]
-pub struct Interrupt(Arc<AtomicBool>);
+pub struct Interrupt(Arc<AtomicU8>);
 
 impl Interrupt {
-    /// Takes over SIGINT and SIGTERM for the rest of the process, on a thread of its own. Where that is not possible
-    /// the signals keep ending the process at once.
+    /// Takes over SIGINT, SIGTERM and, unless it is ignored (nohup), SIGHUP for the rest of the process, on a thread of
+    /// its own. Where that is not possible the signals keep ending the process at once.
     pub fn watch() -> Self {
         let interrupt = Self::default();
         let flag = Arc::clone(&interrupt.0);
@@ -96,14 +104,28 @@ impl Interrupt {
             let signals = runtime.as_ref().ok().and_then(|runtime| {
                 use tokio::signal::unix::{SignalKind, signal};
                 let _context = runtime.enter();
-                Some((signal(SignalKind::interrupt()).ok()?, signal(SignalKind::terminate()).ok()?))
+                let hangup = (!ignores_hangup()).then(|| signal(SignalKind::hangup())).transpose().ok()?;
+                let interrupt = signal(SignalKind::interrupt()).ok()?;
+                Some((interrupt, signal(SignalKind::terminate()).ok()?, hangup))
             });
             started.wait();
-            let (Ok(runtime), Some((mut interrupt, mut terminate))) = (runtime, signals) else { return };
-            runtime.block_on(async {
-                tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+            let (Ok(runtime), Some((mut interrupt, mut terminate, mut hangup))) = (runtime, signals) else {
+                return;
+            };
+            let status = runtime.block_on(async {
+                let hung_up = async {
+                    match &mut hangup {
+                        Some(hangup) => hangup.recv().await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    _ = interrupt.recv() => INTERRUPTED,
+                    _ = terminate.recv() => 143,
+                    _ = hung_up => 129,
+                }
             });
-            flag.store(true, Ordering::Relaxed);
+            flag.store(status, Ordering::Relaxed);
         });
         ready.wait();
         interrupt
@@ -111,12 +133,17 @@ impl Interrupt {
 
     /// Whether the user has asked us to stop.
     pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.exit_status().is_some()
     }
 
-    /// Stops what watches this, as a signal would.
+    /// What the process has to end with, once it is set.
+    pub fn exit_status(&self) -> Option<u8> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|status| *status != 0)
+    }
+
+    /// Stops what watches this, as Ctrl-C would.
     pub fn set(&self) {
-        self.0.store(true, Ordering::Relaxed);
+        self.0.store(INTERRUPTED, Ordering::Relaxed);
     }
 
     /// An error once it is set; for loops that are not programs.
@@ -125,9 +152,17 @@ impl Interrupt {
     }
 }
 
-/// What shuts a program in with all that it starts and mounts: namespaces that end when their first process does, which
+/// Whether whoever started us wants us to outlive the terminal.
+fn ignores_hangup() -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    // SIGHUP is signal 1, the lowest bit.
+    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 != 0)
+}
+
+/// What isolates a program with all that it starts and mounts: namespaces that end when their first process does, which
 /// the kernel kills when `unshare` is.
-const SHELL: [&str; 6] = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
+const UNSHARE: [&str; 6] = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
 
 /// A program about to be run. Once it runs it is killed when the thread that runs it dies.
 pub struct Tool<'a> {
@@ -135,7 +170,8 @@ pub struct Tool<'a> {
     name: String,
     interrupt: &'a Interrupt,
     log: Option<&'a mut dyn Write>,
-    outlives: bool,
+    isolated: bool,
+    finishes_alone: bool,
 }
 
 impl<'a> Tool<'a> {
@@ -144,26 +180,34 @@ impl<'a> Tool<'a> {
         Self::started_by(Command::new(program), program, interrupt)
     }
 
-    /// A program that starts others, or mounts. They end with it, and with us; its mounts are nobody else's to see. That takes
-    /// root: for other users it is an ordinary program.
-    pub fn with_its_own(program: &str, interrupt: &'a Interrupt) -> Self {
-        if !can_shut_in() {
+    /// A program that starts others, or mounts. They end with it, and with us; its mounts are nobody else's to see. It
+    /// is the first process of its namespace, which SIGTERM ends only if it has a handler. That takes root: for other
+    /// users it is an ordinary program.
+    pub fn isolated(program: &str, interrupt: &'a Interrupt) -> Self {
+        if !can_isolate() {
             return Self::new(program, interrupt);
         }
-        let mut command = Command::new(SHELL[0]);
-        command.args(&SHELL[1..]).arg("--").arg(program);
-        Self::started_by(command, program, interrupt)
+        let mut command = Command::new(UNSHARE[0]);
+        command.args(&UNSHARE[1..]).arg("--").arg(program);
+        Self { isolated: true, ..Self::started_by(command, program, interrupt) }
     }
 
     fn started_by(mut command: Command, program: &str, interrupt: &'a Interrupt) -> Self {
         // A group of its own: the terminal's Ctrl-C comes to us, and we end it in an order that lets it clean up.
         command.stdin(Stdio::null()).env("LC_ALL", "C.UTF-8").process_group(0);
-        Self { command, name: program.to_owned(), interrupt, log: None, outlives: false }
+        Self {
+            command,
+            name: program.to_owned(),
+            interrupt,
+            log: None,
+            isolated: false,
+            finishes_alone: false,
+        }
     }
 
     /// Lets it finish when forkd is killed.
-    fn surviving(mut self) -> Self {
-        self.outlives = true;
+    fn finishes_alone(mut self) -> Self {
+        self.finishes_alone = true;
         self
     }
 
@@ -201,7 +245,7 @@ impl<'a> Tool<'a> {
         let (reader, writer) = io::pipe().map_err(output(&self.name))?;
         let copy = writer.try_clone().map_err(output(&self.name))?;
         self.command.stdout(writer).stderr(copy);
-        if !self.outlives {
+        if !self.finishes_alone {
             sys::bind_to_starter(&mut self.command);
         }
         let mut child =
@@ -209,6 +253,7 @@ impl<'a> Tool<'a> {
         // The command keeps its copies of the pipe's end, and the reader would wait for those.
         drop(self.command);
 
+        let grace = if self.isolated { ISOLATED_GRACE } else { GRACE };
         let (sender, lines) = mpsc::sync_channel(64);
         thread::spawn(move || read_lines(BufReader::new(reader), |text| sender.send(text).is_ok()));
         let mut tail = VecDeque::with_capacity(TAIL_LINES);
@@ -216,7 +261,7 @@ impl<'a> Tool<'a> {
             match lines.recv_timeout(POLL) {
                 Ok(text) => {
                     if let Some(Err(source)) = self.log.as_mut().map(|log| writeln!(log, "{text}")) {
-                        stop(&mut child);
+                        stop(&mut child, grace);
                         return Err(ToolError::Output { tool: self.name, source });
                     }
                     line(&text);
@@ -234,7 +279,7 @@ impl<'a> Tool<'a> {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             if self.interrupt.is_set() {
-                stop(&mut child);
+                stop(&mut child, grace);
                 return Err(ToolError::Interrupted);
             }
         }
@@ -260,13 +305,13 @@ impl<'a> Tool<'a> {
 }
 
 /// Whether this user can have programs in namespaces of their own.
-fn can_shut_in() -> bool {
+fn can_isolate() -> bool {
     if !rustix::process::geteuid().is_root() {
         return false;
     }
-    let mut trial = Command::new(SHELL[0]);
+    let mut trial = Command::new(UNSHARE[0]);
     trial
-        .args(&SHELL[1..])
+        .args(&UNSHARE[1..])
         .args(["--", "true"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -275,16 +320,21 @@ fn can_shut_in() -> bool {
 }
 
 /// Asks a program and its children to end, then makes them.
-fn stop(child: &mut Child) {
+fn stop(child: &mut Child, grace: Duration) {
     let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let signal = |signal| group.map(|group| kill_process_group(group, signal));
     let _ = signal(Signal::TERM);
-    let end = Instant::now() + GRACE;
+    let end = Instant::now() + grace;
     while Instant::now() < end && matches!(child.try_wait(), Ok(None)) {
         thread::sleep(POLL / 4);
     }
     let _ = signal(Signal::KILL);
     let _ = child.wait();
+    // Its directory is removed next: nobody may still be writing there.
+    let end = Instant::now() + GONE;
+    while Instant::now() < end && group.is_some_and(|group| test_kill_process_group(group).is_ok()) {
+        thread::sleep(POLL / 10);
+    }
 }
 
 /// Splits output into lines. A carriage return ends one too: that is how progress is shown.
@@ -343,13 +393,13 @@ pub fn install(
             .args(["install", "--yes", "--no-install-recommends"])
             .args(packages)
             // Half an installation would be this machine's trouble, not ours.
-            .surviving()
+            .finishes_alone()
             .run(line)
     };
     // Lists that are absent or old are the usual reason for a failure.
     match install(&mut line) {
         Err(ToolError::Failed { .. }) => {
-            Tool::new("apt-get", interrupt).arg("update").surviving().run(&mut line)?;
+            Tool::new("apt-get", interrupt).arg("update").finishes_alone().run(&mut line)?;
             install(&mut line)
         }
         result => result,

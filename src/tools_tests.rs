@@ -52,7 +52,7 @@ fn an_interrupt_ends_the_program_and_its_children() {
 
 #[test]
 fn what_a_program_starts_and_mounts_ends_with_it() {
-    if !can_shut_in() {
+    if !can_isolate() {
         println!("skipped: this takes root");
         return;
     }
@@ -62,16 +62,50 @@ fn what_a_program_starts_and_mounts_ends_with_it() {
         "mount -t tmpfs none {path} && touch {path}/file && ls {path}\n\
          setsid sleep 1000007 >/dev/null 2>&1 &\n readlink /proc/self/ns/pid"
     );
-    let said = Tool::with_its_own("sh", &interrupt).args(["-c", &script]).capture().unwrap();
+    let said = Tool::isolated("sh", &interrupt).args(["-c", &script]).capture().unwrap();
     let ours = std::fs::read_link("/proc/self/ns/pid").unwrap();
     let lines: Vec<_> = said.lines().collect();
     assert!(lines[0] == "file" && lines[1] != ours.to_str().unwrap(), "{said}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     let left = shell("ps -eo stat,args | grep -v ^Z | grep -c '[s]leep 1000007'", &interrupt).capture();
     assert!(matches!(left, Err(ToolError::Failed { .. })), "{left:?}");
-    let failed = Tool::with_its_own("sh", &interrupt).args(["-c", "echo no; exit 3"]).capture();
+    let failed = Tool::isolated("sh", &interrupt).args(["-c", "echo no; exit 3"]).capture();
     let Err(ToolError::Failed { tool, status, tail }) = failed else { panic!("{failed:?}") };
     assert_eq!((tool.as_str(), status.code(), tail.as_str()), ("sh", Some(3), "no"));
+}
+
+#[test]
+fn an_interrupt_ends_an_isolated_program_that_does_not_hear_of_it_too() {
+    if !can_isolate() {
+        println!("skipped: this takes root");
+        return;
+    }
+    let interrupt = Interrupt::default();
+    let (setter, mut started) = (interrupt.clone(), Instant::now());
+    let script = "setsid sleep 1000011 >/dev/null 2>&1 & echo up; exec sleep 1000011";
+    let result = Tool::isolated("sh", &interrupt).args(["-c", script]).run(|_| {
+        started = Instant::now();
+        setter.set();
+    });
+    assert!(matches!(result, Err(ToolError::Interrupted)), "{result:?}");
+    assert!(started.elapsed() < Duration::from_secs(2), "{:?}", started.elapsed());
+    let fresh = Interrupt::default();
+    let left = shell("ps -eo stat,args | grep -v ^Z | grep -c '[s]leep 1000011'", &fresh).capture();
+    assert!(matches!(left, Err(ToolError::Failed { .. })), "{left:?}");
+}
+
+#[test]
+fn a_closed_terminal_is_an_interrupt_with_its_own_exit_status() {
+    let interrupt = Interrupt::watch();
+    assert_eq!((interrupt.is_set(), interrupt.exit_status()), (false, None));
+    rustix::process::kill_process(rustix::process::getpid(), Signal::HUP).unwrap();
+    let started = Instant::now();
+    while !interrupt.is_set() {
+        assert!(started.elapsed() < Duration::from_secs(5));
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert_eq!(interrupt.exit_status(), Some(129));
+    assert!(matches!(shell("true", &interrupt).capture(), Err(ToolError::Interrupted)));
 }
 
 #[test]

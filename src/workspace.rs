@@ -1,7 +1,7 @@
 //! The directory beside `--out` in which a pack is put together, and taken apart before. It goes when the command ends,
 //! fails or is interrupted; what a killed one left goes when the next one works in the same place, or with
-//! `forkd cleanup`, which learns of the place from the command's run directory. Callers: `commands/pack.rs`, `repack.rs`,
-//! `trace.rs` and `cleanup.rs`.
+//! `forkd cleanup`, which learns of the place from the command's run directory. Callers: `commands/pack.rs`,
+//! `repack.rs`, `trace.rs` and `cleanup.rs`.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Duration;
 
 use tempfile::TempPath;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::run_dir::{RunDir, RunDirError};
 use crate::tools::Interrupt;
@@ -53,7 +52,7 @@ impl Workspace {
         let failed = |source| WorkspaceError::Place { path: out.to_owned(), source };
         // What cannot be removed is not ours to speak of.
         let _ = remove_dead(parent);
-        run_dir.note_workplace(&fs::canonicalize(parent).map_err(failed)?)?;
+        run_dir.note_workspace_parent(&fs::canonicalize(parent).map_err(failed)?)?;
         let dir = WorkDir::create(parent, PREFIX).map_err(failed)?;
         for name in ["unpacked", "members"] {
             fs::create_dir(dir.path().join(name)).map_err(failed)?;
@@ -86,16 +85,16 @@ impl Workspace {
         Remains { workspace: self.path().to_owned(), run_dir: Arc::clone(&self.run_dir) }
     }
 
-    /// Does something that does not look at `interrupt` itself: once that is set, the directory is removed and the process
-    /// ends, exit status 130.
+    /// Does something that does not look at `interrupt` itself: once that is set, the directory is removed and the
+    /// process ends with the signal's exit status.
     pub fn until<T>(&self, interrupt: &Interrupt, step: impl FnOnce() -> T) -> T {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let watcher = scope.spawn(|| {
                 while !done.load(SeqCst) {
-                    if interrupt.is_set() {
+                    if let Some(status) = interrupt.exit_status() {
                         self.remains().remove();
-                        std::process::exit(130);
+                        std::process::exit(status.into());
                     }
                     std::thread::park_timeout(INTERRUPT_PAUSE);
                 }
@@ -141,40 +140,6 @@ pub fn remove_dead(place: &Path) -> io::Result<Vec<PathBuf>> {
     work_dir::remove_dead(place, PREFIX)
 }
 
-/// Ctrl-C, SIGTERM and SIGHUP, which from here on end the process only after the workspace is gone.
-pub struct Signals {
-    interrupt: Signal,
-    terminate: Signal,
-    hangup: Signal,
-    seen: Arc<AtomicBool>,
-}
-
-impl Signals {
-    /// Takes the signals over; inside a runtime.
-    pub fn take() -> io::Result<Signals> {
-        let [interrupt, terminate, hangup] =
-            [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()].map(signal);
-        Ok(Signals { interrupt: interrupt?, terminate: terminate?, hangup: hangup?, seen: Arc::default() })
-    }
-
-    /// Set as soon as one has come.
-    pub fn seen(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.seen)
-    }
-
-    /// Waits for one, removes `remains` and ends the process.
-    pub async fn remove_and_exit(mut self, remains: Remains) {
-        let code = tokio::select! {
-            _ = self.interrupt.recv() => 130,
-            _ = self.terminate.recv() => 143,
-            _ = self.hangup.recv() => 129,
-        };
-        self.seen.store(true, SeqCst);
-        remains.remove();
-        std::process::exit(code);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -211,7 +176,7 @@ mod tests {
         drop((first, second));
         assert_eq!(names(), 3, "the pack and two directories that are not ours to remove");
         let [fork] = &ForkDir::all(&paths).unwrap()[..] else { panic!("one run directory") };
-        assert_eq!(fork.workplace().unwrap(), dir.path().canonicalize().unwrap());
+        assert_eq!(fork.workspace_parent().unwrap(), dir.path().canonicalize().unwrap());
         drop(lock);
         assert_eq!(remove_dead(dir.path()).unwrap().len(), 1);
         let remains = create().remains();

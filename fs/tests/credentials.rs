@@ -41,6 +41,20 @@ async fn a_named_host_gets_the_token_and_another_port_does_not() {
 }
 
 #[tokio::test]
+async fn connections_opened_ahead_say_who_we_are_to_a_named_host_only() {
+    let (hub, other) = (Server::start(noise(1, 1000)).await, Server::start(noise(2, 1000)).await);
+    let http = with_token();
+    http.authorize(&hub.url());
+    for (server, expected) in [(&hub, Some(TOKEN)), (&other, None)] {
+        http.preconnect(&server.url());
+        while server.request_count() == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+        assert_eq!(authorizations(server), [expected.map(str::to_owned)]);
+    }
+}
+
+#[tokio::test]
 async fn a_redirect_takes_no_credentials_along() {
     let (hub, other) = (Server::start(noise(1, 1000)).await, Server::start(noise(2, 1000)).await);
     let http = with_token();

@@ -205,6 +205,20 @@ async fn wrong_answers_teach_nothing_and_take_nothing_away() {
 }
 
 #[tokio::test]
+async fn a_host_that_has_sent_ranges_is_asked_for_ranges_ever_after() {
+    let object = noise(1, 5000);
+    let server = Server::start(object.clone()).await;
+    let source = source(&http(), &server.url(), Some(5000));
+    assert_eq!(source.read_at(0, 100, Class::Demand).await.unwrap(), object[..100]);
+    server.fail_next([Fault::WrongRange, Fault::Chunked(noise(2, 300)), Fault::WholeChunked]);
+    assert_eq!(source.read_at(100, 100, Class::Demand).await.unwrap(), object[100..200]);
+    assert_eq!(source.read_at(200, 100, Class::Demand).await.unwrap(), object[200..300]);
+    let asked = server.requests();
+    assert!(asked.len() == 6 && asked.iter().all(|asked| asked.range.is_some()), "{asked:?}");
+    assert_eq!(source.counters().bytes, 300, "nothing was downloaded whole");
+}
+
+#[tokio::test]
 async fn reads_of_every_class_get_over_wrong_answers() {
     let memory = noise(1, 300 * CHUNK);
     let fixture = Fixture::with(&[("memory.bin", memory)]);
@@ -235,6 +249,30 @@ async fn what_is_asked_again_is_asked_over_another_connection() {
         assert_eq!(bytes, object[at as usize * 100..][..100]);
     }
     assert_eq!(server.request_count(), 20, "one that is kept answers wrongly for ever");
+}
+
+#[tokio::test]
+async fn one_wrong_answer_costs_one_connection() {
+    let object = noise(1, 4 << 20);
+    let server = Server::start(object.clone()).await;
+    server.set_bandwidth(10 << 20);
+    let source = source(&http(), &server.url(), Some(4 << 20));
+    // Beside a demand read, prefetch asks for little at a time: one body takes many requests.
+    let mut beside = source.stream_at(0, 1 << 20, Class::Prefetch);
+    beside.next().await.unwrap();
+    source.read_at(0, 100, Class::Demand).await.unwrap();
+    while beside.next().await.unwrap().is_some() {}
+    let (requests, connections) = (server.request_count(), server.connection_count());
+    server.fail_next([Fault::WrongRange]);
+    let mut body = source.stream_at(0, 4 << 20, Class::Prefetch);
+    let mut got = Vec::new();
+    while let Some(piece) = body.next().await.unwrap() {
+        got.extend_from_slice(&piece);
+    }
+    assert_eq!(got, object);
+    let (requests, opened) = (server.request_count() - requests, server.connection_count() - connections);
+    // One for the question that was repeated, and one after it.
+    assert!(requests > 4 && opened <= 2, "{opened} connections for {requests} requests");
 }
 
 #[tokio::test]

@@ -138,6 +138,40 @@ async fn a_download_gets_over_wrong_answers() {
 }
 
 #[tokio::test]
+async fn an_early_end_that_is_not_announced_keeps_what_came() {
+    use Fault::{ChunkedUpTo, Stall, WholeUpTo};
+    let object = noise(1, 300_000);
+    // More of them than a download may break off in a row without getting further.
+    let ends: Vec<_> = (1..=12).map(|n| ChunkedUpTo(n * 20_000)).collect();
+    for first in [None, Some(WholeUpTo(10_000))] {
+        let server = host(object.clone()).await;
+        let faults: Vec<_> = first.into_iter().chain(ends.clone()).collect();
+        let requests = faults.len() + 1;
+        server.fail_next(faults);
+        let whole = source(&http(), &server.url(), Some(300_000));
+        assert_eq!(whole.read_at(299_000, 1000, Class::Prefetch).await.unwrap(), object[299_000..]);
+        assert_eq!(whole.read_at(0, 300_000, Class::Demand).await.unwrap(), object);
+        assert_eq!(server.request_count(), requests);
+    }
+    // What is new of such an answer is there for readers that come before the next one.
+    let server = host(object.clone()).await;
+    server.fail_next([WholeUpTo(100_000), ChunkedUpTo(200_000), Stall]);
+    let whole = source(&http(), &server.url(), Some(300_000));
+    whole.read_at(0, 100, Class::Demand).await.unwrap();
+    while server.request_count() < 3 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    let started = Instant::now();
+    assert_eq!(whole.read_at(150_000, 50_000, Class::Demand).await.unwrap(), object[150_000..200_000]);
+    assert!(started.elapsed() < Duration::from_millis(100), "{:?}", started.elapsed());
+    assert_eq!(server.request_count(), 3);
+    // One that never gets further is given up.
+    server.fail_always(ChunkedUpTo(200_000));
+    let error = met(whole.read_at(250_000, 100, Class::Demand).await.unwrap_err());
+    assert!(error.starts_with("WrongLength"), "{error}");
+}
+
+#[tokio::test]
 async fn a_host_that_is_gone_fails_by_the_deadline_and_is_found_again() {
     let object = noise(1, 300_000);
     let mut server = host(object.clone()).await;

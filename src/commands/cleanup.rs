@@ -43,7 +43,7 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
     sweep.part(ForkDir::remove_unborn(&paths));
     for fork in sweep.part(ForkDir::all(&paths)) {
         // Its run directory, which knows the place, has to go last.
-        if let Some(place) = fork.workplace().filter(|_| !fork.is_alive()) {
+        if let Some(place) = fork.workspace_parent().filter(|_| !fork.is_alive()) {
             let removed = workspace::remove_dead(&place).map_err(failed(&place));
             if removed.is_err() {
                 sweep.part(removed);

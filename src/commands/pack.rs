@@ -127,9 +127,9 @@ fn pack(args: &PackArgs, output: &Output) -> Result<PackSummary, PackError> {
     if !args.base_image.is_empty() {
         manifest.base_image.clone_from(&args.base_image);
     }
+    let interrupt = Interrupt::watch();
     let run_dir = RunDir::create(&paths).map_err(WorkspaceError::from)?;
     let work = Workspace::create(&args.out, &Arc::new(run_dir))?;
-    let interrupt = Interrupt::watch();
     let summary =
         work.until(&interrupt, || write(options, &directory, manifest, (&work, &args.out), output))?;
     publish(&work, &args.out, args.force)?;

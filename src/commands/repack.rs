@@ -9,7 +9,6 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
 
 use forkd_fs::format::{MANIFEST, MEMORY, PACK_VERSION, is_plain_name};
 use forkd_fs::legacy::{self, LegacyMember, LegacyPack};
@@ -32,7 +31,8 @@ use crate::progress::Progress;
 use crate::registry::{Resolved, whole_digest};
 use crate::run_dir::RunDir;
 use crate::snapshot::FOREIGN_MACHINE;
-use crate::workspace::{Signals, Workspace, WorkspaceError};
+use crate::tools::Interrupt;
+use crate::workspace::{Workspace, WorkspaceError};
 
 /// The predecessor's own manifest in the new pack: it tells of chains and root disks, which ours does not.
 const OLD_MANIFEST: &str = "manifest.old.toml";
@@ -78,9 +78,6 @@ pub enum RepackError {
     /// What the old manifest says does not fit into a new one.
     #[error("its manifest cannot be translated")]
     Manifest(#[source] ManifestError),
-    /// Signals cannot be handled.
-    #[error("signal handlers")]
-    Signals(#[source] io::Error),
 }
 
 /// What `forkd repack --json` prints.
@@ -123,25 +120,16 @@ pub fn run(args: &RepackArgs, output: &Output) -> Result<ExitCode, CommandError>
         return Err(RepackError::from(PackError::Exists { path: out.clone() }).into());
     }
     let runtime = super::runtime()?;
-    let signals = runtime.block_on(async { Signals::take() }).map_err(RepackError::Signals)?;
-    let interrupted = signals.seen();
+    let interrupt = Interrupt::watch();
     let run_dir = RunDir::create(&Paths::from_env()?)?;
     let work = Workspace::create(out, &Arc::new(run_dir)).map_err(RepackError::from)?;
-    runtime.spawn(signals.remove_and_exit(work.remains()));
-    let repacked = runtime.block_on(take_apart(args, &work, output)).and_then(|unpacked| {
-        let Unpacked { format, manifest, notes } = unpacked;
+    let report = work.until(&interrupt, || -> Result<Report, CommandError> {
+        let Unpacked { format, manifest, notes } = runtime.block_on(take_apart(args, &work, output))?;
         let (tag, forkable) = (manifest.tag.clone(), !manifest.requires.is_foreign());
         let pack = put_together(args, &work, options, manifest, output)?;
         let source = redact(&args.target);
         Ok(Report { source, source_format: format, tag, forkable, notes, pack })
-    });
-    if repacked.is_err() && interrupted.load(SeqCst) {
-        // It failed because its directory is being removed; the process ends when that is done.
-        loop {
-            std::thread::park();
-        }
-    }
-    let report = repacked?;
+    })?;
     for note in &report.notes {
         output.note(format!("note: {note}"));
     }

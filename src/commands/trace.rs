@@ -1,7 +1,8 @@
-//! `forkd trace`: records the working set of a snapshot or pack again, with a probe that may be another than its recipe's.
+//! `forkd trace`: records the working set of a snapshot or pack again, with a probe that may be another than its
+//! recipe's.
 //!
-//! A snapshot gets a new directory with its old files (as hard links) and the new trace, which takes the old one's place
-//! at once: trace and hot set have to fit each other, so neither may be replaced by itself.
+//! A snapshot gets a new directory with its old files (as hard links) and the new trace, which takes the old one's
+//! place at once: trace and hot set have to fit each other, so neither may be replaced by itself.
 
 use std::fs::{self, File};
 use std::io;

@@ -252,7 +252,7 @@ pub(super) fn repack(error: &RepackError) -> Row {
         RepackError::Workspace(error) => workspace(row, error),
         RepackError::Place { .. } => row.hint("--out needs an existing directory that can be written to"),
         RepackError::Directory { .. } => Row::usage(WHAT, "").hint("--out takes the new pack's file"),
-        RepackError::Name { .. } | RepackError::Manifest(_) | RepackError::Signals(_) => row,
+        RepackError::Name { .. } | RepackError::Manifest(_) => row,
     }
 }
 

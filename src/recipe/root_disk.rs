@@ -236,9 +236,9 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    /// A program whose processes and mounts end with it, and its temporary files with the work directory.
+    /// A program whose temporary files end with the work directory.
     fn tool(&self, name: &str) -> Tool<'_> {
-        Tool::with_its_own(name, self.interrupt).env("TMPDIR", self.work.path())
+        Tool::new(name, self.interrupt).env("TMPDIR", self.work.path())
     }
 
     /// The distribution's tree, and the time (seconds since 1970) of its newest packaged file.
@@ -314,8 +314,9 @@ impl Builder<'_> {
         say: &mut impl FnMut(&str),
     ) -> Result<(), RecipeError> {
         say("installing the distribution");
-        let mut tool = self
-            .tool("mmdebstrap")
+        // It starts programs of the distribution, and mounts.
+        let mut tool = Tool::isolated("mmdebstrap", self.interrupt)
+            .env("TMPDIR", self.work.path())
             .args(["--mode=root", "--variant=essential", "--format=directory"])
             // Without it usrmerge does the work, and brings all of Perl.
             .arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr")

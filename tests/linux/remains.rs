@@ -1,14 +1,18 @@
-//! kill -9 of commands that build machines and packs, at several moments: their processes and mounts go with them, and
-//! `forkd cleanup` removes all that is left of them on disk. `FORKD_SOAK=full` strikes more often.
+//! kill -9 of commands that build machines and packs: as soon as they have what they could leave (a program, a machine,
+//! a directory), and at moments chosen blindly. Their processes and mounts go with them, and `forkd cleanup` removes
+//! all that is left of them on disk. `FORKD_SOAK=full` strikes more often.
 
 use super::harness::{Bed, Hub, mounts_of, processes_of, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long processes may take to follow the one that was killed.
 const GONE_WITHIN: Duration = Duration::from_secs(5);
+/// How long a command may take to be where it is to be killed.
+const THERE_WITHIN: Duration = Duration::from_secs(60);
 const SLOW_PROBE: &str = "__import__('time').sleep(100)";
 
 /// Directories of which every file is known.
@@ -64,10 +68,36 @@ impl House {
         found
     }
 
+    /// Programs that a command runs, and machines.
+    fn processes(&self) -> (usize, usize) {
+        let programs = processes_of(&self.bed.path("run"));
+        let tools = programs.iter().filter(|pid| !name_of(**pid).starts_with("forkd")).count();
+        // Besides them there are the command itself and its zygote.
+        (tools, (programs.len() - tools).saturating_sub(2))
+    }
+
+    fn is_there(&self, moment: Moment) -> bool {
+        match moment {
+            Moment::After(_) => true,
+            Moment::Installer => {
+                processes_of(&self.bed.path("run")).into_iter().any(|pid| name_of(pid) == "mmdebstrap")
+            }
+            Moment::Machine => self.processes().1 > 0,
+            Moment::Workspace => fs::read_dir(self.bed.path("out"))
+                .unwrap()
+                .flatten()
+                .any(|entry| entry.file_name().to_string_lossy().starts_with(".forkd-repack-")),
+        }
+    }
+
     fn run_dirs(&self) -> Vec<String> {
         let listed = fs::read_dir(self.bed.path("run/forkd/forks")).into_iter().flatten().flatten();
         listed.map(|entry| entry.file_name().into_string().unwrap()).collect()
     }
+}
+
+fn name_of(pid: u32) -> String {
+    fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().trim_end().to_owned()
 }
 
 /// Files, and directories that somebody works in.
@@ -91,44 +121,57 @@ fn directories(dir: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// What a command was doing when it was killed.
-#[derive(Debug, Default)]
-struct Seen {
-    tools: usize,
-    machines: usize,
-    files: usize,
+/// When a command is killed.
+#[derive(Debug, Clone, Copy)]
+enum Moment {
+    /// So many milliseconds after its start, wherever it is.
+    After(u64),
+    /// It runs mmdebstrap, which starts others and mounts.
+    Installer,
+    /// It runs a machine.
+    Machine,
+    /// It has a workspace beside `--out`.
+    Workspace,
 }
 
-/// Kills a command after a moment, cleans up, and fails when anything is left.
-fn strike(house: &House, arguments: &[&str], after: Duration) -> Seen {
-    let run = house.bed.path("run");
+/// Kills a command at a moment, cleans up, and fails when anything is left.
+fn strike(house: &House, arguments: &[&str], moment: Moment) {
     let mut command = house.start(arguments);
-    std::thread::sleep(after);
-    let ids = house.run_dirs();
-    let programs = processes_of(&run);
-    let is_tool = |pid: &&u32| {
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        !name.starts_with("forkd")
-    };
-    let tools = programs.iter().filter(is_tool).count();
-    // Besides them there are the command itself and its zygote.
-    let machines = (programs.len() - tools).saturating_sub(2);
+    let started = Instant::now();
+    if let Moment::After(milliseconds) = moment {
+        std::thread::sleep(Duration::from_millis(milliseconds));
+    }
+    while !house.is_there(moment) {
+        let over = command.try_wait().unwrap();
+        assert!(over.is_none(), "{arguments:?} was over before it was there: {moment:?}, {over:?}");
+        assert!(started.elapsed() < THERE_WITHIN, "{arguments:?} never was there: {moment:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let (after, ids) = (started.elapsed(), house.run_dirs());
+    let (tools, machines) = house.processes();
     // On a fast host it may be over.
     let _ = command.kill();
     let killed = command.wait().unwrap().code().is_none();
+    let run = house.bed.path("run");
     assert!(wait_until(GONE_WITHIN, || processes_of(&run).is_empty()), "{arguments:?}: processes go on");
     assert_eq!(mounts_of(&house.bed.path("")), 0, "{arguments:?}: mounts are left");
     let files = if killed { house.remains().len() } else { 0 };
+    assert!(
+        !matches!(moment, Moment::Workspace) || files > 0,
+        "{arguments:?}: was over before it was killed"
+    );
     let _ = fs::remove_file(house.bed.path("out/new.tar.zst"));
     let _ = fs::remove_dir_all(house.bed.path("data/forkd/snapshots/new"));
     house.finish(&["cleanup"]);
-    assert_eq!(house.remains(), Vec::<PathBuf>::new(), "{arguments:?} after {after:?}");
-    assert_eq!(house.cgroups(&ids), Vec::<PathBuf>::new(), "{arguments:?} after {after:?}");
-    Seen { tools, machines, files }
+    assert_eq!(house.remains(), Vec::<PathBuf>::new(), "{arguments:?} at {moment:?}");
+    assert_eq!(house.cgroups(&ids), Vec::<PathBuf>::new(), "{arguments:?} at {moment:?}");
+    let ms = after.as_millis();
+    println!("| {} | {moment:?} | {ms} | {tools} | {machines} | {files} |", arguments[0]);
 }
 
 #[test]
 fn nothing_is_left_of_a_killed_build_trace_pack_or_repack() {
+    use Moment::{After, Installer, Machine, Workspace};
     let full = std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full");
     let house = House::new();
     let kernel = house.bed.run(&house.hub, &["kernel", "path"]).success();
@@ -144,30 +187,46 @@ fn nothing_is_left_of_a_killed_build_trace_pack_or_repack() {
     let pack: &[&str] = &["pack", "--tag", "python-numpy", "--out", "new.tar.zst", "--level", "22"];
     let unpack: &[&str] = &["unpack", "old.tar.zst", "--tag", "new"];
     let mut moments = vec![
-        (build, vec![50, 700, 3000]),
-        (snapshot, vec![300, 900]),
-        (trace, vec![100, 3000]),
-        (trace_pack, vec![100, 3500]),
-        (repack, vec![50, 300, 700]),
-        (pack, vec![50, 400]),
-        (unpack, vec![50]),
+        (build, vec![After(50), Installer, After(3000)]),
+        (snapshot, vec![After(100), Machine, After(900)]),
+        (trace, vec![After(100), Machine]),
+        (trace_pack, vec![After(100), Workspace, Machine]),
+        (repack, vec![After(50), Workspace]),
+        (pack, vec![After(50), Workspace]),
+        (unpack, vec![After(50)]),
     ];
     if full {
-        moments.iter_mut().for_each(|(_, times)| times.extend([10, 20, 500, 1000, 2000, 5000, 8000, 12000]));
+        let blind = [10, 20, 500, 1000, 2000, 5000, 8000, 12000].map(After);
+        moments.iter_mut().for_each(|(_, times)| times.extend(blind));
         moments.last_mut().unwrap().1.truncate(1);
     }
-    println!("| killed | after (ms) | tools | machines | files left before cleanup |\n|---|---|---|---|---|");
-    let mut all = Vec::new();
-    for (arguments, times) in moments {
-        for after in times {
-            let seen = strike(&house, arguments, Duration::from_millis(after));
-            let Seen { tools, machines, files } = seen;
-            println!("| {} | {after} | {tools} | {machines} | {files} |", arguments[0]);
-            all.push((arguments[0], seen));
+    println!("| killed | when | after (ms) | tools | machines | files left before cleanup |");
+    println!("|---|---|---|---|---|---|");
+    for (arguments, moments) in moments {
+        for moment in moments {
+            strike(&house, arguments, moment);
         }
     }
-    let any = |verb: &str, had: fn(&Seen) -> usize| all.iter().any(|(of, seen)| *of == verb && had(seen) > 0);
-    assert!(any("build", |seen| seen.tools), "no build was killed while it made its root disk");
-    assert!(any("snapshot", |seen| seen.machines) && any("trace", |seen| seen.machines), "{all:?}");
-    assert!(["build", "snapshot", "trace", "repack", "pack"].iter().all(|verb| any(verb, |seen| seen.files)));
+}
+
+#[test]
+fn a_signal_ends_pack_trace_and_repack_with_its_status_and_nothing_is_left() {
+    let house = House::new();
+    house.finish(&["pack", "--tag", "python-numpy", "--out", "old.tar.zst"]);
+    let trace: &[&str] = &["trace", "old.tar.zst", "--out", "new.tar.zst", "--eval", SLOW_PROBE];
+    let repack: &[&str] = &["repack", "old.tar.zst", "--out", "new.tar.zst", "--level", "22"];
+    let pack: &[&str] = &["pack", "--tag", "python-numpy", "--out", "new.tar.zst", "--level", "22"];
+    for (arguments, signal, status) in [
+        (pack, Signal::HUP, 129),
+        (pack, Signal::TERM, 143),
+        (trace, Signal::HUP, 129),
+        (trace, Signal::TERM, 143),
+        (repack, Signal::HUP, 129),
+    ] {
+        let mut command = house.start(arguments);
+        assert!(wait_until(THERE_WITHIN, || house.is_there(Moment::Workspace)), "{arguments:?}");
+        kill_process(Pid::from_child(&command), signal).unwrap();
+        assert_eq!(command.wait().unwrap().code(), Some(status), "{arguments:?}");
+        assert_eq!(house.remains(), Vec::<PathBuf>::new(), "{arguments:?}");
+    }
 }

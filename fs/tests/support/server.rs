@@ -61,6 +61,8 @@ pub enum Fault {
     WholeUpTo(usize),
     /// 200 and the whole object, chunked: its length is not announced.
     WholeChunked,
+    /// The same, which ends after so many bytes as if that were all.
+    ChunkedUpTo(usize),
     /// A gzip-encoded answer.
     Gzip,
     /// A redirect to this location.
@@ -96,6 +98,8 @@ pub struct State {
     /// Body bytes that crossed the link.
     pub sent: AtomicU64,
     pub requests: Mutex<Vec<Request>>,
+    /// Connections that were accepted.
+    pub connections: AtomicU64,
 }
 
 /// A link that all bodies of a server share, piece by piece.
@@ -141,6 +145,7 @@ impl Server {
             link: Mutex::default(),
             sent: AtomicU64::new(0),
             requests: Mutex::default(),
+            connections: AtomicU64::new(0),
         };
         Self::listen("127.0.0.1:0".parse().unwrap(), Arc::new(state)).await
     }
@@ -152,6 +157,7 @@ impl Server {
         let task = tokio::spawn(async move {
             let mut connections = JoinSet::new();
             while let Ok((stream, _)) = listener.accept().await {
+                shared.connections.fetch_add(1, Relaxed);
                 connections.spawn(serve(stream, shared.clone()));
             }
         });
@@ -200,6 +206,10 @@ impl Server {
 
     pub fn requests(&self) -> Vec<Request> {
         self.state.requests.lock().unwrap().clone()
+    }
+
+    pub fn connection_count(&self) -> u64 {
+        self.state.connections.load(Relaxed)
     }
 
     pub fn request_count(&self) -> usize {
@@ -343,7 +353,8 @@ async fn answer(stream: &mut TcpStream, state: &State, request: Request, fault: 
         let body = [format!("{:x}\r\n", page.len()).as_bytes(), page, b"\r\n0\r\n\r\n"].concat();
         return send(stream, "200 OK\r\nTransfer-Encoding: chunked", &body).await;
     }
-    let whole = matches!(fault, Fault::Whole | Fault::WholeUpTo(_) | Fault::WholeChunked);
+    let whole =
+        matches!(fault, Fault::Whole | Fault::WholeUpTo(_) | Fault::WholeChunked | Fault::ChunkedUpTo(_));
     let Some(mut range) = request.range.filter(|_| !whole) else {
         return send_whole(stream, state, &etag_line, fault).await;
     };
@@ -415,8 +426,9 @@ async fn send_whole(stream: &mut TcpStream, state: &State, etag_line: &str, faul
     let body = state.body(0..len);
     let head = format!("200 OK\r\n{etag_line}");
     match fault {
-        Fault::WholeChunked => {
-            let body = [format!("{len:x}\r\n").as_bytes(), &body, b"\r\n0\r\n\r\n"].concat();
+        Fault::WholeChunked | Fault::ChunkedUpTo(_) => {
+            let len = if let Fault::ChunkedUpTo(end) = fault { end } else { len };
+            let body = [format!("{len:x}\r\n").as_bytes(), &body[..len], b"\r\n0\r\n\r\n"].concat();
             send(stream, &format!("{head}Transfer-Encoding: chunked"), &body).await
         }
         Fault::Gzip => {

@@ -108,7 +108,8 @@ impl HttpClient {
         }
     }
 
-    /// Fetches a whole document of at most `limit` bytes, such as a registry.json, retrying up to the document deadline.
+    /// Fetches a whole document of at most `limit` bytes, such as a registry.json, retrying up to the document
+    /// deadline.
     pub async fn get(&self, url: &str, limit: u64) -> Result<Bytes, HttpError> {
         self.get_within(url, limit, self.0.options.document_deadline).await
     }
@@ -132,15 +133,22 @@ impl HttpClient {
         }
     }
 
-    /// Opens one more connection to the host of `url`, by a request for nothing, and does not wait for it: of two requests
-    /// that are sent at once later, the second would otherwise wait a round trip for its connection. Needs a tokio runtime.
+    /// Opens one more connection to the host of `url`, by a request for nothing, and does not wait for it: of two
+    /// requests that are sent at once later, the second would otherwise wait a round trip for its connection. It says
+    /// who we are as [`HttpClient::get`] does. Needs a tokio runtime.
     pub fn preconnect(&self, url: &str) {
-        let Ok((address, _)) = Address::parse(url) else { return };
+        let Ok((address, in_url)) = Address::parse(url) else { return };
+        let credential = in_url.or_else(|| self.0.keyring.credential_for(&address));
         let this = self.clone();
         tokio::spawn(async move {
             if let Ok(client) = this.client(address.is_secure(), true) {
+                let request = client.head(address.url().clone());
+                let request = match &credential {
+                    Some(credential) => credential.dress(request),
+                    None => request,
+                };
                 // Whoever needs the host hears what is wrong with it.
-                drop(timeout(this.0.options.idle_timeout, client.head(address.url().clone()).send()).await);
+                drop(timeout(this.0.options.idle_timeout, request.send()).await);
             }
         });
     }

@@ -1,7 +1,8 @@
 //! Addresses of host names, by the system's own resolver. Callers: `client.rs`.
 //!
-//! forkd is linked statically, and the C library of a static program cannot safely load what `/etc/nsswitch.conf` names.
-//! getent(1), which comes with the system's C library, can; where it is missing, the C library's built-in files and DNS do.
+//! forkd is linked statically, and the C library of a static program cannot safely load what `/etc/nsswitch.conf`
+//! names. getent(1), which comes with the system's C library, can; where it is missing, the C library's built-in files
+//! and DNS do.
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use std::io;

@@ -112,8 +112,8 @@ impl Object {
             StatusCode::PARTIAL_CONTENT => {
                 self.check_range(&response, first, last).map(|()| Answer::Range(response))
             }
-            // A page of somebody else's looks like this; from a host that does it again it is the object.
-            StatusCode::OK if response.content_length().is_none() && self.learnt().ranges && !again => {
+            // A page of somebody else's looks like this. From a host that serves ranges it never is the object.
+            StatusCode::OK if response.content_length().is_none() && self.learnt().ranges => {
                 let (url, wanted) = (self.route.label(), format!("bytes {first}-{last}"));
                 Err(HttpError::WrongRange { url, wanted, got: "something without a length".into() })
             }
@@ -154,16 +154,17 @@ impl Object {
         self.learnt.lock().expect("no panics while held")
     }
 
-    /// Asks for the way again after an answer that was not one to what was asked: a redirect may have led astray. What was
-    /// learnt of the object stays, as no such answer has taught anything.
+    /// Asks for the way again after an answer that was not one to what was asked: a redirect may have led astray. What
+    /// was learnt of the object stays, as no such answer has taught anything.
     fn doubt_way_after(&self, error: &HttpError) {
         if error.is_wrong_answer() {
             self.route.forget_all();
         }
     }
 
-    /// Forgets what was learnt and where redirects led when a read has ended because the object is another one. One captive
-    /// portal's page must not be held against all answers that come later; what they send is checked by its digest anyway.
+    /// Forgets what was learnt and where redirects led when a read has ended because the object is another one. One
+    /// captive portal's page must not be held against all answers that come later; what they send is checked by its
+    /// digest anyway.
     pub(super) fn unlearn_after(&self, error: &HttpError) {
         if error.is_of_another_object() {
             *self.learnt() = Learnt::default();
@@ -227,8 +228,8 @@ impl Object {
         self.check_object(response, response.content_length())
     }
 
-    /// Holds what an answer says of the object against what is known, and learns what is new. Last of all checks: an answer
-    /// that is not one to what was asked teaches nothing.
+    /// Holds what an answer says of the object against what is known, and learns what is new. Last of all checks: an
+    /// answer that is not one to what was asked teaches nothing.
     fn check_object(&self, response: &Response, size: Option<u64>) -> Result<(), HttpError> {
         let etag = header_text(response, header::ETAG).filter(|etag| etag.starts_with('"'));
         let mut learnt = self.learnt();
@@ -237,8 +238,8 @@ impl Object {
         if let (Some(wanted), Some(got)) = (known, size)
             && wanted != got
         {
-            // A host that names the range asked for has understood, and knows how long its object is. A whole answer may be
-            // a portal's or an error page, and the same ETag with another size is a contradiction.
+            // A host that names the range asked for has understood, and knows how long its object is. A whole answer
+            // may be a portal's or an error page, and the same ETag with another size is a contradiction.
             let understood = response.status() == StatusCode::PARTIAL_CONTENT;
             if !understood || (pinned.is_some() && pinned == etag) {
                 return Err(HttpError::WrongLength { url: url(), wanted, got });

@@ -56,9 +56,9 @@ impl Retries {
         self.after_wrong_answer
     }
 
-    /// Forgets the attempts so far, after a success.
+    /// Forgets the attempts so far and what the last of them met, after a success.
     pub(super) fn reset(&mut self) {
-        self.attempts = 0;
+        (self.attempts, self.after_wrong_answer) = (0, false);
     }
 
     /// Waits before the next attempt, or ends in an error when `error` is final or the deadline, which counts from

@@ -1,6 +1,6 @@
-//! Objects on hosts without byte ranges: downloaded once, from start to end, into a file without a name that all readers
-//! of the object share. The download goes on by itself, over broken connections too, until it is complete or its last
-//! reader is gone.
+//! Objects on hosts without byte ranges: downloaded once, from start to end, into a file without a name that all
+//! readers of the object share. The download goes on by itself, over broken connections too, until it is complete or
+//! its last reader is gone.
 
 use std::fs::File;
 use std::io;
@@ -166,21 +166,26 @@ impl Shared {
     async fn download(self: Arc<Self>, mut first: Option<Response>) {
         let object = &self.object;
         let mut retries = Retries::new(object.deadline(Class::Demand).max(object.deadline(Class::Prefetch)));
-        let (mut failing, mut fruitless) = (false, 0);
+        let (mut failing, mut fruitless, mut furthest) = (false, 0, self.fill.borrow().have);
         let end = loop {
             let (before, again) = (self.fill.borrow().have, retries.after_wrong_answer());
             let Err(error) = self.attempt(first.take(), again, &mut failing).await else {
                 break End::Complete;
             };
-            if let HttpError::WrongLength { .. } = error {
-                // What came was something else: nothing of it may be held against the next answer.
+            let reached = self.fill.borrow().have;
+            let too_long = matches!(error, HttpError::WrongLength { wanted, got, .. } if got > wanted);
+            if too_long || (before == 0 && matches!(error, HttpError::WrongLength { .. })) {
+                // It may have been something else, and nothing of that may be held against the next answer. Of an
+                // answer that ends early, but began with the bytes that were there, what is new stays.
                 self.fill.send_modify(|fill| fill.have = before);
             }
-            let (error, (have, mark)) = (Arc::new(error), (self.fill.borrow().have, self.fill.borrow().mark));
-            if have > before {
+            let (error, mark) = (Arc::new(error), self.fill.borrow().mark);
+            let further = reached > furthest && !too_long;
+            if further {
+                furthest = reached;
                 retries.reset();
             }
-            fruitless = if have > before { 0 } else { fruitless + 1 };
+            fruitless = if further { 0 } else { fruitless + 1 };
             self.fill.send_modify(|fill| fill.trouble = Some(error.clone()));
             object.note_failure(&mut failing, &error);
             match retries.next_pause(mark, &error).filter(|_| fruitless <= FRUITLESS) {
