@@ -1,6 +1,6 @@
-//! Whether a real Linux guest computes right: registers of 256 and 512 bits hold what programs put into them, beside other
-//! tasks, signals, tracers and forks, on one processor and several, and across a snapshot and a fork. Needs what `linux.rs`
-//! needs. A few seconds each in the gate; `FORKD_SOAK=full` gives each a minute.
+//! Whether a real Linux guest computes right: registers of 256 and 512 bits hold what programs put into them, beside
+//! other tasks, signals, tracers and forks, on one processor and several, and across a snapshot and a fork. Needs what
+//! `linux.rs` needs. A few seconds each in the gate; `FORKD_SOAK=full` gives each a minute.
 
 #[path = "linux/harness.rs"]
 mod harness;
@@ -125,7 +125,8 @@ fn root_disk(dir: &Path, forkd: &Path) -> PathBuf {
     image
 }
 
-/// Snapshots a machine of so many vCPUs whose warm worker holds values in registers, forks it, and has copies check theirs.
+/// Snapshots a machine of so many vCPUs whose warm worker holds values in registers, forks it, and has copies check
+/// theirs.
 fn on_processors(vcpus: &str) {
     let bed = Bed::with_own_snapshots();
     let hub = Hub::at("http://127.0.0.1:9/".to_owned());

@@ -1,9 +1,9 @@
 //! What every fuzz target does with its bytes: the parsers of everything that comes from outside, and what is then done
 //! with their results. Shared by the targets here (libFuzzer, nightly) and by `tests/corpus.rs` (stable, in the gate).
 //!
-//! A parser may refuse anything; it may not panic, run for long, or spend memory out of proportion to its input. Where a
-//! digest or a length would stop random bytes at the door, the bytes are tried a second time with that mended, so that what
-//! lies behind is tested too.
+//! A parser may refuse anything; it may not panic, run for long, or spend memory out of proportion to its input. Where
+//! a digest or a length would stop random bytes at the door, the bytes are tried a second time with that mended, so
+//! that what lies behind is tested too.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -225,8 +225,8 @@ pub fn vmstate(bytes: &[u8]) {
     }
 }
 
-/// XSAVE and XRSTOR of a guest whose registers and memory are the bytes: eight numbers, the instruction, and RAM from its first
-/// byte on, where its page tables and areas lie.
+/// XSAVE and XRSTOR of a guest whose registers and memory are the bytes: eight numbers, the instruction, and RAM from
+/// its first byte on, where its page tables and areas lie.
 pub fn xsave(bytes: &[u8]) {
     const RAM: usize = 64 << 10;
     const NUMBERS: usize = 8 * 8;

@@ -8,14 +8,14 @@ use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 
-/// KVM_FEATURE_ASYNC_PF, KVM_FEATURE_ASYNC_PF_VMEXIT and KVM_FEATURE_ASYNC_PF_INT: with them a guest's read of a missing
-/// page becomes a write by a kernel worker, and so a private copy of what siblings could share.
+/// KVM_FEATURE_ASYNC_PF, KVM_FEATURE_ASYNC_PF_VMEXIT and KVM_FEATURE_ASYNC_PF_INT: with them a guest's read of a
+/// missing page becomes a write by a kernel worker, and so a private copy of what siblings could share.
 const ASYNC_PAGE_FAULTS: u32 = 1 << 4 | 1 << 10 | 1 << 14;
 const KVM_FEATURES: u32 = 0x4000_0001;
 /// KVM emulates this timer with its in-kernel APIC but does not list it.
 const TSC_DEADLINE: u32 = 1 << 24;
-/// The hypervisor's own leaves, from 0x4000_0000, can be read. KVM before Linux 6.14 leaves it to its callers to say so; a
-/// guest that is not told looks for no kvm-clock and measures its TSC with timers, which fails on a busy host.
+/// The hypervisor's own leaves, from 0x4000_0000, can be read. KVM before Linux 6.14 leaves it to its callers to say
+/// so; a guest that is not told looks for no kvm-clock and measures its TSC with timers, which fails on a busy host.
 const HYPERVISOR: u32 = 1 << 31;
 /// Several logical processors in the package.
 const HYPER_THREADING: u32 = 1 << 28;

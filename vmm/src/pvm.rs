@@ -1,5 +1,5 @@
-//! What a Linux guest needs on `kvm_pvm` and nowhere else. Switched on by detection; machines on hardware virtualisation
-//! use none of it.
+//! What a Linux guest needs on `kvm_pvm` and nowhere else. Switched on by detection; machines on hardware
+//! virtualisation use none of it.
 //!
 //! kvm_pvm runs user code natively and emulates supervisor code instruction by instruction. Two things are
 //! missing there, each found by measurement:
@@ -32,15 +32,15 @@ pub mod xsave;
 pub mod xsave_area;
 
 /// Extra kernel command line. Of the XSAVE family the kernel may use what is carried out here. User programs see the
-/// host's CPUID whatever is cleared, so that all the state they can use (AVX, AVX-512) has to be saved. The rest (tiles of
-/// AMX, protection keys, MPX) they can only use when the kernel has enabled it.
+/// host's CPUID whatever is cleared, so that all the state they can use (AVX, AVX-512) has to be saved. The rest (tiles
+/// of AMX, protection keys, MPX) they can only use when the kernel has enabled it.
 pub const COMMAND_LINE: &str = "nopti mitigations=off clocksource=kvm-clock no_timer_check lpj=2300000 \
      clearcpuid=popcnt,smap,smep,umip,fsgsbase,pcid,invpcid,erms,fsrm,cx16,rdpid,rdrand,rdseed,\
      xsaveopt,xsavec,xsaves,xgetbv1,pku,amx_tile,mpx";
 
 /// KVM_FEATURE_PV_UNHALT, KVM_FEATURE_PV_SEND_IPI and KVM_FEATURE_PV_SCHED_YIELD: a guest that is shown them makes
-/// hypercalls. KVM's emulator answers one by writing the processor's own instruction for it over the one that is there. That
-/// faults as soon as the guest's kernel has made its code read-only.
+/// hypercalls. KVM's emulator answers one by writing the processor's own instruction for it over the one that is there.
+/// That faults as soon as the guest's kernel has made its code read-only.
 pub const HYPERCALLS: u32 = 1 << 7 | 1 << 11 | 1 << 13;
 
 const MSR_LSTAR: u32 = 0xc000_0082;

@@ -1,5 +1,6 @@
-//! XSAVE and XRSTOR in supervisor mode on the real /dev/kvm: what is saved and loaded, and the exceptions that the guest gets. On
-//! kvm_pvm the monitor carries them out, elsewhere the processor does: the guest must not see a difference.
+//! XSAVE and XRSTOR in supervisor mode on the real /dev/kvm: what is saved and loaded, and the exceptions that the
+//! guest gets. On kvm_pvm the monitor carries them out, elsewhere the processor does: the guest must not see a
+//! difference.
 
 mod common;
 
@@ -28,7 +29,8 @@ const ABSENT: u64 = 0x60_0000;
 const X87_AND_SSE: u64 = 3;
 const CR4_OSXSAVE: u64 = 1 << 18;
 
-/// A kernel that is about to run `code` with RDI = `area` and EDX:EAX = x87 and SSE. None where the processor has no XSAVE.
+/// A kernel that is about to run `code` with RDI = `area` and EDX:EAX = x87 and SSE. None where the processor has no
+/// XSAVE.
 fn kernel(code: &[u8], area: u64) -> Option<(Machine, OwnedFd)> {
     let image = image(code);
     let (machine, _console) = machine(&image, Vec::new());

@@ -1,6 +1,6 @@
-//! XSAVE and XRSTOR as bytes: which of them it is, where its operand lies, how long it is (Intel SDM volume 2, "Instruction
-//! Format"). For `pvm.rs`. Written by hand, because a complete decoder's tables would be built in every child before its
-//! first use; the tests compare it with a complete one.
+//! XSAVE and XRSTOR as bytes: which of them it is, where its operand lies, how long it is (Intel SDM volume 2,
+//! "Instruction Format"). For `pvm.rs`. Written by hand, because a complete decoder's tables would be built in every
+//! child before its first use; the tests compare it with a complete one.
 
 use kvm_bindings::kvm_regs;
 
@@ -53,8 +53,8 @@ impl Rex {
 }
 
 impl XsaveInstruction {
-    /// The instruction at `regs.rip` of 64-bit code, if its `bytes` are `0F AE /4` or `/5` with no prefix but REX, which is what
-    /// Linux executes.
+    /// The instruction at `regs.rip` of 64-bit code, if its `bytes` are `0F AE /4` or `/5` with no prefix but REX,
+    /// which is what Linux executes.
     pub fn decode(bytes: &[u8], regs: &kvm_regs) -> Option<XsaveInstruction> {
         let (rex, opcode_at) = match *bytes.first()? {
             prefix @ 0x40..=0x4f => (Rex(prefix), 1),

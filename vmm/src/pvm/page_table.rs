@@ -1,8 +1,8 @@
 //! The guest's page tables, read as its processor reads them: four or five levels, pages of 4 KiB, 2 MiB and 1 GiB
 //! (Intel SDM volume 3, "4-Level Paging and 5-Level Paging"). For the instructions that `pvm.rs` carries out.
 //!
-//! Nothing here trusts the tables: every address in them is looked up in the guest's RAM, and a walk has as many steps as
-//! there are levels. Protection keys are not looked at: the guest's kernel is told that there are none.
+//! Nothing here trusts the tables: every address in them is looked up in the guest's RAM, and a walk has as many steps
+//! as there are levels. Protection keys are not looked at: the guest's kernel is told that there are none.
 
 use crate::memory::PAGE_BYTES;
 use kvm_bindings::{kvm_regs, kvm_sregs};
@@ -194,8 +194,8 @@ mod tests {
         (kvm_regs::default(), kvm_sregs { cr3: ROOT, cr0: CR0_WP, ss, ..Default::default() })
     }
 
-    /// Maps `address` to `physical` by an entry at `level` (0: a page of 4 KiB), every entry with `bits`. Tables lie from
-    /// `ROOT` on, one page for each level.
+    /// Maps `address` to `physical` by an entry at `level` (0: a page of 4 KiB), every entry with `bits`. Tables lie
+    /// from `ROOT` on, one page for each level.
     fn map(
         ram: &GuestMemoryMmap,
         levels: u32,

@@ -1,5 +1,6 @@
-//! XSAVE and XRSTOR of the guest's kernel, carried out on its registers and memory. KVM's emulator, which runs that kernel
-//! on `kvm_pvm`, does not know them, and without them two tasks of a guest share their vector registers. For `pvm.rs`.
+//! XSAVE and XRSTOR of the guest's kernel, carried out on its registers and memory. KVM's emulator, which runs that
+//! kernel on `kvm_pvm`, does not know them, and without them two tasks of a guest share their vector registers. For
+//! `pvm.rs`.
 
 use super::exception::Exception;
 use super::instruction::{Operation, XsaveInstruction};
@@ -63,8 +64,8 @@ impl From<Refused> for Outcome {
     }
 }
 
-/// Carries out `instruction` between the guest's RAM and `state`, the image that KVM passes. RAM is changed only by a save
-/// that is done; `state` is to be given back to the vCPU only after a restore that is done.
+/// Carries out `instruction` between the guest's RAM and `state`, the image that KVM passes. RAM is changed only by a
+/// save that is done; `state` is to be given back to the vCPU only after a restore that is done.
 pub fn execute(
     instruction: &XsaveInstruction,
     registers: Registers<'_>,

@@ -1,6 +1,6 @@
-//! The memory image of a processor's x87, SSE, AVX and further state, as XSAVE writes and XRSTOR reads it in the standard
-//! format, and as KVM_GET_XSAVE and KVM_SET_XSAVE pass it (Intel SDM volume 1, chapter "Managing State Using the XSAVE
-//! Feature Set"; Documentation/virt/kvm/api.rst of Linux). For `xsave.rs`.
+//! The memory image of a processor's x87, SSE, AVX and further state, as XSAVE writes and XRSTOR reads it in the
+//! standard format, and as KVM_GET_XSAVE and KVM_SET_XSAVE pass it (Intel SDM volume 1, chapter "Managing State Using
+//! the XSAVE Feature Set"; Documentation/virt/kvm/api.rst of Linux). For `xsave.rs`.
 //!
 //! ```text
 //!   0..24   x87 control, status, pointers        24..32  MXCSR and its mask
@@ -129,8 +129,9 @@ impl Layout {
         wanted.map(|component| component.range())
     }
 
-    /// Loads `components` of the image `from` into the state `to`, each that the image does not have in its initial form. Both
-    /// are long enough for all of them. `available` are the components that the processor has enabled (XCR0).
+    /// Loads `components` of the image `from` into the state `to`, each that the image does not have in its initial
+    /// form. Both are long enough for all of them. `available` are the components that the processor has enabled
+    /// (XCR0).
     pub fn restore(
         &self,
         from: &[u8],
