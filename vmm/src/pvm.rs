@@ -150,15 +150,15 @@ pub fn mend_instruction(vm: &VmFd, vcpu: &mut VcpuFd, ram: &GuestMemoryMmap) -> 
     }
     let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
     let bytes = match fetch(&AddressSpace::new(ram, &regs, &sregs), ram, address) {
-        Err(Untranslated::Changed) => Vec::new(),
-        fetched => fetched.map_err(|_| PvmError::Unreadable { address })?,
-    };
-    let (length, exception) = match bytes.first() {
         // It is executed again.
-        None => (0, None),
-        Some(&FWAIT) => (1, None),
-        Some(&INT3) => (1, Some(Exception::Breakpoint)),
-        Some(_) => {
+        Err(Untranslated::Changed) => return Ok(vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?),
+        Ok(bytes) if !bytes.is_empty() => bytes,
+        _ => return Err(PvmError::Unreadable { address }),
+    };
+    let (length, exception) = match bytes[0] {
+        FWAIT => (1, None),
+        INT3 => (1, Some(Exception::Breakpoint)),
+        _ => {
             let decoded = XsaveInstruction::decode(&bytes, &regs).filter(|_| sregs.cs.l != 0);
             let instruction = decoded.ok_or(PvmError::Instruction { address, bytes })?;
             carry_out(&instruction, vm, vcpu, ram, (&regs, &sregs))?
@@ -209,9 +209,10 @@ fn fetch(space: &AddressSpace<'_>, ram: &GuestMemoryMmap, address: u64) -> Resul
         };
         for piece in pieces {
             let mut part = vec![0; piece.bytes];
-            if ram.read_slice(&mut part, piece.start).is_ok() {
-                bytes.extend(part);
+            if ram.read_slice(&mut part, piece.start).is_err() {
+                return Ok(bytes);
             }
+            bytes.extend(part);
         }
     }
     Ok(bytes)
