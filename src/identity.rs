@@ -1,7 +1,7 @@
 //! What makes a copy someone of its own: the generation record that a fork reads first. Callers: `supervisor.rs`, and
 //! `machine_build.rs`, whose trial restore must touch what real ones touch.
 
-use forkd_guest::generation::{Generation, GenerationError, NetworkIdentity};
+use forkd_abi::generation::{Generation, GenerationError, NetworkIdentity};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
@@ -38,16 +38,4 @@ pub fn fresh(
     let generation = number;
     Ok(Generation { generation, unix_time_ns, entropy, hostname, machine_id, network, environment }
         .encode()?)
-}
-
-#[cfg(test)]
-mod tests {
-    use forkd_guest::generation;
-    use forkd_vmm::devices::doorbell;
-
-    #[test]
-    fn monitor_and_agent_agree_on_the_record() {
-        assert_eq!(doorbell::RECORD_MAX, generation::RECORD_MAX);
-        assert_eq!(doorbell::CLOCK_OFFSET, generation::AT_TIME);
-    }
 }

@@ -4,8 +4,8 @@
 //! descriptor, which the machine's process holds, or the supervisor's. So nothing is left however they end. There is no
 //! way out of the namespace unless somebody adds one. Callers: `supervisor.rs`.
 
-use forkd_guest::generation::NetworkIdentity;
-use forkd_guest::netlink::{self, NetlinkError, Requests};
+use forkd_abi::generation::NetworkIdentity;
+use forkd_abi::netlink::{self, NetlinkError, Requests};
 use forkd_vmm::sys;
 use rustix::fd::{AsRawFd, OwnedFd};
 use rustix::rand::{GetRandomFlags, getrandom};

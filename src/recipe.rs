@@ -15,8 +15,8 @@ use std::io::{self, Read};
 use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 
-use forkd_guest::generation::HOSTNAME_MAX;
-use forkd_guest::protocol::{MachineFile, WarmCommand};
+use forkd_abi::generation::HOSTNAME_MAX;
+use forkd_abi::protocol::{MachineFile, WarmCommand};
 use serde::Deserialize;
 
 use crate::snapshot::{check_scratch, check_vcpus};

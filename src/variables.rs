@@ -1,7 +1,7 @@
 //! The environment of each child, as `forkd fork --env` and `--vary` name it. `cli.rs` parses with it, `supervisor.rs`
 //! asks it for every child.
 
-use forkd_guest::generation::{Generation, GenerationError};
+use forkd_abi::generation::{Generation, GenerationError};
 use std::collections::BTreeMap;
 
 /// Variables that cannot be.
@@ -101,7 +101,7 @@ impl Variables {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use forkd_guest::generation::ENVIRONMENT_MAX;
+    use forkd_abi::generation::ENVIRONMENT_MAX;
 
     #[test]
     fn children_take_turns() {

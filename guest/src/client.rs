@@ -1,6 +1,6 @@
 //! The host's side of the agent's protocol: blocking, one request per connection, a limit on everything.
 //!
-//! The guest is not trusted. Frames are bounded by [`crate::protocol`], a `get` by its caller, and every request has a
+//! The guest is not trusted. Frames are bounded by [`forkd_abi::protocol`], a `get` by its caller, and every request has a
 //! deadline that counts the whole request, so that a guest that answers a byte a second gains nothing by it. Used by
 //! the supervisor, the build and the tests.
 
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use crate::protocol::{
+use forkd_abi::protocol::{
     Answer, ExecRequest, Exit, Frame, FrameKind, MAX_FILE_LEN, PORT, ProtocolError, Request, Response,
     Status, decode_control, read_frame, write_control, write_frame,
 };

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use forkd_guest::protocol::{MachineFile, PORT, WARM_PARAMETER, WarmCommand};
+use forkd_abi::protocol::{MachineFile, PORT, WARM_PARAMETER, WarmCommand};
 
 use agent::init::{self, MACHINE_FILE};
 use agent::machine::{Machine, give_up};

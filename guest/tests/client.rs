@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use forkd_guest::client::{AgentClient, ClientError};
-use forkd_guest::protocol::{
+use forkd_abi::protocol::{
     Answer, ExecRequest, Exit, FrameKind, Response, encode_control, write_control, write_frame,
 };
 use tempfile::TempDir;

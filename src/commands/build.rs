@@ -16,7 +16,7 @@ use crate::tools::Interrupt;
 use crate::units::show_size;
 use forkd_fs::format::PACK_VERSION;
 use forkd_fs::manifest::{self, Manifest, ManifestProbe, Requires};
-use forkd_guest::protocol::WarmCommand;
+use forkd_abi::protocol::WarmCommand;
 use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
 use forkd_vmm::zygote::{SpawnError, Zygote};
 use serde::Serialize;

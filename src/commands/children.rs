@@ -9,7 +9,7 @@ use crate::run_dir::{ForkDir, ForkStatus, RunDirError};
 use crate::snapshot::{CONSOLE, Held, SnapshotError};
 use crate::units::show_size;
 use forkd_guest::client::{AgentClient, ClientError};
-use forkd_guest::protocol::{Answer, ExecRequest, Exit};
+use forkd_abi::protocol::{Answer, ExecRequest, Exit};
 use serde::Serialize;
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -6,7 +6,7 @@ use crate::output::Output;
 use crate::progress::Progress;
 use crate::supervisor::{Moment, Supervisor};
 use forkd_guest::client::{AgentClient, ClientError};
-use forkd_guest::protocol::{Answer, ExecRequest, Exit};
+use forkd_abi::protocol::{Answer, ExecRequest, Exit};
 use forkd_vmm::process::monotonic_ns;
 use std::path::Path;
 use std::sync::Arc;

@@ -5,7 +5,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use forkd_guest::protocol::{Exit, FrameKind, Response};
+use forkd_abi::protocol::{Exit, FrameKind, Response};
 use rustix::io::Errno;
 
 use super::process::{Child, kill_group, readable_bytes, signal_group};

@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use forkd_guest::protocol::{FrameKind, MAX_FILE_LEN, Response};
+use forkd_abi::protocol::{FrameKind, MAX_FILE_LEN, Response};
 
 use super::stream::Stream;
 

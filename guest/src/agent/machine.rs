@@ -10,8 +10,8 @@ use std::os::unix::fs::{FileExt, symlink};
 use std::thread;
 use std::time::Duration;
 
-use forkd_guest::doorbell::Command;
-use forkd_guest::generation::{ENTROPY_LEN, Generation, GenerationError, NetworkIdentity, RECORD_MAX};
+use forkd_abi::doorbell::Command;
+use forkd_abi::generation::{ENTROPY_LEN, Generation, GenerationError, NetworkIdentity, RECORD_MAX};
 use rustix::rand::{GetRandomFlags, getrandom};
 use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use forkd_guest::protocol::{
+use forkd_abi::protocol::{
     ExecRequest, Exit, FrameKind, ProtocolError, Request, Response, Status, WarmCommand, WorkerState,
     decode_control,
 };

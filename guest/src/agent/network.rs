@@ -5,8 +5,8 @@
 use std::fs;
 use std::os::fd::OwnedFd;
 
-use forkd_guest::generation::NetworkIdentity;
-use forkd_guest::netlink::{self, NetlinkError, Requests};
+use forkd_abi::generation::NetworkIdentity;
+use forkd_abi::netlink::{self, NetlinkError, Requests};
 
 /// The kernel's number of the first Ethernet device.
 const INDEX_FILE: &str = "/sys/class/net/eth0/ifindex";

@@ -6,7 +6,7 @@ use std::io::IoSlice;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use forkd_guest::protocol::{
+use forkd_abi::protocol::{
     FrameKind, HEADER_LEN, ProtocolError, Response, decode_header, encode_control, encode_header,
 };
 use rustix::io::Errno;

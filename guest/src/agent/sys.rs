@@ -9,8 +9,8 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
-use forkd_guest::doorbell::{COMMAND_PORT, Command, DATA_PORT, FIRST_PORT, PORT_COUNT};
-use forkd_guest::generation::{AT_TIME, HEAD_LEN, RECORD_MAX, record_len};
+use forkd_abi::doorbell::{COMMAND_PORT, Command, DATA_PORT, FIRST_PORT, PORT_COUNT};
+use forkd_abi::generation::{AT_TIME, HEAD_LEN, RECORD_MAX, record_len};
 
 /// `RNDADDENTROPY` of linux/random.h: `_IOW('R', 3, int[2])`.
 const RNDADDENTROPY: libc::c_ulong = 0x4008_5203;

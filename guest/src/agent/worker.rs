@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use forkd_guest::protocol::{Answer, Exit, MAX_PAYLOAD, Response, WarmCommand, WorkerState};
+use forkd_abi::protocol::{Answer, Exit, MAX_PAYLOAD, Response, WarmCommand, WorkerState};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 

@@ -10,7 +10,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use forkd_guest::client::{AgentClient, ClientError};
-use forkd_guest::protocol::{ExecRequest, Exit, Frame, Response, decode_control, read_frame};
+use forkd_abi::protocol::{ExecRequest, Exit, Frame, Response, decode_control, read_frame};
 use tempfile::TempDir;
 
 pub const SOON: Duration = Duration::from_secs(10);

@@ -3,7 +3,8 @@
 
 use crate::arch;
 use crate::devices::cmos::{self, Cmos};
-use crate::devices::doorbell::{self, Doorbell, Ring};
+use crate::devices::doorbell::{Doorbell, Ring};
+use forkd_abi::doorbell::{COMMAND_PORT, DATA_PORT};
 use crate::devices::serial::{Console, IrqLine, SerialPort, SerialSnapshot};
 use crate::devices::virtio::DeviceKind;
 use crate::devices::virtio::balloon::Balloon;
@@ -265,7 +266,7 @@ impl Bus {
     pub fn port_write(&self, port: u16, bytes: &[u8]) -> PortWrite {
         for byte in bytes {
             match port {
-                doorbell::COMMAND_PORT => {
+                COMMAND_PORT => {
                     if let Some(ring) = lock(&self.doorbell).write(*byte) {
                         return PortWrite::Rang(ring);
                     }
@@ -287,7 +288,7 @@ impl Bus {
     /// The guest reads from an I/O port.
     pub fn port_read(&self, port: u16, into: &mut [u8]) {
         match (port, serial_register(port)) {
-            (doorbell::DATA_PORT, _) => lock(&self.doorbell).read(into),
+            (DATA_PORT, _) => lock(&self.doorbell).read(into),
             (cmos::INDEX_PORT | cmos::DATA_PORT, _) => into.fill(lock(&self.cmos).read(port)),
             (_, Some(offset)) => into.fill_with(|| lock(&self.serial).read(offset)),
             // The keyboard controller says that it has nothing and is not busy.

@@ -1,24 +1,13 @@
 //! The doorbell: an I/O port by which the guest tells the monitor where it stands, and from which a fork reads who it is.
 //!
-//! A one-byte write to [`COMMAND_PORT`] is a [`Ring`]; the snapshot is taken at such a write, and the next one is the first
-//! thing a fork does, which proves that it runs. Reads of [`DATA_PORT`] return the generation record byte by byte.
-//! `forkd-guest` defines the record. Nothing of it has a meaning here but eight bytes at [`CLOCK_OFFSET`]: they are the
-//! wall clock when the guest starts to read, as a record is written long before its machine runs when there are many.
-//! Callers: `bus.rs`.
+//! A command written by the guest is a [`Ring`]; the snapshot is taken at such a write, and the next one is the first
+//! thing a fork does, which proves that it runs. The data port returns the generation record byte by byte. Ports,
+//! commands and the record are defined by `forkd-abi`. The monitor knows one field of the record: the wall clock, which
+//! it sets when the guest starts to read, because a record is written long before its machine runs when there are many.
 
+use forkd_abi::doorbell::Command;
+use forkd_abi::generation::{AT_TIME, RECORD_MAX};
 use serde::{Deserialize, Serialize};
-
-/// Commands are written here.
-pub const COMMAND_PORT: u16 = 0xfd00;
-/// The generation record is read from here.
-pub const DATA_PORT: u16 = 0xfd04;
-/// Command that makes reads start over.
-const REWIND: u8 = 0x10;
-/// Longest record, bytes.
-pub const RECORD_MAX: usize = 4096;
-/// Where the wall clock lies in a record: nanoseconds since 1970, eight bytes, little endian. Zero stays zero, and shorter
-/// records have none.
-pub const CLOCK_OFFSET: usize = 16;
 
 /// What a guest says by a write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,22 +39,21 @@ impl Doorbell {
 
     /// The guest wrote a byte to the command port.
     pub fn write(&mut self, value: u8) -> Option<Ring> {
-        match value {
-            1 => Some(Ring::SnapshotHere),
-            2 => Some(Ring::Resumed),
-            3 => Some(Ring::Ready),
-            4 => Some(Ring::Booted),
-            REWIND => {
+        match Command::from_byte(value)? {
+            Command::Snapshot => Some(Ring::SnapshotHere),
+            Command::Resumed => Some(Ring::Resumed),
+            Command::Ready => Some(Ring::Ready),
+            Command::Booted => Some(Ring::Booted),
+            Command::Rewind => {
                 self.position = 0;
                 self.set_clock();
                 None
             }
-            _ => None,
         }
     }
 
     fn set_clock(&mut self) {
-        let clock = self.record.get_mut(CLOCK_OFFSET..CLOCK_OFFSET + 8);
+        let clock = self.record.get_mut(AT_TIME..AT_TIME + 8);
         if let Some(clock) = clock.filter(|clock| clock.iter().any(|byte| *byte != 0)) {
             let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
             let now = now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64;
@@ -97,7 +85,7 @@ mod tests {
         assert_eq!(bytes, [3, 0]);
         doorbell.read(&mut bytes);
         assert_eq!(bytes, [0, 0]);
-        assert_eq!(doorbell.write(REWIND), None);
+        assert_eq!(doorbell.write(Command::Rewind as u8), None);
         doorbell.read(&mut bytes);
         assert_eq!(bytes, [1, 2]);
         assert_eq!(doorbell.write(2), Some(Ring::Resumed));
@@ -107,7 +95,7 @@ mod tests {
     #[test]
     fn the_clock_in_a_record_is_that_of_its_reading() {
         let clock_of = |doorbell: &mut Doorbell| {
-            doorbell.write(REWIND);
+            doorbell.write(Command::Rewind as u8);
             let mut bytes = [0; 32];
             doorbell.read(&mut bytes);
             assert!(bytes[..16].iter().chain(&bytes[24..]).all(|byte| *byte == 7), "{bytes:?}");
