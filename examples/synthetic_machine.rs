@@ -11,7 +11,7 @@
 //! bare, and its guest prints after every read how long it took by its own time stamp counter, in units of 16 ticks, four
 //! bytes each. The counter's frequency goes to stdout as JSON.
 
-use forkd::snapshot::{self, Configuration};
+use forkd_engine::local::snapshots::{self, Configuration};
 use forkd_fs::manifest::{KvmKind as ManifestKind, Manifest, Requires};
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_vmm::devices::bus::Peripherals;
@@ -119,7 +119,7 @@ fn noise(memory_mib: u64, mebibyte: u64) -> Vec<u8> {
 }
 
 fn write_memory(wanted: &Wanted) -> Result<File, Failure> {
-    let path = wanted.dir.join(snapshot::MEMORY);
+    let path = wanted.dir.join(snapshots::MEMORY);
     let memory = File::options().create(true).truncate(true).read(true).write(true).open(path)?;
     memory.set_len(wanted.memory_mib * MIB)?;
     // Present, writable, for the user; the directory's entries are 2 MiB pages.
@@ -164,22 +164,22 @@ fn trace(wanted: &Wanted, memory: &File) -> Result<(), Failure> {
     let own = TABLES.into_iter().chain([TASK_SEGMENT, CODE]).map(|at| (at / PAGE_BYTES) as u32);
     let touched = (FIRST_TOUCHED / PAGE_BYTES) as u32..(wanted.touched_mib * MIB / PAGE_BYTES) as u32;
     let buckets = vec![PageRun::from_pages(own), PageRun::from_pages(touched)];
-    let region = RegionTrace { file: snapshot::MEMORY.to_owned(), buckets };
+    let region = RegionTrace { file: snapshots::MEMORY.to_owned(), buckets };
     let trace = Trace { regions: if wanted.hot { vec![region] } else { Vec::new() } };
-    fs::write(wanted.dir.join(snapshot::TRACE), trace.encode()?)?;
+    fs::write(wanted.dir.join(snapshots::TRACE), trace.encode()?)?;
     if wanted.hot {
         let mut pages = vec![0; trace.page_count() as usize * PAGE_BYTES as usize];
         for (into, (_, page)) in pages.chunks_exact_mut(PAGE_BYTES as usize).zip(trace.pages()) {
             memory.read_exact_at(into, u64::from(page) * PAGE_BYTES)?;
         }
-        fs::write(wanted.dir.join(snapshot::HOTSET), pages)?;
+        fs::write(wanted.dir.join(snapshots::HOTSET), pages)?;
     }
     Ok(())
 }
 
 fn describe(wanted: &Wanted, layout: MemoryLayout, kind: KvmKind) -> Result<(), Failure> {
     let configuration = serde_json::to_vec_pretty(&Configuration::new(layout, 1, kind, 0))?;
-    fs::write(wanted.dir.join(snapshot::CONFIGURATION), configuration)?;
+    fs::write(wanted.dir.join(snapshots::CONFIGURATION), configuration)?;
     let manifest = Manifest {
         probe: None,
         forkd_pack_version: forkd_fs::format::PACK_VERSION,
@@ -202,7 +202,7 @@ fn describe(wanted: &Wanted, layout: MemoryLayout, kind: KvmKind) -> Result<(), 
         },
         files: Vec::new(),
     };
-    Ok(fs::write(wanted.dir.join(snapshot::MANIFEST), manifest.to_toml())?)
+    Ok(fs::write(wanted.dir.join(snapshots::MANIFEST), manifest.to_toml())?)
 }
 
 fn main() -> Result<(), Failure> {
@@ -218,7 +218,7 @@ fn main() -> Result<(), Failure> {
     let mut machine = Machine::new(Hypervisor::open(kind)?, Shape { layout, vcpus: 1 }, memory, peripherals)?;
     enter(&machine)?;
     machine.run(|ring| if ring == Ring::SnapshotHere { Flow::Stop } else { Flow::Continue })?;
-    fs::write(wanted.dir.join(snapshot::VMSTATE), machine.save()?.encode()?)?;
+    fs::write(wanted.dir.join(snapshots::VMSTATE), machine.save()?.encode()?)?;
     println!("{{\"tsc_khz\": {}}}", machine.vcpu().get_tsc_khz()?);
     drop(machine);
     trace(&wanted, &memory_file)?;

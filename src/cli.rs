@@ -8,6 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use forkd_fs::cache::CacheOptions;
 
 use crate::units;
 
@@ -122,6 +123,13 @@ pub struct CacheArgs {
     /// Disk space the cache leaves to others; it shrinks rather than take it [default: 5% of the disk, 1GiB at most]
     #[arg(long, value_name = "SIZE", value_parser = units::parse_size)]
     pub cache_reserve: Option<u64>,
+}
+
+impl CacheArgs {
+    /// As the cache takes them.
+    pub fn options(&self) -> CacheOptions {
+        CacheOptions { max_bytes: self.cache_size, min_free_bytes: self.cache_reserve }
+    }
 }
 
 /// `forkd cache`.

@@ -4,7 +4,6 @@
 //! them. A new command adds its variant and its row; nothing else prints errors.
 
 use std::borrow::Cow;
-use std::error::Error;
 use std::io::Write;
 use std::process::ExitCode;
 
@@ -24,16 +23,17 @@ use crate::commands::repack::RepackError;
 use crate::commands::trace::TraceCommandError;
 use crate::commands::unpack::UnpackCommandError;
 use crate::commands::warm::WarmCommandError;
-use crate::hub::publish::PublishError;
-use crate::hub::serve::ServeError;
-use crate::kernel::KernelError;
 use crate::output::Output;
-use crate::paths::PathsError;
-use crate::picture::PictureError;
-use crate::recipe::RecipeError;
-use crate::registry::{InvalidReference, RegistryError};
-use crate::run_dir::RunDirError;
-use crate::snapshot::SnapshotError;
+use forkd_engine::build::kernel::KernelError;
+use forkd_engine::build::recipe::RecipeError;
+use forkd_engine::chain::{causes, chain, plain};
+use forkd_engine::hub::publish::PublishError;
+use forkd_engine::hub::registry::{InvalidReference, RegistryError};
+use forkd_engine::hub::serve::ServeError;
+use forkd_engine::local::paths::PathsError;
+use forkd_engine::local::run_dir::RunDirError;
+use forkd_engine::local::snapshots::SnapshotError;
+use forkd_engine::picture::svg::PictureError;
 
 /// What a command can fail with.
 #[derive(Debug, thiserror::Error)]
@@ -305,40 +305,15 @@ impl Row {
     }
 }
 
-/// The error and its causes on one line, outermost first, leaving out a cause whose text the one before already ends with.
-pub fn chain(error: &dyn Error) -> String {
-    // Causes can quote what a server sent.
-    plain(&causes(error))
-}
-
-fn causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let said = cause.to_string();
-        if !text.ends_with(&said) {
-            text.push_str(": ");
-            text.push_str(&said);
-        }
-        next = cause.source();
-    }
-    text
-}
-
 /// Without control characters but line breaks, lines behind the first indented.
 fn lines(text: &str) -> String {
     text.lines().map(plain).collect::<Vec<_>>().join("\n    ")
 }
 
-/// Without the terminal's control characters.
-fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::machine_build::BuildError;
+    use forkd_engine::build::machine::BuildError;
 
     #[test]
     fn causes_are_chained_once_and_control_characters_dropped() {

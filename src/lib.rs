@@ -1,45 +1,15 @@
 //! forkd: starts copies of already-running Linux machines from packs it has not finished downloading.
 //!
-//! This crate is the command line and the joints between `forkd-fs` (packs and the mount), `forkd-vmm` (the
-//! monitor) and `forkd-guest` (the agent's protocol). Imports go one way: [`commands`] use everything here,
-//! nothing here uses [`commands`] but [`error`], which tabulates their errors.
+//! This crate is the command line: it parses what the user typed, calls `forkd-engine` and prints what came of it.
 #![forbid(unsafe_code)]
 
 pub mod cli;
 pub mod commands;
 pub mod detach;
-pub mod download;
 pub mod error;
-pub mod heatmap;
-pub mod host;
-pub mod hub;
-pub mod identity;
-pub mod kernel;
-pub mod machine_build;
-pub mod mounts;
-pub mod network;
 pub mod output;
-pub mod packs;
-pub mod pagemap;
-pub mod paths;
-pub mod picture;
 pub mod progress;
-pub mod recipe;
-pub mod registry;
-pub mod run_dir;
-pub mod sandbox;
-pub mod scratch;
-pub mod snapshot;
-pub mod source;
-pub mod supervisor;
-pub mod timeline;
-pub mod tools;
-pub mod turns;
 pub mod units;
-pub mod variables;
-pub mod warm;
-pub mod work_dir;
-pub mod workspace;
 
 use std::ffi::{OsStr, OsString};
 use std::io::IsTerminal;

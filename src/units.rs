@@ -4,6 +4,8 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+pub use forkd_engine::picture::sizes::show_size;
+
 /// Why a size, rate or duration could not be read.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum UnitError {
@@ -102,21 +104,6 @@ pub fn parse_duration(text: &str) -> Result<Duration, UnitError> {
         }
     };
     scaled(text, number, nanoseconds).map(Duration::from_nanos)
-}
-
-/// `15.8 MiB`: binary units, one decimal, for people.
-pub fn show_size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    let mut value = bytes as f64 / 1024.0;
-    let mut unit = 0;
-    while value >= 1023.95 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    format!("{value:.1} {}", UNITS[unit])
 }
 
 /// `4.2%`, one decimal; `-` when there is no whole.

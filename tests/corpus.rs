@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicIsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use forkd::registry::Registry;
+use forkd_engine::hub::registry::Registry;
 use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest};
 use forkd_fs::trace::{MAX_TRACE_LEN, Trace};
 

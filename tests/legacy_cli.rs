@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use forkd::sandbox::{Sandbox, SandboxError};
+use forkd_engine::fork::template::{Template, TemplateError};
 use forkd_fs::digest::Digest;
 use forkd_fs::manifest::MAX_MANIFEST_LEN;
 use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
@@ -530,14 +530,14 @@ fn forking_an_old_machine_is_refused_by_name() {
     repack(&lab, text(&pack), &new, &[]);
     for (pack, tag) in [(&pack, "old"), (&new, "new")] {
         lab.run(&["unpack", text(pack), "--tag", tag]).ok();
-        let opened = Sandbox::open_local(&lab.snapshot_dir(tag), KvmKind::Pvm);
-        assert!(matches!(opened, Err(SandboxError::Foreign)), "{tag}");
+        let opened = Template::open_local(&lab.snapshot_dir(tag), KvmKind::Pvm);
+        assert!(matches!(opened, Err(TemplateError::Foreign)), "{tag}");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
     let location = PackLocation { source: PackSource::Path(new.clone()), size: None, index: None };
     let store = runtime.block_on(Store::open(location, StoreOptions::default())).unwrap();
-    let opened = runtime.block_on(Sandbox::open_pack(store, runtime.handle().clone(), KvmKind::Hardware));
-    assert!(matches!(opened, Err(SandboxError::Foreign)));
+    let opened = runtime.block_on(Template::open_pack(store, runtime.handle().clone(), KvmKind::Hardware));
+    assert!(matches!(opened, Err(TemplateError::Foreign)));
     // The program looks for a hypervisor first.
     if File::options().read(true).write(true).open("/dev/kvm").is_ok() {
         lab.run(&["fork", text(&new)]).fails(1, &["cannot fork", "Firecracker", "hint: "]);

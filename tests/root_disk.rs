@@ -4,9 +4,9 @@
 use std::path::Path;
 use std::process::Command;
 
-use forkd::paths::Paths;
-use forkd::recipe::{Recipe, root_disk};
-use forkd::tools::{Interrupt, sha256_file};
+use forkd_engine::build::recipe::{Recipe, root_disk};
+use forkd_engine::build::tools::{Interrupt, sha256_file};
+use forkd_engine::local::paths::Paths;
 use tempfile::TempDir;
 
 /// An image mounted while this lives.

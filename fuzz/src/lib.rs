@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use bytes::Bytes;
-use forkd::paths::Paths;
-use forkd::registry::{HubAddress, Registry, RegistryCopies};
+use forkd_engine::hub::registry::{HubAddress, Registry, RegistryCopies};
+use forkd_engine::local::paths::Paths;
 use forkd_fs::digest::Digest;
 use forkd_fs::erofs::{Image, ReadImage};
 use forkd_fs::format::{self, MAX_NAME_LEN};

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use forkd_guest::client::{AgentClient, ClientError};
 use forkd_abi::protocol::{
     Answer, ExecRequest, Exit, FrameKind, Response, encode_control, write_control, write_frame,
 };
+use forkd_engine::fork::agent::{AgentClient, ClientError};
 use tempfile::TempDir;
 
 const SOON: Duration = Duration::from_secs(10);

@@ -7,8 +7,8 @@ use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
-use forkd_guest::client::{ClientError, FileInfo};
 use forkd_abi::protocol::{FrameKind, Request, Response, WorkerState, write_control, write_frame};
+use forkd_engine::fork::agent::{ClientError, FileInfo};
 use support::{Agent, SOON, eventually, next_response};
 
 fn refused(result: Result<impl std::fmt::Debug, ClientError>, words: &str) {

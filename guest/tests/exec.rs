@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::time::{Duration, Instant};
 
-use forkd_guest::client::{AgentClient, ClientError};
 use forkd_abi::protocol::{ExecRequest, FrameKind, Request, Response, write_control, write_frame};
+use forkd_engine::fork::agent::{AgentClient, ClientError};
 use support::{Agent, SOON, code, eventually, next, next_response, request, runs, signal};
 
 fn shell(script: &str) -> ExecRequest {

@@ -4,8 +4,8 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use forkd_guest::client::{AgentClient, ClientError};
 use forkd_abi::protocol::{Exit, Request, WorkerState, write_control};
+use forkd_engine::fork::agent::{AgentClient, ClientError};
 use support::{Agent, SOON, code, eventually, signal};
 
 /// Answers each eval with a running number, and does what the code names.

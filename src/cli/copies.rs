@@ -1,12 +1,12 @@
 //! Arguments of the commands that start copies and deal with those that run. Callers: `cli.rs`.
 
 use super::{CacheArgs, HubSource};
-use crate::network::NetworkMode;
-use crate::source::Wanted;
 use crate::units;
-use crate::variables::{self, Variable, Varied};
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args};
+use forkd_engine::fork::source::Wanted;
+use forkd_engine::fork::variables::{self, Variable, Varied};
+use forkd_engine::network::wire::NetworkMode;
 use std::path::PathBuf;
 
 /// `forkd fork`.

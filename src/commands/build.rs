@@ -2,21 +2,21 @@
 
 use crate::cli::{BuildArgs, SnapshotArgs};
 use crate::error::CommandError;
-use crate::host;
-use crate::kernel;
-use crate::machine_build::{self, BuildError, Failure, Machines, Request, Step};
 use crate::output::Output;
-use crate::paths::Paths;
-use crate::progress::Progress;
-use crate::recipe::{self, Probe, Recipe, RecipeError};
-use crate::run_dir::{RunDir, RunDirError};
-use crate::scratch::Scratch;
-use crate::snapshot::{self, Configuration, Draft, SnapshotError, check_vcpus, file_error};
-use crate::tools::Interrupt;
 use crate::units::show_size;
+use forkd_abi::protocol::WarmCommand;
+use forkd_engine::build::kernel;
+use forkd_engine::build::machine::{self, BuildError, Failure, Machines, Request, Step};
+use forkd_engine::build::recipe::{self, Probe, Recipe, RecipeError};
+use forkd_engine::build::tools::Interrupt;
+use forkd_engine::fork::scratch::Scratch;
+use forkd_engine::local::host;
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::run_dir::{RunDir, RunDirError};
+use forkd_engine::local::snapshots::{self, Configuration, Draft, SnapshotError, check_vcpus, file_error};
+use forkd_engine::progress::{Amount, Progress};
 use forkd_fs::format::PACK_VERSION;
 use forkd_fs::manifest::{self, Manifest, ManifestProbe, Requires};
-use forkd_abi::protocol::WarmCommand;
 use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
 use forkd_vmm::zygote::{SpawnError, Zygote};
 use serde::Serialize;
@@ -104,7 +104,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
         Some(kernel) => kernel.clone(),
         None => kernel::find(&paths)?.path,
     };
-    let spinner = Progress::spinner(output, "root disk");
+    let spinner = output.begin("root disk", Amount::Unknown);
     let root_disk = recipe::root_disk(&paths, &recipe, &interrupt, |line| spinner.say(line))
         .map_err(BuildCommandError::from)?;
     drop(spinner);
@@ -178,7 +178,7 @@ fn finish(
     output: &Output,
 ) -> Result<ExitCode, CommandError> {
     let failed = |failure| BuildCommandError::of_machine(about.tag, failure);
-    let configuration = machine_build::build(machines, request, draft.path(), |step| {
+    let configuration = machine::build(machines, request, draft.path(), |step| {
         let text = match step {
             Step::Boot => "booting the guest",
             Step::Warm => "waiting until the warm command is ready",
@@ -197,7 +197,7 @@ fn finish(
     let built = Built {
         tag: about.tag.to_owned(),
         memory_mib: configuration.layout.memory_mib,
-        memory_stored_bytes: stored(snapshot::MEMORY),
+        memory_stored_bytes: stored(snapshots::MEMORY),
         root_disk_bytes: configuration.layout.root_disk_bytes,
         seconds: started.elapsed().as_secs_f64(),
         path,
@@ -246,12 +246,12 @@ fn write_manifest(
             .filter(|probe| probe.code.len().max(probe.expect.as_ref().map_or(0, String::len)) <= PROBE_MAX)
             .map(|probe| ManifestProbe { code: probe.code.clone(), expect: probe.expect.clone() }),
     };
-    let path = dir.join(snapshot::MANIFEST);
+    let path = dir.join(snapshots::MANIFEST);
     Ok(std::fs::write(&path, manifest.to_toml()).map_err(file_error("writing", &path))?)
 }
 
 /// The kernel's digest: a host path has no business in a pack.
 fn kernel_name(kernel: &Path) -> String {
-    crate::tools::sha256_file(kernel)
+    forkd_engine::build::tools::sha256_file(kernel)
         .map_or_else(|_| "unknown".to_owned(), |digest| format!("sha256:{digest}"))
 }

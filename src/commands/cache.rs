@@ -9,14 +9,14 @@ use forkd_fs::index::Index;
 use serde::Serialize;
 
 use crate::cli::CacheGcArgs;
-use crate::download;
 use crate::error::CommandError;
 use crate::output::{Output, table};
-use crate::packs;
-use crate::paths::{Paths, PathsError};
-use crate::progress::Progress;
-use crate::registry::{RegistryCopies, Resolved};
 use crate::units::show_size;
+use forkd_engine::hub::download;
+use forkd_engine::hub::packs;
+use forkd_engine::hub::registry::{RegistryCopies, Resolved};
+use forkd_engine::local::paths::{Paths, PathsError};
+use forkd_engine::progress::{Amount, Progress};
 
 /// What `forkd cache ls` prints.
 #[derive(Debug, Serialize)]
@@ -131,7 +131,7 @@ fn show(report: &Report, oldest_use: Option<SystemTime>) -> String {
 pub fn verify(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
-    let progress = Progress::bytes(output, "checking", cache.survey().bytes);
+    let progress = output.begin("checking", Amount::Bytes(cache.survey().bytes));
     let found = cache.verify(&|bytes| progress.to(bytes));
     drop(progress);
     let report = Verified { chunks: found.entries, bytes: found.bytes, damaged: found.damaged };
@@ -145,7 +145,7 @@ pub fn verify(output: &Output) -> Result<ExitCode, CommandError> {
 /// Makes room.
 pub fn gc(args: &CacheGcArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
-    let cache = packs::chunk_cache(&paths, &args.cache);
+    let cache = packs::chunk_cache(&paths, args.cache.options());
     let failed = |source| PathsError::Directory { path: paths.cache.clone(), source };
     let removed = cache.collect(args.all).map_err(failed)?;
     let (downloads, download_bytes) = download::collect(&paths, args.all);

@@ -4,12 +4,12 @@
 use crate::cli::{EvalArgs, ExecArgs, KillArgs, LogsArgs};
 use crate::error::CommandError;
 use crate::output::{Output, table};
-use crate::paths::Paths;
-use crate::run_dir::{ForkDir, ForkStatus, RunDirError};
-use crate::snapshot::{CONSOLE, Held, SnapshotError};
 use crate::units::show_size;
-use forkd_guest::client::{AgentClient, ClientError};
 use forkd_abi::protocol::{Answer, ExecRequest, Exit};
+use forkd_engine::fork::agent::{AgentClient, ClientError};
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::run_dir::{ForkDir, ForkStatus, RunDirError};
+use forkd_engine::local::snapshots::{CONSOLE, Held, SnapshotError};
 use serde::Serialize;
 use std::fs::File;
 use std::io::{self, Read, Write};

@@ -1,18 +1,18 @@
 //! `forkd cleanup`: removes what dead processes left behind. What lives is not touched.
 
 use crate::commands::mount::MountCommandError;
-use crate::download;
 use crate::error::CommandError;
-use crate::kernel;
-use crate::mounts;
 use crate::output::Output;
-use crate::paths::{Paths, PathsError};
-use crate::recipe;
-use crate::registry::RegistryCopies;
-use crate::run_dir::ForkDir;
-use crate::snapshot;
-use crate::warm::Address;
-use crate::workspace;
+use forkd_engine::build::kernel;
+use forkd_engine::build::recipe;
+use forkd_engine::fork::warm::Address;
+use forkd_engine::hub::download;
+use forkd_engine::hub::registry::RegistryCopies;
+use forkd_engine::local::mounts;
+use forkd_engine::local::paths::{Paths, PathsError};
+use forkd_engine::local::run_dir::ForkDir;
+use forkd_engine::local::snapshots;
+use forkd_engine::local::workspace;
 use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_vmm::cgroup::Groups;
 use serde::Serialize;
@@ -71,7 +71,7 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
         warm: Address::all(&paths).iter().filter(|address| address.remove_if_dead()).count(),
         forks,
         mounts: sweep.part(mounts::clear_dead(&paths).map_err(MountCommandError::from)),
-        drafts: sweep.part(snapshot::remove_dead_drafts(&paths)),
+        drafts: sweep.part(snapshots::remove_dead_drafts(&paths)),
         work,
         chunks: sweep.part(unfinished_chunks(&paths)),
     };

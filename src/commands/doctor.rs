@@ -1,10 +1,11 @@
 //! `forkd doctor`: what this machine has of what forkd needs, and how to mend what it lacks.
 
-use crate::error::{CommandError, chain};
+use crate::error::CommandError;
 use crate::output::{Output, table};
-use crate::paths::Paths;
 use crate::units::show_size;
-use crate::{kernel, recipe, tools};
+use forkd_engine::build::{kernel, recipe, tools};
+use forkd_engine::chain::chain;
+use forkd_engine::local::paths::Paths;
 use forkd_vmm::cgroup::Groups;
 use forkd_vmm::jail::{self, Isolation};
 use forkd_vmm::kvm::{Hypervisor, KvmKind};

@@ -8,19 +8,22 @@ use crate::commands::fork_ask::{Work, ask_all};
 use crate::commands::fork_report::{ForkReport, Timeline, WarmReport};
 use crate::commands::{end_on_signal, fork_timeline, runtime};
 use crate::detach::{Detached, Handover, split};
-use crate::error::{CommandError, chain};
+use crate::error::CommandError;
 use crate::output::Output;
-use crate::paths::Paths;
-use crate::picture::{PictureError, check_place};
-use crate::progress::Progress;
-use crate::sandbox::{Sandbox, SandboxError};
-use crate::snapshot::Held;
-use crate::source::{self, Origin, SourceError, Stage};
-use crate::supervisor::{Allowance, ForkError, Plan, Supervisor, milliseconds_since, process_start_ns};
-use crate::timeline::Recorder;
 use crate::units::show_since;
-use crate::variables::{Variables, VariablesError};
-use crate::warm::{Address, Handed, WarmStatus};
+use forkd_engine::chain::chain;
+use forkd_engine::fork::source::{self, Origin, SourceError, Stage};
+use forkd_engine::fork::supervisor::{
+    Allowance, ForkError, Plan, Supervisor, milliseconds_since, process_start_ns,
+};
+use forkd_engine::fork::template::{Template, TemplateError};
+use forkd_engine::fork::variables::{Variables, VariablesError};
+use forkd_engine::fork::warm::{Address, Handed, WarmStatus};
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::snapshots::Held;
+use forkd_engine::picture::svg::{PictureError, check_place};
+use forkd_engine::picture::timeline::Recorder;
+use forkd_engine::progress::{Amount, Progress, follow};
 use forkd_fs::cache::ChunkCache;
 use forkd_fs::observe::Observer;
 use forkd_fs::store::{ReadError, Store};
@@ -53,12 +56,12 @@ pub enum ForkCommandError {
     Source(#[from] SourceError),
     /// Opening the machine.
     #[error("{name}")]
-    Sandbox {
+    Template {
         /// What was to be forked.
         name: String,
         /// Why not.
         #[source]
-        source: Box<SandboxError>,
+        source: Box<TemplateError>,
     },
     /// `--eager` could not download.
     #[error("{name}")]
@@ -134,11 +137,11 @@ pub fn run(args: &ForkArgs, ahead: Ahead, output: &Output) -> Result<ExitCode, C
     // What no child has asked for is fetched after the answers: it would only be in their way.
     let (rest_wanted, wanted) = oneshot::channel::<()>();
     if let Some(background) = opened.background.as_ref().filter(|_| !args.eager) {
-        background.fill(&opened.sandbox, wanted);
+        background.fill(&opened.template, wanted);
     }
     let allowance = Allowance { memory_mib: args.memory_limit_mib, cpus: args.cpus };
     let plan = Plan { count: args.count, variables, network: args.net, allowance };
-    let supervisor = Supervisor::start(&paths, &zygote, opened.sandbox, opened.name.clone(), &plan)
+    let supervisor = Supervisor::start(&paths, &zygote, opened.template, opened.name.clone(), &plan)
         .map_err(ForkCommandError::from)?;
     note_warm(opened.warm.as_ref(), output);
     let background = opened.background.take().map_or_else(Background::start, Ok);
@@ -200,8 +203,8 @@ impl Background {
     }
 
     /// Fetches what is missing of the images, the rest of them once it is `wanted`.
-    fn fill(&self, sandbox: &Sandbox, wanted: oneshot::Receiver<()>) {
-        let fill = sandbox.fill(async {
+    fn fill(&self, template: &Template, wanted: oneshot::Receiver<()>) {
+        let fill = template.fill(async {
             let _ = wanted.await;
         });
         self.runtime.spawn(async move {
@@ -212,13 +215,13 @@ impl Background {
     }
 
     /// Downloads a whole pack.
-    fn download(&self, sandbox: &mut Sandbox, name: &str, output: &Output) -> Result<(), ForkCommandError> {
-        let bar = Progress::bytes(output, "downloading", sandbox.progress().bytes_total);
-        let filling = sandbox.fill(std::future::ready(()));
-        let filled = self.runtime.block_on(bar.follow(filling, || sandbox.progress().bytes_fetched));
+    fn download(&self, template: &mut Template, name: &str, output: &Output) -> Result<(), ForkCommandError> {
+        let bar = output.begin("downloading", Amount::Bytes(template.progress().bytes_total));
+        let filling = template.fill(std::future::ready(()));
+        let filled = self.runtime.block_on(follow(&*bar, filling, || template.progress().bytes_fetched));
         let name = name.to_owned();
         if filled.map_err(|source| ForkCommandError::Download { name, source: Box::new(source) })? {
-            sandbox.set_complete();
+            template.set_complete();
         }
         Ok(())
     }
@@ -226,7 +229,7 @@ impl Background {
 
 /// What the children are forked from.
 struct Opened {
-    sandbox: Arc<Sandbox>,
+    template: Arc<Template>,
     name: String,
     /// The daemon that held it.
     warm: Option<WarmStatus>,
@@ -244,10 +247,10 @@ impl Opened {
         let wanted = args.wanted();
         let (mut timeline, mut background, mut cache, mut warm) = (Timeline::default(), None, None, None);
         let mut name = wanted.name().to_owned();
-        let mut sandbox = match (resident(paths, args), wanted.tag) {
-            (Some((sandbox, status)), _) => {
+        let mut template = match (resident(paths, args), wanted.tag) {
+            (Some((template, status)), _) => {
                 warm = Some(status);
-                sandbox
+                template
             }
             (None, Some(tag)) => open_local(
                 &name,
@@ -256,7 +259,7 @@ impl Opened {
             (None, None) => {
                 let background = background.insert(Background::start()?);
                 let observer = recorder.clone().map(|recorder| recorder as Arc<dyn Observer>);
-                let opening = source::open(paths, &wanted, &args.cache, observer, |at| match at {
+                let opening = source::open(paths, &wanted, args.cache.options(), observer, |at| match at {
                     Stage::Registry => timeline.registry_ms = Some(since_start()),
                     Stage::Index => timeline.index_ms = Some(since_start()),
                 });
@@ -269,13 +272,13 @@ impl Opened {
             }
         };
         if let Some(background) = background.as_ref().filter(|_| args.eager) {
-            background.download(&mut sandbox, &name, output)?;
+            background.download(&mut template, &name, output)?;
         }
         timeline.vmstate_ms = Some(since_start());
         if let Some(recorder) = &recorder {
-            sandbox.record_in(recorder);
+            template.record_in(recorder);
         }
-        Ok(Opened { sandbox: Arc::new(sandbox), name, warm, cache, timeline, recorder, background })
+        Ok(Opened { template: Arc::new(template), name, warm, cache, timeline, recorder, background })
     }
 }
 
@@ -287,24 +290,24 @@ fn note_warm(held: Option<&WarmStatus>, output: &Output) {
     }
 }
 
-fn open_local(name: &str, held: &Held) -> Result<Sandbox, ForkCommandError> {
-    Sandbox::open_local(&held.path(), KvmKind::detect()).map_err(sandbox_error(name))
+fn open_local(name: &str, held: &Held) -> Result<Template, ForkCommandError> {
+    Template::open_local(&held.path(), KvmKind::detect()).map_err(sandbox_error(name))
 }
 
-fn open_pack(runtime: &Runtime, name: &str, store: Arc<Store>) -> Result<Sandbox, ForkCommandError> {
-    let opening = Sandbox::open_pack(store.clone(), runtime.handle().clone(), KvmKind::detect());
+fn open_pack(runtime: &Runtime, name: &str, store: Arc<Store>) -> Result<Template, ForkCommandError> {
+    let opening = Template::open_pack(store.clone(), runtime.handle().clone(), KvmKind::detect());
     let opened = runtime.block_on(opening);
     store.set_demand_deadline(source::DEMAND_DEADLINE);
     opened.map_err(sandbox_error(name))
 }
 
-fn sandbox_error(name: &str) -> impl FnOnce(SandboxError) -> ForkCommandError {
+fn sandbox_error(name: &str) -> impl FnOnce(TemplateError) -> ForkCommandError {
     let name = name.to_owned();
-    move |source| ForkCommandError::Sandbox { name, source: Box::new(source) }
+    move |source| ForkCommandError::Template { name, source: Box::new(source) }
 }
 
 /// What `forkd warm` holds of it. Without, or when its daemon does not answer, everything is opened as always.
-fn resident(paths: &Paths, args: &ForkArgs) -> Option<(Sandbox, WarmStatus)> {
+fn resident(paths: &Paths, args: &ForkArgs) -> Option<(Template, WarmStatus)> {
     // What is wrong with the name is found again and said by those who open it.
     let address = Address::of(paths, &args.wanted()).ok().filter(|_| !args.eager)?;
     let unused = |error: &dyn Error| tracing::warn!(error = chain(error), "the warm image is not used");
@@ -312,8 +315,8 @@ fn resident(paths: &Paths, args: &ForkArgs) -> Option<(Sandbox, WarmStatus)> {
         unused(&error);
         None
     })?;
-    let sandbox = Sandbox::from_resident(resident, files, KvmKind::detect());
-    Some((sandbox.inspect_err(|error| unused(error)).ok()?, status))
+    let template = Template::from_resident(resident, files, KvmKind::detect());
+    Some((template.inspect_err(|error| unused(error)).ok()?, status))
 }
 
 /// A thousand children need a few descriptors each.

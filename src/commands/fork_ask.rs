@@ -1,12 +1,12 @@
 //! What `forkd fork` asks of its children, and how it hears of their answers. Callers: `fork.rs`.
 
 use crate::cli::ForkArgs;
-use crate::error::chain;
 use crate::output::Output;
-use crate::progress::Progress;
-use crate::supervisor::{Moment, Supervisor};
-use forkd_guest::client::{AgentClient, ClientError};
 use forkd_abi::protocol::{Answer, ExecRequest, Exit};
+use forkd_engine::chain::chain;
+use forkd_engine::fork::agent::{AgentClient, ClientError};
+use forkd_engine::fork::supervisor::{Moment, Supervisor};
+use forkd_engine::progress::{Amount, Progress};
 use forkd_vmm::process::monotonic_ns;
 use std::path::Path;
 use std::sync::Arc;
@@ -62,7 +62,7 @@ pub(super) fn ask_all(supervisor: &Arc<Supervisor>, work: &Work, output: &Output
     // Nobody listens any more when all have answered.
     supervisor.watch(move |at| drop(changes.send(Event::Changed(at))));
     let count = supervisor.children().len();
-    let bar = Progress::steps(output, "children", count as u64);
+    let bar = output.begin("children", Amount::Steps(count as u64));
     let mut asked = vec![false; count];
     let mut outcomes: Vec<Option<Outcome>> = asked.iter().map(|_| None).collect();
     let mut known: std::collections::VecDeque<_> = (0..count).map(Event::Changed).collect();
@@ -123,7 +123,7 @@ fn over(supervisor: &Supervisor, at: usize) -> Option<Outcome> {
 }
 
 fn now(supervisor: &Supervisor) -> Moment {
-    Moment { at_ns: monotonic_ns(), fetched: supervisor.sandbox().progress().bytes_fetched }
+    Moment { at_ns: monotonic_ns(), fetched: supervisor.template().progress().bytes_fetched }
 }
 
 fn failed(supervisor: &Supervisor, error: String) -> Outcome {

@@ -1,12 +1,12 @@
 //! What `forkd fork` prints. The JSON form is a contract (DESIGN section 9). Callers: `fork.rs`.
 
 use super::fork_ask::Outcome;
-use crate::network::NetworkStatus;
 use crate::output::table;
-use crate::sandbox::{FaultFigures, PrefetchFigures, Sandbox};
-use crate::supervisor::{Child, Moment, Supervisor, milliseconds_since};
 use crate::units::show_size;
-use crate::warm::WarmStatus;
+use forkd_engine::fork::supervisor::{Child, Moment, Supervisor, milliseconds_since};
+use forkd_engine::fork::template::{FaultFigures, PrefetchFigures, Template};
+use forkd_engine::fork::warm::WarmStatus;
+use forkd_engine::network::wire::NetworkStatus;
 use forkd_vmm::memory::PAGE_BYTES;
 use rustix::fd::BorrowedFd;
 use serde::Serialize;
@@ -137,17 +137,17 @@ pub struct Prefetch {
 
 impl Faults {
     /// Of a fork so far.
-    pub fn of(sandbox: &Sandbox) -> Faults {
-        let FaultFigures { demand, on_traced_pages, in_traced_chunks } = sandbox.fault_figures();
-        let demand_chunks = sandbox.pager_stats().demand_chunks;
+    pub fn of(template: &Template) -> Faults {
+        let FaultFigures { demand, on_traced_pages, in_traced_chunks } = template.fault_figures();
+        let demand_chunks = template.pager_stats().demand_chunks;
         Faults { demand, demand_chunks, on_traced_pages, in_traced_chunks }
     }
 }
 
 impl Prefetch {
     /// Looks at the processes `pids`.
-    pub fn measure(sandbox: &Sandbox, pids: &[i32]) -> Prefetch {
-        let PrefetchFigures { pages, touched, children } = sandbox.prefetch_figures(pids);
+    pub fn measure(template: &Template, pids: &[i32]) -> Prefetch {
+        let PrefetchFigures { pages, touched, children } = template.prefetch_figures(pids);
         let touched_bytes = touched.map(|pages| pages * PAGE_BYTES);
         Prefetch { pages, bytes: pages * PAGE_BYTES, touched_pages: touched, touched_bytes, children }
     }
@@ -206,7 +206,7 @@ impl ForkReport {
         outcomes: Vec<Outcome>,
         json: bool,
     ) -> ForkReport {
-        let progress = supervisor.sandbox().progress();
+        let progress = supervisor.template().progress();
         let since = |moment: &Moment| milliseconds_since(started_ns, moment.at_ns);
         let children = supervisor.children();
         let pids: Vec<_> =
@@ -242,10 +242,10 @@ impl ForkReport {
             },
             timeline,
             fetched,
-            memory: Memory::measure(&pids, &supervisor.sandbox().images()),
-            faults: Faults::of(supervisor.sandbox()),
+            memory: Memory::measure(&pids, &supervisor.template().images()),
+            faults: Faults::of(supervisor.template()),
             // Only JSON shows it, and looking takes time.
-            prefetch: Prefetch::measure(supervisor.sandbox(), if json { &pids } else { &[] }),
+            prefetch: Prefetch::measure(supervisor.template(), if json { &pids } else { &[] }),
             children: children.iter().zip(outcomes).map(shown).collect(),
         }
     }

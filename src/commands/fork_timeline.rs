@@ -1,8 +1,8 @@
 //! `forkd fork --timeline`: from a fork's report and what was recorded to the picture's file. Callers: `fork.rs`.
 
 use super::fork_report::{ChildReport, ForkReport};
-use crate::error::chain;
-use crate::timeline::{ChildMarks, Phase, Recorder, Scene, Span};
+use forkd_engine::chain::chain;
+use forkd_engine::picture::timeline::{ChildMarks, Phase, Recorder, Scene, Span};
 use std::path::Path;
 
 /// Draws the picture when one is wanted. Children that run are not ended because it cannot be written: that is said,

@@ -11,16 +11,16 @@ use forkd_fs::trace::{MAX_TRACE_LEN, Trace};
 
 use crate::cli::PublishArgs;
 use crate::error::CommandError;
-use crate::hub::publish::{Contents, Publication, publish};
 use crate::output::Output;
-use crate::progress::Progress;
 use crate::units::show_size;
+use forkd_engine::hub::publish::{Contents, Publication, publish};
+use forkd_engine::progress::{Amount, Progress};
 
 /// Reads what the pack is, then copies it in and enters it.
 pub fn run(args: &PublishArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let package = args.name.parse()?;
     let contents = super::runtime()?.block_on(contents(args))?;
-    let progress = Progress::spinner(output, "publishing");
+    let progress = output.begin("publishing", Amount::Unknown);
     let publication = Publication {
         pack: &args.pack,
         hub: &args.hub,

@@ -7,9 +7,9 @@ use serde::Serialize;
 
 use crate::cli::ServeArgs;
 use crate::error::CommandError;
-use crate::hub::serve::{ServeOptions, Server, stop_signal};
-use crate::hub::shape::Shape;
 use crate::output::Output;
+use forkd_engine::hub::serve::{ServeOptions, Server, stop_signal};
+use forkd_engine::hub::shape::Shape;
 
 #[derive(Serialize)]
 struct Listening {

@@ -7,9 +7,9 @@ use serde::Serialize;
 use crate::cli::ImagesArgs;
 use crate::error::CommandError;
 use crate::output::{Output, table};
-use crate::packs;
-use crate::paths::Paths;
 use crate::units::show_size;
+use forkd_engine::hub::packs;
+use forkd_engine::local::paths::Paths;
 
 /// What `forkd images --hub --json` prints.
 #[derive(Debug, Serialize)]
@@ -34,9 +34,12 @@ pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError>
     let from_env = std::env::var("FORKD_HUB_URL").ok();
     let hub = hub.as_deref().or(from_env.as_deref());
     let paths = Paths::from_env()?;
-    let catalogue = super::runtime()?.block_on(packs::catalogue(&paths, hub, &packs::http_client()))?;
+    let catalogue = super::runtime()?.block_on(packs::catalogue(&paths, hub, &packs::http_client(&paths)))?;
     let packages = catalogue.registry().packages.iter().map(|(name, package)| {
-        let latest = package.versions.get(crate::registry::LATEST).or(package.versions.values().next_back());
+        let latest = package
+            .versions
+            .get(forkd_engine::hub::registry::LATEST)
+            .or(package.versions.values().next_back());
         Package {
             name: name.clone(),
             description: package.description.clone(),

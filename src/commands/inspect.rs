@@ -17,11 +17,11 @@ use super::unpack::{LEGACY_LIMIT, UnpackCommandError};
 use crate::cli::InspectArgs;
 use crate::error::CommandError;
 use crate::output::{Output, table};
-use crate::packs;
-use crate::paths::Paths;
-use crate::picture::check_place;
-use crate::snapshot::FOREIGN_MACHINE;
 use crate::units::{show_share, show_size};
+use forkd_engine::hub::packs;
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::snapshots::FOREIGN_MACHINE;
+use forkd_engine::picture::svg::check_place;
 
 mod child;
 mod heatmap;
@@ -99,8 +99,8 @@ pub fn run(args: &InspectArgs, output: &Output) -> Result<ExitCode, CommandError
 }
 
 async fn inspect(args: &InspectArgs) -> Result<Report, CommandError> {
-    let http = packs::http_client();
     let (paths, target) = (Paths::from_env()?, args.target.as_deref().unwrap_or_default());
+    let http = packs::http_client(&paths);
     let target = packs::find(target, &paths, args.hub.hub.as_deref(), &http).await?;
     let location = target.location().clone();
     // No cache: what is shown is what is there now.

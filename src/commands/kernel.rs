@@ -4,10 +4,10 @@ use std::process::ExitCode;
 
 use crate::cli::KernelBuildArgs;
 use crate::error::CommandError;
-use crate::kernel::{self, BuildOptions, Kernel};
 use crate::output::Output;
-use crate::paths::Paths;
-use crate::tools::Interrupt;
+use forkd_engine::build::kernel::{self, BuildOptions, Kernel};
+use forkd_engine::build::tools::Interrupt;
+use forkd_engine::local::paths::Paths;
 
 /// Builds the guest kernel unless it is cached, and prints where it is.
 pub fn build(args: &KernelBuildArgs, output: &Output) -> Result<ExitCode, CommandError> {

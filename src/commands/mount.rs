@@ -20,12 +20,12 @@ use tokio::runtime::Handle;
 use super::umount;
 use crate::cli::MountArgs;
 use crate::error::CommandError;
-use crate::hub::serve::stop_signal;
-use crate::mounts::{self, MountsError, Record, SOURCE_PREFIX};
 use crate::output::Output;
-use crate::packs;
-use crate::paths::Paths;
-use crate::registry::{Catalogue, RegistryCopies, Resolved, whole_digest};
+use forkd_engine::hub::packs;
+use forkd_engine::hub::registry::{Catalogue, RegistryCopies, Resolved, whole_digest};
+use forkd_engine::hub::serve::stop_signal;
+use forkd_engine::local::mounts::{self, MountsError, Record, SOURCE_PREFIX};
+use forkd_engine::local::paths::Paths;
 
 /// Why a hub cannot be mounted.
 #[derive(Debug, thiserror::Error)]
@@ -122,9 +122,9 @@ fn serve(
     }
     let runtime = super::runtime()?;
     let _guard = runtime.enter();
-    let http = packs::http_client();
+    let http = packs::http_client(paths);
     let catalogue = runtime.block_on(packs::catalogue(paths, args.hub.hub.as_deref(), &http))?;
-    let mut options = packs::store_options(paths, &args.cache, &http);
+    let mut options = packs::store_options(paths, args.cache.options(), &http);
     options.demand_deadline = args.deadline;
     let tree = Arc::new(Tree::new(listings(&catalogue), options));
     // Before mounting, so that the watcher holds nothing of the mount.
@@ -194,7 +194,7 @@ async fn keep_current(
             }
             // Said once: what was listed before stays.
             Err(error) if !std::mem::replace(&mut away, true) => {
-                tracing::warn!(error = %crate::error::chain(&error), "the registry cannot be read anew");
+                tracing::warn!(error = %forkd_engine::chain::chain(&error), "the registry cannot be read anew");
             }
             Err(_) => {}
         }

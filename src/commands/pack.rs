@@ -14,13 +14,13 @@ use serde::Serialize;
 use crate::cli::PackArgs;
 use crate::error::CommandError;
 use crate::output::Output;
-use crate::paths::Paths;
-use crate::progress::Progress;
-use crate::run_dir::RunDir;
-use crate::snapshot::{Held, SnapshotError, file_error};
-use crate::tools::Interrupt;
 use crate::units::{show_share, show_size};
-use crate::workspace::{Workspace, WorkspaceError};
+use forkd_engine::build::tools::Interrupt;
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::run_dir::RunDir;
+use forkd_engine::local::snapshots::{Held, SnapshotError, file_error};
+use forkd_engine::local::workspace::{Workspace, WorkspaceError};
+use forkd_engine::progress::{Amount, Progress};
 
 /// Why a snapshot cannot be packed.
 #[derive(Debug, thiserror::Error)]
@@ -151,7 +151,7 @@ pub(super) fn write(
     (work, out): (&Workspace, &Path),
     output: &Output,
 ) -> Result<PackSummary, PackError> {
-    let progress = Progress::bytes(output, "packing", 0);
+    let progress = output.begin("packing", Amount::Bytes(0));
     let on_progress = |now: forkd_fs::writer::PackProgress| {
         progress.limit(now.total);
         progress.to(now.done);

@@ -2,7 +2,7 @@
 //!
 //! A v3 pack whose index the registry pins is fetched chunk by chunk through the chunk cache, each chunk checked: a pull
 //! that was interrupted goes on where it stopped. Any other pack has to lead back to the registry by the digest of the
-//! whole file, so it is downloaded into a file of its own ([`crate::download`]) and checked before anything is unpacked.
+//! whole file, so it is downloaded into a file of its own ([`forkd_engine::hub::download`]) and checked before anything is unpacked.
 
 use std::path::Path;
 use std::process::ExitCode;
@@ -11,13 +11,13 @@ use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
 
 use super::unpack::{UnpackCommandError, Unpacked, from_legacy, from_store};
 use crate::cli::PullArgs;
-use crate::download::{Download, DownloadError};
 use crate::error::CommandError;
 use crate::output::Output;
-use crate::packs;
-use crate::paths::Paths;
-use crate::registry::{Reference, Resolved, whole_digest};
-use crate::snapshot::SnapshotError;
+use forkd_engine::hub::download::{Download, DownloadError};
+use forkd_engine::hub::packs;
+use forkd_engine::hub::registry::{Reference, Resolved, whole_digest};
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::snapshots::SnapshotError;
 
 /// Why a pack cannot be pulled.
 #[derive(Debug, thiserror::Error)]
@@ -54,10 +54,10 @@ async fn pull(
     tag: &str,
     output: &Output,
 ) -> Result<Unpacked, CommandError> {
-    let http = packs::http_client();
+    let http = packs::http_client(paths);
     let catalogue = packs::catalogue(paths, args.hub.hub.as_deref(), &http).await?;
     let resolved = catalogue.resolve(reference)?;
-    let options = packs::store_options(paths, &args.cache, &http);
+    let options = packs::store_options(paths, args.cache.options(), &http);
     let whole = whole_digest(&resolved.entry)
         .transpose()
         .map_err(|_| PullError::BadDigest { reference: reference.to_string() })?;

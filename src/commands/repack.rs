@@ -22,17 +22,17 @@ use super::pack::{self, PackError};
 use super::pull::PullError;
 use super::unpack::{LEGACY_LIMIT, UnpackCommandError};
 use crate::cli::RepackArgs;
-use crate::download::Download;
 use crate::error::CommandError;
 use crate::output::Output;
-use crate::packs::{self, Target};
-use crate::paths::Paths;
-use crate::progress::Progress;
-use crate::registry::{Resolved, whole_digest};
-use crate::run_dir::RunDir;
-use crate::snapshot::FOREIGN_MACHINE;
-use crate::tools::Interrupt;
-use crate::workspace::{Workspace, WorkspaceError};
+use forkd_engine::build::tools::Interrupt;
+use forkd_engine::hub::download::Download;
+use forkd_engine::hub::packs::{self, Target};
+use forkd_engine::hub::registry::{Resolved, whole_digest};
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::run_dir::RunDir;
+use forkd_engine::local::snapshots::FOREIGN_MACHINE;
+use forkd_engine::local::workspace::{Workspace, WorkspaceError};
+use forkd_engine::progress::{Amount, Progress, Task};
 
 /// The predecessor's own manifest in the new pack: it tells of chains and root disks, which ours does not.
 const OLD_MANIFEST: &str = "manifest.old.toml";
@@ -152,7 +152,7 @@ fn redact(target: &str) -> String {
 async fn take_apart(args: &RepackArgs, work: &Workspace, output: &Output) -> Result<Unpacked, CommandError> {
     match obtain(args, work, output).await? {
         Input::Indexed(store) => {
-            let progress = Progress::bytes(output, "unpacking", store.index().stored_bytes());
+            let progress = output.begin("unpacking", Amount::Bytes(store.index().stored_bytes()));
             let done = |now: forkd_fs::store::Progress| {
                 let share = f64::from(now.chunks_fetched) / f64::from(now.chunks_total.max(1));
                 progress.to((store.index().stored_bytes() as f64 * share) as u64);
@@ -168,12 +168,13 @@ async fn take_apart(args: &RepackArgs, work: &Workspace, output: &Output) -> Res
 
 /// Opens the pack; downloads it first when it cannot be read or checked in part.
 async fn obtain(args: &RepackArgs, work: &Workspace, output: &Output) -> Result<Input, CommandError> {
-    let (paths, http) = (Paths::from_env()?, packs::http_client());
+    let paths = Paths::from_env()?;
+    let http = packs::http_client(&paths);
     let target = packs::find(&args.target, &paths, args.hub.hub.as_deref(), &http).await?;
     let location = target.location().clone();
     let options = match &target {
         Target::Direct(PackLocation { source: PackSource::Path(_), .. }) => StoreOptions::default(),
-        _ => packs::store_options(&paths, &args.cache, &http),
+        _ => packs::store_options(&paths, args.cache.options(), &http),
     };
     if let Target::Hub(resolved) = &target
         && resolved.location.index.is_none()
@@ -221,7 +222,7 @@ async fn downloaded(download: Download, name: String) -> Result<Input, CommandEr
 struct Watched<'a> {
     file: File,
     done: u64,
-    progress: &'a Progress,
+    progress: &'a dyn Task,
 }
 
 impl Read for Watched<'_> {
@@ -236,8 +237,8 @@ impl Read for Watched<'_> {
 fn from_legacy(path: &Path, name: &str, work: &Workspace, output: &Output) -> Result<Unpacked, RepackError> {
     let file = File::open(path).map_err(place(path))?;
     let size = file.metadata().map_err(place(path))?.len();
-    let progress = Progress::bytes(output, "unpacking", size);
-    let data = Watched { file, done: 0, progress: &progress };
+    let progress = output.begin("unpacking", Amount::Bytes(size));
+    let data = Watched { file, done: 0, progress: &*progress };
     let pack = legacy::unpack_from(Path::new(name), data, &work.unpacked(), LEGACY_LIMIT)
         .map_err(UnpackCommandError::from)?;
     for member in &pack.members {

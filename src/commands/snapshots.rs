@@ -10,9 +10,9 @@ use serde::Serialize;
 use crate::cli::RmiArgs;
 use crate::error::CommandError;
 use crate::output::{Output, table};
-use crate::paths::Paths;
-use crate::snapshot::{self, SnapshotError, file_error};
 use crate::units::show_size;
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::snapshots::{self, SnapshotError, file_error};
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -45,7 +45,7 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
             let entry = entry.map_err(file_error("listing", &directory))?;
             let Ok(tag) = entry.file_name().into_string() else { continue };
             // Drafts start with a dot.
-            if crate::paths::checked_tag(&tag).is_ok() && entry.path().is_dir() {
+            if forkd_engine::local::paths::checked_tag(&tag).is_ok() && entry.path().is_dir() {
                 snapshots.push(describe(tag, &entry.path()));
             }
         }
@@ -60,7 +60,7 @@ pub fn remove(args: &RmiArgs, output: &Output) -> Result<ExitCode, CommandError>
     let paths = Paths::from_env()?;
     let directories: Result<Vec<_>, SnapshotError> = args.tags.iter().map(|tag| place(&paths, tag)).collect();
     for directory in directories? {
-        snapshot::remove(&paths, &directory)?;
+        snapshots::remove(&paths, &directory)?;
     }
     output.report(&Removed { removed: args.tags.clone() }, |removed| {
         removed.removed.iter().map(|tag| format!("removed {tag}\n")).collect()

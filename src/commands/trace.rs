@@ -23,23 +23,23 @@ use super::build::{BuildCommandError, start_zygote};
 use super::pack::{self, PackError};
 use crate::cli::TraceArgs;
 use crate::error::CommandError;
-use crate::host::{self, HostError};
-use crate::machine_build::Machines;
-use crate::machine_build::recording::{self, TRIALS, Trials};
 use crate::output::{Output, table};
-use crate::packs;
-use crate::paths::Paths;
-use crate::progress::Progress;
-use crate::recipe::{Probe, Recipe};
-use crate::registry::RegistryError;
-use crate::run_dir::{RunDir, RunDirError};
-use crate::scratch::Scratch;
-use crate::snapshot::{
+use crate::units::{show_share, show_size};
+use forkd_engine::build::machine::Machines;
+use forkd_engine::build::machine::recording::{self, TRIALS, Trials};
+use forkd_engine::build::recipe::{Probe, Recipe};
+use forkd_engine::build::tools::{Interrupt, ToolError};
+use forkd_engine::fork::scratch::Scratch;
+use forkd_engine::hub::packs;
+use forkd_engine::hub::registry::RegistryError;
+use forkd_engine::local::host::{self, HostError};
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::run_dir::{RunDir, RunDirError};
+use forkd_engine::local::snapshots::{
     self, CONFIGURATION_MAX, Configuration, Draft, FOREIGN_MACHINE, Held, SnapshotError, file_error,
 };
-use crate::tools::{Interrupt, ToolError};
-use crate::units::{show_share, show_size};
-use crate::workspace::{Workspace, WorkspaceError};
+use forkd_engine::local::workspace::{Workspace, WorkspaceError};
+use forkd_engine::progress::{Amount, Progress};
 
 /// A working set could not be recorded.
 #[derive(Debug, thiserror::Error)]
@@ -203,14 +203,15 @@ async fn take_apart(
     work: &Workspace,
     output: &Output,
 ) -> Result<(Manifest, u32), TraceCommandError> {
-    let http = packs::http_client();
+    let http = packs::http_client(paths);
     let target = packs::find(target, paths, args.hub.hub.as_deref(), &http).await?;
     let store =
-        Store::open(target.location().clone(), packs::store_options(paths, &args.cache, &http)).await?;
+        Store::open(target.location().clone(), packs::store_options(paths, args.cache.options(), &http))
+            .await?;
     if store.manifest().await?.requires.is_foreign() {
         return Err(TraceCommandError::Foreign);
     }
-    let progress = Progress::steps(output, "unpacking", u64::from(store.index().stored_chunk_count()));
+    let progress = output.begin("unpacking", Amount::Steps(u64::from(store.index().stored_chunk_count())));
     let done = |now: forkd_fs::store::Progress| progress.to(u64::from(now.chunks_fetched));
     let manifest = unpack(&store, &work.members(), &done).await?;
     Ok((Manifest::clone(&manifest), store.index().chunk_size()))
@@ -237,7 +238,7 @@ fn configuration(dir: &Path, manifest: &Manifest) -> Result<Configuration, Trace
         return Err(TraceCommandError::Foreign);
     }
     host::check_cpu(&manifest.requires)?;
-    let path = dir.join(snapshot::CONFIGURATION);
+    let path = dir.join(snapshots::CONFIGURATION);
     let text = read_at_most(&path, CONFIGURATION_MAX as u64).map_err(file_error("reading", &path))?;
     let configuration = Configuration::parse(&text)?;
     configuration.check_host(KvmKind::detect())?;

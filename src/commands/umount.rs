@@ -11,9 +11,9 @@ use serde::Serialize;
 
 use crate::cli::UmountArgs;
 use crate::error::CommandError;
-use crate::mounts;
 use crate::output::Output;
-use crate::paths::Paths;
+use forkd_engine::local::mounts;
+use forkd_engine::local::paths::Paths;
 
 /// How long the daemon gets to end; it has nothing left to do by then.
 const PATIENCE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };

@@ -12,10 +12,10 @@ use serde::Serialize;
 use crate::cli::UnpackArgs;
 use crate::error::CommandError;
 use crate::output::Output;
-use crate::paths::Paths;
-use crate::progress::Progress;
-use crate::snapshot::{Draft, SnapshotError};
 use crate::units::show_size;
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::snapshots::{Draft, SnapshotError};
+use forkd_engine::progress::{Amount, Progress};
 
 /// Most plain bytes taken out of one of the predecessor's packs: they have no index that could be checked first.
 pub const LEGACY_LIMIT: u64 = 256 << 30;
@@ -95,7 +95,7 @@ pub async fn from_store(
     let manifest = store.manifest().await?;
     let tag = tag.unwrap_or(&manifest.tag).to_owned();
     let draft = Draft::create(paths, &tag, force)?;
-    let progress = Progress::bytes(output, &format!("unpacking {tag}"), store.index().stored_bytes());
+    let progress = output.begin(&format!("unpacking {tag}"), Amount::Bytes(store.index().stored_bytes()));
     unpack(store, draft.path(), &|now| {
         let share = u64::from(now.chunks_fetched) as f64 / f64::from(now.chunks_total.max(1));
         progress.to((store.index().stored_bytes() as f64 * share) as u64);
@@ -114,7 +114,7 @@ pub fn from_legacy(
     force: bool,
     output: &Output,
 ) -> Result<Unpacked, UnpackCommandError> {
-    let _progress = Progress::spinner(output, "unpacking");
+    let _progress = output.begin("unpacking", Amount::Unknown);
     let tag = match tag {
         Some(tag) => tag.to_owned(),
         None => legacy::list(file, LEGACY_LIMIT)?.manifest.tag,

@@ -3,14 +3,15 @@
 use crate::cli::WarmArgs;
 use crate::commands::{end_on_signal, runtime};
 use crate::detach::{DetachError, Detached, Handover, split};
-use crate::error::{self, CommandError, chain};
+use crate::error::{self, CommandError};
 use crate::output::{Output, table};
-use crate::paths::Paths;
-use crate::progress::Progress;
-use crate::sandbox::{Sandbox, SandboxError};
-use crate::source::{self, OpenedSource, Origin, SourceError, Wanted};
 use crate::units::{show_since, show_size};
-use crate::warm::{Address, AddressError, Daemon, WarmError, WarmStatus};
+use forkd_engine::chain::chain;
+use forkd_engine::fork::source::{self, OpenedSource, Origin, SourceError, Wanted};
+use forkd_engine::fork::template::{Template, TemplateError};
+use forkd_engine::fork::warm::{Address, AddressError, Daemon, WarmError, WarmStatus};
+use forkd_engine::local::paths::Paths;
+use forkd_engine::progress::{Amount, Progress, follow};
 use forkd_fs::store::ReadError;
 use forkd_vmm::kvm::KvmKind;
 use std::process::ExitCode;
@@ -29,12 +30,12 @@ pub enum WarmCommandError {
     Source(#[from] SourceError),
     /// Opening the machine.
     #[error("{name}")]
-    Sandbox {
+    Template {
         /// What was to be loaded.
         name: String,
         /// Why not.
         #[source]
-        source: Box<SandboxError>,
+        source: Box<TemplateError>,
     },
     /// Downloading it.
     #[error("{name}")]
@@ -107,16 +108,16 @@ fn hold(
     }
     let runtime = runtime()?;
     let wanted = args.wanted();
-    let opening = source::open(paths, &wanted, &args.cache, None, |_| {});
+    let opening = source::open(paths, &wanted, args.cache.options(), None, |_| {});
     let OpenedSource { name, resolved, origin, cache } =
         runtime.block_on(opening).map_err(WarmCommandError::from)?;
-    let sandbox = load(&runtime, &name, origin, output)?;
+    let template = load(&runtime, &name, origin, output)?;
     if let Some(cache) = cache {
         cache.flush();
     }
     // The name of a replaced snapshot leads elsewhere by now; what was opened is what is served, under what it was asked for.
     let mut daemon =
-        Daemon::start(paths, address, name, resolved, &sandbox).map_err(WarmCommandError::from)?;
+        Daemon::start(paths, address, name, resolved, &template).map_err(WarmCommandError::from)?;
     end_on_signal(&runtime, daemon.remover());
     output.report(daemon.status(), |status| {
         format!(
@@ -139,29 +140,29 @@ fn load(
     name: &str,
     origin: Origin,
     output: &Output,
-) -> Result<Sandbox, WarmCommandError> {
+) -> Result<Template, WarmCommandError> {
     let kind = KvmKind::detect();
-    let failed = |source| WarmCommandError::Sandbox { name: name.to_owned(), source: Box::new(source) };
+    let failed = |source| WarmCommandError::Template { name: name.to_owned(), source: Box::new(source) };
     let store = match origin {
         Origin::Directory(held) => {
-            return Sandbox::open_local(&held.path(), kind).and_then(Sandbox::into_memory).map_err(failed);
+            return Template::open_local(&held.path(), kind).and_then(Template::into_memory).map_err(failed);
         }
         Origin::Pack(store) => store,
     };
-    let opening = Sandbox::open_pack(store.clone(), runtime.handle().clone(), kind);
-    let mut sandbox = runtime.block_on(opening).map_err(failed)?;
+    let opening = Template::open_pack(store.clone(), runtime.handle().clone(), kind);
+    let mut template = runtime.block_on(opening).map_err(failed)?;
     store.set_demand_deadline(source::DEMAND_DEADLINE);
-    let bar = Progress::bytes(output, "loading", sandbox.progress().bytes_total);
+    let bar = output.begin("loading", Amount::Bytes(template.progress().bytes_total));
     let filled = runtime
-        .block_on(bar.follow(sandbox.fill(std::future::ready(())), || sandbox.progress().bytes_fetched));
+        .block_on(follow(&*bar, template.fill(std::future::ready(())), || template.progress().bytes_fetched));
     match filled {
-        Ok(true) => sandbox.set_complete(),
+        Ok(true) => template.set_complete(),
         Ok(false) => return Err(WarmCommandError::Incomplete { name: name.to_owned() }),
         Err(error) => {
             return Err(WarmCommandError::Download { name: name.to_owned(), source: Box::new(error) });
         }
     }
-    Ok(sandbox)
+    Ok(template)
 }
 
 fn list(paths: &Paths, output: &Output) -> ExitCode {

@@ -6,14 +6,14 @@ use crate::commands::children::ChildrenError;
 use crate::commands::fork::ForkCommandError;
 use crate::commands::trace::TraceCommandError;
 use crate::commands::warm::WarmCommandError;
-use crate::host::HostError;
-use crate::machine_build::BuildError;
-use crate::network::NetworkError;
-use crate::run_dir::RunDirError;
-use crate::sandbox::SandboxError;
-use crate::source::SourceError;
-use crate::supervisor::ForkError;
-use crate::warm::{AddressError, WarmError};
+use forkd_engine::build::machine::BuildError;
+use forkd_engine::fork::source::SourceError;
+use forkd_engine::fork::supervisor::ForkError;
+use forkd_engine::fork::template::TemplateError;
+use forkd_engine::fork::warm::{AddressError, WarmError};
+use forkd_engine::local::host::HostError;
+use forkd_engine::local::run_dir::RunDirError;
+use forkd_engine::network::wire::NetworkError;
 use forkd_vmm::kvm::KvmError;
 use forkd_vmm::pager::PagerError;
 use forkd_vmm::uffd::UffdError;
@@ -30,7 +30,7 @@ pub(super) fn fork(error: &ForkCommandError) -> Row {
             row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
         }
         ForkCommandError::Source(error) => source(error),
-        ForkCommandError::Sandbox { source, .. } => sandbox(source),
+        ForkCommandError::Template { source, .. } => template(source),
         ForkCommandError::Download { .. } => row.hint("run it again: what was fetched is kept"),
         ForkCommandError::Fork(ForkError::Pager(error)) => pager(error),
         ForkCommandError::Fork(ForkError::NoLimit { .. }) => {
@@ -64,7 +64,7 @@ pub(super) fn warm(error: &WarmCommandError) -> Row {
         WarmCommandError::Source(error) | WarmCommandError::Address(AddressError::Source(error)) => {
             source(error)
         }
-        WarmCommandError::Sandbox { source, .. } => sandbox(source),
+        WarmCommandError::Template { source, .. } => template(source),
         WarmCommandError::Download { .. } => row.hint("run it again: what was fetched is kept"),
         WarmCommandError::Incomplete { .. } => row.hint("check the free memory of this host"),
         WarmCommandError::Address(AddressError::NotFixed { .. }) => {
@@ -122,23 +122,23 @@ fn source(error: &SourceError) -> Row {
     }
 }
 
-fn sandbox(error: &SandboxError) -> Row {
+fn template(error: &TemplateError) -> Row {
     let row = Row::failed("fork", "");
     match error {
-        SandboxError::Snapshot(error) => packs::snapshot(error),
-        SandboxError::Pager(error) => pager(error),
-        SandboxError::Read(error) => packs::read(error),
-        SandboxError::Foreign => {
+        TemplateError::Snapshot(error) => packs::snapshot(error),
+        TemplateError::Pager(error) => pager(error),
+        TemplateError::Read(error) => packs::read(error),
+        TemplateError::Foreign => {
             row.hint("its files can be mounted and unpacked; to fork it, build it again with this forkd")
         }
-        SandboxError::Trace(_) | SandboxError::Size { .. } => {
+        TemplateError::Trace(_) | TemplateError::Size { .. } => {
             row.hint("the pack was built wrong; ask its publisher")
         }
-        SandboxError::Host(HostError::Kvm(error)) => kvm(error),
-        SandboxError::Host(HostError::Features { .. } | HostError::Vendor { .. }) => {
+        TemplateError::Host(HostError::Kvm(error)) => kvm(error),
+        TemplateError::Host(HostError::Features { .. } | HostError::Vendor { .. }) => {
             row.hint("fork it on a host with such a CPU, or build it again on this one")
         }
-        SandboxError::Memory(_) => row.hint("check the free memory of this host"),
+        TemplateError::Memory(_) => row.hint("check the free memory of this host"),
     }
 }
 
@@ -171,7 +171,7 @@ pub(super) fn trace(error: &TraceCommandError) -> Row {
         TraceCommandError::NoProbe { .. } | TraceCommandError::RecipeWithoutProbe { .. } => {
             row.hint("say what forks are asked with --eval CODE, or name a recipe that does with --recipe")
         }
-        TraceCommandError::Foreign => sandbox(&SandboxError::Foreign),
+        TraceCommandError::Foreign => template(&TemplateError::Foreign),
         TraceCommandError::Replaced { .. } => row.hint("run it again: it was left as it is now"),
         TraceCommandError::Build(BuildCommandError::Build { console, .. }) => {
             row.console(console).hint("the working set that was there is kept")

@@ -12,14 +12,14 @@ use crate::commands::pack::PackError;
 use crate::commands::pull::PullError;
 use crate::commands::repack::RepackError;
 use crate::commands::unpack::UnpackCommandError;
-use crate::download::DownloadError;
-use crate::hub::publish::PublishError;
-use crate::hub::serve::ServeError;
-use crate::mounts::MountsError;
-use crate::registry::{InvalidReference, RegistryError};
-use crate::run_dir::RunDirError;
-use crate::snapshot::SnapshotError;
-use crate::workspace::WorkspaceError;
+use forkd_engine::hub::download::DownloadError;
+use forkd_engine::hub::publish::PublishError;
+use forkd_engine::hub::registry::{InvalidReference, RegistryError};
+use forkd_engine::hub::serve::ServeError;
+use forkd_engine::local::mounts::MountsError;
+use forkd_engine::local::run_dir::RunDirError;
+use forkd_engine::local::snapshots::SnapshotError;
+use forkd_engine::local::workspace::WorkspaceError;
 
 pub(super) fn snapshot(error: &SnapshotError) -> Row {
     let row = Row::failed("use the snapshot", "");

@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use forkd_guest::client::{AgentClient, ClientError};
 use forkd_abi::protocol::{ExecRequest, Exit, Frame, Response, decode_control, read_frame};
+use forkd_engine::fork::agent::{AgentClient, ClientError};
 use tempfile::TempDir;
 
 pub const SOON: Duration = Duration::from_secs(10);

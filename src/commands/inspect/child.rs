@@ -9,13 +9,13 @@ use serde::Serialize;
 
 use crate::commands::children::ChildrenError;
 use crate::error::CommandError;
-use crate::heatmap::{Cell, Heatmap, ImageCells};
 use crate::output::{Output, table};
-use crate::pagemap::{self, MappedFile, PAGE, PageState, Pagemap};
-use crate::paths::Paths;
-use crate::picture::{Key, PALE};
-use crate::run_dir::{ForkDir, RunDirError};
 use crate::units::{show_share, show_size};
+use forkd_engine::fork::pagemap::{self, MappedFile, PAGE, PageState, Pagemap};
+use forkd_engine::local::paths::Paths;
+use forkd_engine::local::run_dir::{ForkDir, RunDirError};
+use forkd_engine::picture::heatmap::{Cell, Heatmap, ImageCells};
+use forkd_engine::picture::svg::{Key, PALE};
 
 /// A square of the picture.
 const CHUNK: u64 = 256 << 10;

@@ -7,9 +7,9 @@ use forkd_fs::store::Store;
 use forkd_fs::trace::bucket_name;
 
 use super::working_set::WorkingSet;
-use crate::heatmap::{Cell, Heatmap, ImageCells};
-use crate::paths::Paths;
-use crate::picture::{Key, PALE};
+use forkd_engine::local::paths::Paths;
+use forkd_engine::picture::heatmap::{Cell, Heatmap, ImageCells};
+use forkd_engine::picture::svg::{Key, PALE};
 
 /// Colours of the buckets, the first one first; buckets beyond share the last colour.
 const BUCKETS: [&str; 4] = ["#c0392b", "#f28e2b", "#edc948", "#b07aa1"];

@@ -4,7 +4,6 @@
 use crate::arch;
 use crate::devices::cmos::{self, Cmos};
 use crate::devices::doorbell::{Doorbell, Ring};
-use forkd_abi::doorbell::{COMMAND_PORT, DATA_PORT};
 use crate::devices::serial::{Console, IrqLine, SerialPort, SerialSnapshot};
 use crate::devices::virtio::DeviceKind;
 use crate::devices::virtio::balloon::Balloon;
@@ -17,6 +16,7 @@ use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::vsock::Vsock;
 use crate::kvm::{KvmError, ioctl};
 use crate::memory::{GuestMemory, MemoryLayout};
+use forkd_abi::doorbell::{COMMAND_PORT, DATA_PORT};
 use kvm_ioctls::VmFd;
 use std::fs::File;
 use std::io;

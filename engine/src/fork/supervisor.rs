@@ -1,0 +1,371 @@
+//! The children of one fork: their processes, their progress, what is left of them. One supervisor is one process of
+//! `forkd fork`; it is also the pager of its children. Callers: `commands/fork.rs`.
+
+mod plan;
+mod reports;
+
+pub use plan::{Allowance, Plan};
+
+use crate::chain::chain;
+use crate::fork::identity::{self, IdentityError};
+use crate::fork::scratch::Scratch;
+use crate::fork::template::Template;
+use crate::fork::turns::Turns;
+use crate::local::paths::{Paths, PathsError};
+use crate::local::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir, RunDirError};
+use crate::local::snapshots::SnapshotError;
+use crate::network::wire::{ChildNetwork, NetworkError, NetworkStatus, Networks};
+use forkd_vmm::cgroup::Limits;
+use forkd_vmm::kvm::KvmKind;
+use forkd_vmm::pager::{ClientId, PagerError};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, monotonic_ns};
+use forkd_vmm::zygote::{SpawnError, Zygote};
+use rustix::fd::AsFd;
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How long the control socket is left alone when it cannot be served.
+const PAUSE: Duration = Duration::from_millis(200);
+/// A child that waits longer than this for one chunk counts as stalled.
+const STALLED_AFTER: Duration = Duration::from_secs(1);
+
+/// A fork could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// forkd's directories.
+    #[error(transparent)]
+    Paths(#[from] PathsError),
+    /// The run directory.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// A process.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// The pager.
+    #[error(transparent)]
+    Pager(#[from] PagerError),
+    /// A file of a child.
+    #[error("{operation} {} failed", path.display())]
+    File {
+        /// What was tried.
+        operation: &'static str,
+        /// On what.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A thread of its own.
+    #[error("a thread that looks after the children cannot be started")]
+    Thread(#[source] io::Error),
+    /// A scratch disk.
+    #[error(transparent)]
+    Scratch(#[from] SnapshotError),
+    /// The children's networks.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// The children's identities.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// A limit was asked for that this host cannot set.
+    #[error(
+        "{option} cannot be kept: this host has no cgroup (version 2) with a {controller} limit to hand on"
+    )]
+    NoLimit {
+        /// What was asked for.
+        option: &'static str,
+        /// What is missing.
+        controller: &'static str,
+    },
+}
+
+/// When something happened, and how much of the pack was there.
+#[derive(Debug, Clone, Copy)]
+pub struct Moment {
+    /// CLOCK_MONOTONIC, ns.
+    pub at_ns: u64,
+    /// Bytes of the pack that had been fetched.
+    pub fetched: u64,
+}
+
+/// A child as the supervisor knows it.
+#[derive(Debug)]
+pub struct Child {
+    /// Its name, unique on this machine.
+    pub id: String,
+    /// Its machine's process id.
+    pub pid: i32,
+    /// Its machine, until it is over: then its descriptors are of no more use.
+    process: Option<Arc<MachineProcess>>,
+    /// Unix socket of its vsock.
+    pub socket: PathBuf,
+    /// Where it stands.
+    pub state: ChildState,
+    /// Why it failed.
+    pub error: Option<String>,
+    /// Its first instruction after the snapshot.
+    pub first_instruction: Option<Moment>,
+    /// It has executed its first instruction and does not wait for its turn.
+    pub goes_on: bool,
+    /// When it was unique and ready for requests.
+    pub ready: Option<Moment>,
+    /// How it is reached on its network, if it has one.
+    pub network: Option<NetworkStatus>,
+    /// Where the other end of its network is, kept for others to enter; closed when the child is over.
+    namespace: Option<File>,
+    client: ClientId,
+}
+
+impl Child {
+    fn kill(&self) {
+        if let Some(process) = &self.process {
+            process.kill();
+        }
+    }
+
+    /// Ends it at once, if it is not over.
+    fn end(&mut self, state: ChildState, error: Option<String>) {
+        if !self.state.is_over() {
+            self.kill();
+            self.state = state;
+            self.error = error;
+        }
+    }
+}
+
+/// The children of one fork.
+pub struct Supervisor {
+    run_dir: RunDir,
+    /// Where scratch disks lie.
+    cache: PathBuf,
+    template: Arc<Template>,
+    pack: String,
+    children: Mutex<Vec<Child>>,
+    /// More children are coming.
+    spawning: AtomicBool,
+    turns: Option<Mutex<Turns>>,
+    watcher: Mutex<Watcher>,
+}
+
+/// Is told which child goes on, got ready or is over.
+type Watcher = Box<dyn Fn(usize) + Send>;
+
+impl Supervisor {
+    /// Starts children of `template`, which `pack` names for people.
+    pub fn start(
+        paths: &Paths,
+        zygote: &Zygote,
+        template: Arc<Template>,
+        pack: String,
+        plan: &Plan,
+    ) -> Result<Arc<Supervisor>, ForkError> {
+        plan.allowance.check(zygote)?;
+        let networks = Networks::new(plan.network)?;
+        let run_dir = RunDir::create(paths)?;
+        match zygote.cgroups() {
+            Ok(cgroups) => run_dir.note_cgroups(&cgroups.path)?,
+            Err(error) => tracing::debug!(error = chain(error), "children get no cgroups"),
+        }
+        let listener = run_dir.listen()?;
+        let children = Mutex::default();
+        let spawning = AtomicBool::new(true);
+        let watcher = Mutex::new(Box::new(|_| {}) as Watcher);
+        let turns = Turns::of(plan.count, KvmKind::detect()).map(Mutex::new);
+        let cache = paths.cache.clone();
+        let supervisor =
+            Arc::new(Supervisor { run_dir, cache, template, pack, children, spawning, turns, watcher });
+        let mut listener = Some(listener);
+        let spawned = (1..=u64::from(plan.count)).try_for_each(|number| {
+            let network = networks.of_child(number)?;
+            supervisor.spawn(zygote, plan, number, network)?;
+            // The first child does not wait for threads, and not for its memory until the last one is spawned.
+            if let Some(listener) = listener.take() {
+                let (reports, control) = (Arc::clone(&supervisor), Arc::clone(&supervisor));
+                spawn_thread(move || reports.follow())?;
+                spawn_thread(move || control.serve_control(&listener))?;
+            }
+            Ok(())
+        });
+        supervisor.spawning.store(false, Ordering::Release);
+        if spawned.is_err() {
+            supervisor.end();
+        }
+        spawned.map(|()| supervisor)
+    }
+
+    fn spawn(
+        &self,
+        zygote: &Zygote,
+        plan: &Plan,
+        number: u64,
+        network: Option<ChildNetwork>,
+    ) -> Result<(), ForkError> {
+        let id = format!("{}-{number}", self.run_dir.id());
+        let identity = network.as_ref().map(|network| network.identity);
+        let record = identity::fresh(&id, number, identity, plan.variables.of_child(number))?;
+        let limits = plan.allowance.limits(&id, &self.template.configuration().layout);
+        let (process, socket) = self.start_machine(zygote, &id, record, limits, network.as_ref())?;
+        self.children().push(Child {
+            id,
+            pid: process.pid,
+            process: Some(Arc::new(process)),
+            socket,
+            state: ChildState::Starting,
+            error: None,
+            first_instruction: None,
+            goes_on: false,
+            ready: None,
+            network: network.as_ref().map(ChildNetwork::status),
+            namespace: network.map(|network| network.namespace),
+            client: ClientId(number),
+        });
+        Ok(())
+    }
+
+    /// A child's process, and the socket of its vsock.
+    fn start_machine(
+        &self,
+        zygote: &Zygote,
+        id: &str,
+        record: Vec<u8>,
+        limits: Limits,
+        network: Option<&ChildNetwork>,
+    ) -> Result<(MachineProcess, PathBuf), ForkError> {
+        let failed = |operation, path: &Path| {
+            let path = path.to_owned();
+            move |source| ForkError::File { operation, path, source }
+        };
+        let socket = self.run_dir.socket(id);
+        let vsock = UnixListener::bind(&socket).map_err(failed("binding", &socket))?;
+        let console_path = self.run_dir.console(id);
+        let console = File::create(&console_path).map_err(failed("creating", &console_path))?;
+        let configuration = self.template.configuration();
+        let scratch = Scratch { dir: &self.cache, mib: configuration.scratch_mib };
+        let disk = scratch.create()?;
+        let spec = MachineSpec {
+            layout: configuration.layout,
+            limits,
+            record,
+            mac: network.map(|network| network.identity.mac),
+            start: self.template.start(),
+            scratch_bytes: scratch.bytes(),
+            held: self.turns.is_some(),
+        };
+        let files = MachineFiles {
+            images: self.template.images(),
+            start: self.template.vmstate(),
+            console: console.as_fd(),
+            vsock: vsock.as_fd(),
+            scratch: disk.as_ref().map(AsFd::as_fd),
+            tap: network.map(|network| network.tap.as_fd()),
+            initrd: None,
+        };
+        Ok((zygote.spawn(&spec, &files)?, socket))
+    }
+
+    /// The children; short-lived lock.
+    pub fn children(&self) -> MutexGuard<'_, Vec<Child>> {
+        self.children.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has `watcher` told from now on, instead of the one before, which child goes on, got ready or
+    /// is over. It must not ask for
+    /// the children: their lock may be held.
+    pub fn watch(&self, watcher: impl Fn(usize) + Send + 'static) {
+        *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Box::new(watcher);
+    }
+
+    fn tell(&self, at: usize) {
+        self.watcher.lock().unwrap_or_else(PoisonError::into_inner)(at);
+    }
+
+    /// The template they were forked from.
+    pub fn template(&self) -> &Arc<Template> {
+        &self.template
+    }
+
+    /// Ends children: all, or the one of that name. Returns how many were alive.
+    pub fn kill(&self, id: Option<&str>) -> usize {
+        let mut children = self.children();
+        let mut killed = 0;
+        for child in children.iter_mut() {
+            if id.is_none_or(|id| id == child.id) && !child.state.is_over() {
+                child.end(ChildState::Killed, None);
+                killed += 1;
+            }
+        }
+        killed
+    }
+
+    /// Whether no child is alive.
+    pub fn all_over(&self) -> bool {
+        self.children().iter().all(|child| child.state.is_over())
+    }
+
+    /// Ends all children and removes what the fork left on disk.
+    pub fn end(&self) {
+        self.kill(None);
+        self.run_dir.remove();
+    }
+
+    /// What `forkd ps` shows.
+    pub fn status(&self) -> ForkStatus {
+        let progress = self.template.progress();
+        let waits = self.template.pager().map(|pager| pager.waits()).unwrap_or_default();
+        let shown = |child: &Child| {
+            let stuck = waits.get(&child.client).is_some_and(|wait| *wait > STALLED_AFTER);
+            let stalled = stuck && !child.state.is_over();
+            ChildStatus {
+                id: child.id.clone(),
+                pid: child.pid,
+                state: if stalled { ChildState::Stalled } else { child.state },
+                error: child.error.clone().or_else(|| progress.last_error.clone().filter(|_| stalled)),
+                network: child.network.clone(),
+            }
+        };
+        ForkStatus {
+            pack: self.pack.clone(),
+            bytes_fetched: progress.bytes_fetched,
+            bytes_total: progress.bytes_total,
+            children: self.children().iter().map(shown).collect(),
+        }
+    }
+
+    fn serve_control(&self, listener: &UnixListener) {
+        for stream in listener.incoming() {
+            let Ok(stream) = stream else {
+                // Descriptors may be short for a moment; without this thread nobody could end the fork.
+                std::thread::sleep(PAUSE);
+                continue;
+            };
+            self.run_dir.answer(stream, || self.status(), |id| self.kill(id));
+        }
+    }
+}
+
+fn spawn_thread(run: impl FnOnce() + Send + 'static) -> Result<(), ForkError> {
+    std::thread::Builder::new().spawn(run).map(drop).map_err(ForkError::Thread)
+}
+
+impl Drop for Supervisor {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Milliseconds from `start_ns` to `at_ns`, both on CLOCK_MONOTONIC.
+pub fn milliseconds_since(start_ns: u64, at_ns: u64) -> f64 {
+    at_ns.saturating_sub(start_ns) as f64 / 1e6
+}
+
+/// When this process started, on CLOCK_MONOTONIC, ns: now less the CPU time it has used, which is right as long as
+/// it has not waited for anything. Call it first thing.
+pub fn process_start_ns() -> u64 {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+    monotonic_ns().saturating_sub(used.tv_sec as u64 * 1_000_000_000 + used.tv_nsec as u64)
+}

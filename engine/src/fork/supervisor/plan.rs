@@ -1,0 +1,53 @@
+//! What the children of a fork are to be. Callers: `supervisor.rs` and whoever has one made.
+
+use super::ForkError;
+use crate::fork::variables::Variables;
+use crate::network::wire::NetworkMode;
+use forkd_vmm::cgroup::Limits;
+use forkd_vmm::memory::MemoryLayout;
+use forkd_vmm::zygote::Zygote;
+
+/// What the children of a fork are to be.
+#[derive(Debug)]
+pub struct Plan {
+    /// How many.
+    pub count: u32,
+    /// Their environments.
+    pub variables: Variables,
+    /// Their networks.
+    pub network: NetworkMode,
+    /// What each may take of the host.
+    pub allowance: Allowance,
+}
+
+/// What each child may take of the host, where that was asked for.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Allowance {
+    /// Memory, MiB; otherwise what its guest was promised, and a little more.
+    pub memory_mib: Option<u64>,
+    /// Processors; otherwise as many as it can get.
+    pub cpus: Option<f64>,
+}
+
+impl Allowance {
+    /// Nobody is to believe in a limit that is not there.
+    pub(super) fn check(&self, zygote: &Zygote) -> Result<(), ForkError> {
+        let controllers = zygote.cgroups().map_or(&[][..], |cgroups| &cgroups.controllers);
+        let asked = [
+            (self.memory_mib.is_some(), "--memory-limit-mib", "memory"),
+            (self.cpus.is_some(), "--cpus", "cpu"),
+        ];
+        for (asked, option, controller) in asked {
+            if asked && !controllers.contains(&controller) {
+                return Err(ForkError::NoLimit { option, controller });
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn limits(&self, id: &str, layout: &MemoryLayout) -> Limits {
+        let limits = Limits::of(id.to_owned(), layout);
+        let memory_bytes = self.memory_mib.map_or(limits.memory_bytes, |mib| mib << 20);
+        Limits { memory_bytes, cpus: self.cpus, ..limits }
+    }
+}

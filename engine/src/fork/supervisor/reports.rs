@@ -1,0 +1,208 @@
+//! What children report, and what follows from it: their states, their turns, their ends. Callers: `supervisor.rs`.
+
+use super::{Child, Moment, Supervisor};
+use crate::chain::chain;
+use crate::fork::template::Template;
+use crate::fork::turns::Turns;
+use crate::local::run_dir::ChildState;
+use forkd_vmm::channel::ChannelError;
+use forkd_vmm::devices::doorbell::Ring;
+use forkd_vmm::pager::ClientId;
+use forkd_vmm::process::{MachineProcess, Order, Report};
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How often the supervisor looks for failed chunks while nothing else happens.
+const TICK: Duration = Duration::from_millis(200);
+/// The same while children are being spawned, whose channels are not polled yet.
+const SPAWN_TICK: Duration = Duration::from_millis(1);
+/// The same while children wait for their turns.
+const TURN_TICK: Duration = Duration::from_millis(50);
+
+impl Supervisor {
+    /// Reads the children's reports until all are over.
+    pub(super) fn follow(&self) {
+        let mut known = 0;
+        let mut open: Vec<(usize, Arc<MachineProcess>)> = Vec::new();
+        loop {
+            let spawning = self.spawning.load(Ordering::Acquire);
+            {
+                let children = self.children();
+                let new = children.iter().enumerate().skip(known);
+                open.extend(new.filter_map(|(at, child)| Some((at, child.process.clone()?))));
+                known = children.len();
+            }
+            if open.is_empty() && !spawning {
+                return;
+            }
+            let tick = match (spawning, self.are_turns_awaited()) {
+                (true, _) => SPAWN_TICK,
+                (false, true) => TURN_TICK,
+                (false, false) => TICK,
+            };
+            let timeout = Timespec { tv_sec: 0, tv_nsec: tick.subsec_nanos().into() };
+            let mut polled: Vec<_> =
+                open.iter().map(|(_, process)| PollFd::new(&process.channel, PollFlags::IN)).collect();
+            match rustix::event::poll(&mut polled, Some(&timeout)) {
+                Ok(_) => {}
+                Err(Errno::INTR) => continue,
+                Err(error) => {
+                    tracing::warn!(%error, "the children's reports cannot be waited for");
+                    std::thread::sleep(TICK);
+                    continue;
+                }
+            }
+            let readable: Vec<_> = polled.iter().map(|poll| !poll.revents().is_empty()).collect();
+            let mut readable = readable.into_iter();
+            open.retain(|(at, process)| {
+                if !readable.next().unwrap_or(false) {
+                    return true;
+                }
+                match process.channel.receive::<Report>() {
+                    Ok((report, fds)) => {
+                        self.note(*at, report, fds);
+                        true
+                    }
+                    Err(error) => {
+                        self.finish(*at, &error);
+                        false
+                    }
+                }
+            });
+            self.end_children_without_memory();
+            self.take_turns(&mut self.children());
+        }
+    }
+
+    /// Lets children go on whose turn it is.
+    fn take_turns(&self, children: &mut [Child]) {
+        let Some(turns) = &self.turns else { return };
+        let mut turns = turns.lock().unwrap_or_else(PoisonError::into_inner);
+        if !self.spawning.load(Ordering::Acquire) {
+            let there = |child: &Child| child.first_instruction.is_some() || child.state.is_over();
+            turns.gather(children.iter().all(there), Instant::now());
+        }
+        while let Some(at) = turns.next(Instant::now()) {
+            children[at].goes_on = true;
+            if let Some(process) = &children[at].process {
+                // One that is gone is noticed by its reports.
+                let _ = process.channel.send(&Order::Resume, &[]);
+            }
+            self.tell(at);
+        }
+    }
+
+    /// What the child was wanted for is done: others may go on.
+    pub fn end_turn(&self, at: usize) {
+        let Some(turns) = &self.turns else { return };
+        let mut children = self.children();
+        turns.lock().unwrap_or_else(PoisonError::into_inner).end(at);
+        self.take_turns(&mut children);
+    }
+
+    fn are_turns_awaited(&self) -> bool {
+        let awaited =
+            |turns: &Mutex<Turns>| turns.lock().unwrap_or_else(PoisonError::into_inner).are_awaited();
+        self.turns.as_ref().is_some_and(awaited)
+    }
+
+    fn note(&self, at: usize, report: Report, mut fds: Vec<OwnedFd>) {
+        let mut children = self.children();
+        let child = &mut children[at];
+        match report {
+            Report::Attached { bases } => {
+                if let (Some(pager), Some(uffd)) = (self.template.pager(), fds.pop())
+                    && let Err(error) = pager.attach(child.client, uffd, bases)
+                {
+                    child.end(ChildState::Failed, Some(chain(&error)));
+                }
+            }
+            Report::Rang { ring, at_ns } => {
+                // The guest controls what it rings and how often: only the first of each kind counts.
+                let moment = Moment { at_ns, fetched: self.template.progress().bytes_fetched };
+                match ring {
+                    Ring::Resumed => {
+                        let first = child.first_instruction.is_none();
+                        child.first_instruction.get_or_insert(moment);
+                        match &self.turns {
+                            Some(turns) if first => {
+                                turns.lock().unwrap_or_else(PoisonError::into_inner).wait(at);
+                            }
+                            Some(_) => {}
+                            None => {
+                                child.goes_on = true;
+                                self.tell(at);
+                            }
+                        }
+                        child.state = child.state.max(ChildState::Running);
+                    }
+                    Ring::Ready => {
+                        child.ready.get_or_insert(moment);
+                        if let Some(turns) = &self.turns {
+                            turns.lock().unwrap_or_else(PoisonError::into_inner).ready(at, Instant::now());
+                        }
+                        child.state = child.state.max(ChildState::Ready);
+                        self.tell(at);
+                    }
+                    Ring::SnapshotHere | Ring::Booted => {}
+                }
+            }
+            // A fork is not asked for snapshots; its machine waits for an order that never comes.
+            Report::Snapshot => child.kill(),
+            Report::Ended => child.state = child.state.max(ChildState::Ended),
+            Report::Failed { error } => {
+                child.error = Some(error);
+                child.state = child.state.max(ChildState::Failed);
+            }
+        }
+    }
+
+    fn finish(&self, at: usize, error: &ChannelError) {
+        let mut children = self.children();
+        let child = &mut children[at];
+        (child.network, child.namespace) = (None, None);
+        let gone = matches!(error, ChannelError::Closed);
+        if !gone {
+            // What it says cannot be understood: it is not to be trusted any further.
+            child.kill();
+        }
+        child.process = None;
+        if let Some(pager) = self.template.pager() {
+            pager.detach(child.client);
+        }
+        if !child.state.is_over() {
+            let why = if gone { "its process was killed".to_owned() } else { chain(error) };
+            child.error.get_or_insert(why);
+            child.state = ChildState::Failed;
+        }
+        self.tell(at);
+    }
+
+    /// Children that wait for a chunk which will not come would sleep forever.
+    fn end_children_without_memory(&self) {
+        let Some(pager) = self.template.pager() else { return };
+        let end = |clients: &[ClientId], error: &dyn Fn() -> String| {
+            for child in self.children().iter_mut().filter(|child| clients.contains(&child.client)) {
+                child.end(ChildState::Failed, Some(error()));
+            }
+        };
+        for unavailable in self.template.take_unavailable() {
+            let (chunk, name) = (unavailable.chunk.chunk, Template::image_name(unavailable.chunk.image));
+            end(&unavailable.waiters, &|| {
+                format!("chunk {chunk} of {name} cannot be had: {}", unavailable.error)
+            });
+        }
+        for (client, misconduct) in pager.take_misconduct() {
+            end(&[client], &|| format!("its process is not to be trusted: {}", chain(&misconduct)));
+        }
+        if let Some(failure) = pager.failure() {
+            for child in self.children().iter_mut() {
+                child.end(ChildState::Failed, Some(chain(&failure)));
+            }
+        }
+    }
+}

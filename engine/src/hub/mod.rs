@@ -1,0 +1,10 @@
+//! Packs of a hub: its registry, and publishing, serving and downloading them.
+
+pub mod download;
+pub mod packs;
+pub mod publish;
+pub mod range;
+pub mod registry;
+pub mod serve;
+pub mod shape;
+pub mod static_files;

@@ -1,0 +1,363 @@
+//! Adding a pack to a hub's folder: the file first, then registry.json, both by rename, under the folder's lock.
+//!
+//! A published version is never rewritten: its file and its entry stay as they are; only `latest` moves. A crash
+//! leaves at most a file no entry names, which the next publication of that name replaces.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use forkd_fs::digest::{Digest, Hasher};
+use forkd_fs::manifest::Manifest;
+use forkd_fs::store::IndexPin;
+use rustix::fs::{FlockOperation, flock};
+use serde::Serialize;
+use tempfile::NamedTempFile;
+
+use crate::hub::registry::{self, LATEST, PackageName, Registry, RegistryError, SCHEMA_VERSION, Version};
+
+/// The file whose lock orders publications into one folder.
+const LOCK: &str = ".registry.lock";
+
+/// What to publish.
+#[derive(Debug)]
+pub struct Publication<'a> {
+    /// The pack.
+    pub pack: &'a Path,
+    /// The hub's folder.
+    pub hub: &'a Path,
+    /// The package.
+    pub package: PackageName,
+    /// The version; `None` for the next `vN`.
+    pub version: Option<String>,
+    /// The recipe that produced it.
+    pub recipe_path: Option<String>,
+}
+
+/// What is inside the pack, as far as a registry tells.
+#[derive(Debug, Clone)]
+pub enum Contents {
+    /// A v3 pack, read lazily.
+    Indexed {
+        /// Its index.
+        pin: IndexPin,
+        /// Its manifest.
+        manifest: Box<Manifest>,
+        /// How many bytes at its start a copy needs before its first instruction, where it has a trace.
+        head_size: Option<u64>,
+    },
+    /// A pack of the predecessor.
+    Legacy {
+        /// `forkd_pack_version`.
+        version: u32,
+    },
+}
+
+/// What was published.
+#[derive(Debug, Serialize)]
+pub struct Published {
+    /// The package.
+    pub package: String,
+    /// The version it got.
+    pub version: String,
+    /// The file in the folder.
+    pub file: PathBuf,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Its digest.
+    pub sha256: Digest,
+}
+
+/// Why a pack cannot be published.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// A version that is no plain name, or `latest`, which moves by itself.
+    #[error("`{version}` cannot be a version's name")]
+    Version {
+        /// What was given.
+        version: String,
+    },
+    /// The version exists.
+    #[error("{package} has a version {version} already, and published versions are never rewritten")]
+    Exists {
+        /// The package.
+        package: PackageName,
+        /// The version.
+        version: String,
+    },
+    /// The folder's registry cannot be used.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// A file cannot be read or written.
+    #[error("{}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The registry would not be readable any more.
+    #[error("{} would have {len} bytes, more than a registry may have", path.display())]
+    TooLong {
+        /// The registry.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+    },
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> PublishError {
+    let path = path.to_owned();
+    move |source| PublishError::Io { path, source }
+}
+
+/// Publishes the pack. `contents` was read from it by the caller. Blocks for as long as copying and hashing take.
+pub fn publish(publication: &Publication<'_>, contents: &Contents) -> Result<Published, PublishError> {
+    let hub = publication.hub;
+    std::fs::create_dir_all(hub).map_err(at(hub))?;
+    // Copied and hashed before the lock is taken: publications of large packs do not wait for each other.
+    let (copy, sha256, size_bytes) = copy_in(publication.pack, hub)?;
+    let _lock = lock(hub)?;
+    let path = hub.join(registry::FILE_NAME);
+    let mut registry = read_or_new(&path)?;
+    let version = choose_version(&registry, &publication.package, publication.version.as_deref())?;
+    let file_name = choose_file_name(&registry, &publication.package, &version);
+    let file = hub.join(&file_name);
+    copy.persist(&file).map_err(|error| at(&file)(error.error))?;
+    let entry = entry(publication, contents, &file_name, sha256, size_bytes);
+    let package = registry.packages.entry(publication.package.to_string()).or_default();
+    if let Contents::Indexed { manifest, .. } = contents
+        && !manifest.description.is_empty()
+    {
+        package.description.clone_from(&manifest.description);
+    }
+    package.versions.insert(version.clone(), entry.clone());
+    package.versions.insert(LATEST.to_owned(), entry);
+    write_registry(&path, &registry)?;
+    Ok(Published { package: publication.package.to_string(), version, file, size_bytes, sha256 })
+}
+
+fn lock(hub: &Path) -> Result<File, PublishError> {
+    let path = hub.join(LOCK);
+    let file = File::options().create(true).append(true).open(&path).map_err(at(&path))?;
+    flock(&file, FlockOperation::LockExclusive).map_err(|error| at(&path)(error.into()))?;
+    Ok(file)
+}
+
+fn read_or_new(path: &Path) -> Result<Registry, PublishError> {
+    if !path.try_exists().map_err(at(path))? {
+        return Ok(Registry { schema_version: SCHEMA_VERSION, ..Registry::default() });
+    }
+    Ok(Registry::parse(&registry::read_capped(path)?, &path.display().to_string())?)
+}
+
+fn choose_version(
+    registry: &Registry,
+    package: &PackageName,
+    wanted: Option<&str>,
+) -> Result<String, PublishError> {
+    let versions = registry.packages.get(&package.to_string()).map(|found| &found.versions);
+    if let Some(version) = wanted {
+        if version == LATEST || !forkd_fs::format::is_plain_name(version) {
+            return Err(PublishError::Version { version: version.to_owned() });
+        }
+        if versions.is_some_and(|versions| versions.contains_key(version)) {
+            return Err(PublishError::Exists { package: package.clone(), version: version.to_owned() });
+        }
+        return Ok(version.to_owned());
+    }
+    let numbers = versions.into_iter().flat_map(|versions| versions.keys());
+    let highest = numbers.filter_map(|version| version.strip_prefix('v')?.parse::<u32>().ok()).max();
+    Ok(format!("v{}", highest.unwrap_or(0).saturating_add(1)))
+}
+
+/// `OWNER-NAME-VERSION.forkd-snapshot.tar.zst`. Two packages can come to the same file name (`a-b/c`, `a/b-c`); a
+/// name that an entry uses is passed over, one that no entry uses was left by a crash and is replaced.
+fn choose_file_name(registry: &Registry, package: &PackageName, version: &str) -> String {
+    let used: Vec<&str> = (registry.packages.values())
+        .flat_map(|package| package.versions.values())
+        .map(|entry| entry.url.as_str())
+        .collect();
+    let stem = format!("{}-{}-{version}", package.owner, package.name);
+    let mut name = format!("{stem}.forkd-snapshot.tar.zst");
+    let mut number = 1;
+    while used.contains(&name.as_str()) {
+        number += 1;
+        name = format!("{stem}-{number}.forkd-snapshot.tar.zst");
+    }
+    name
+}
+
+fn entry(
+    publication: &Publication<'_>,
+    contents: &Contents,
+    file_name: &str,
+    sha256: Digest,
+    size_bytes: u64,
+) -> Version {
+    let mut entry = Version {
+        url: file_name.to_owned(),
+        sha256: Some(sha256.to_string()),
+        size_bytes: Some(size_bytes),
+        recipe_path: publication.recipe_path.clone(),
+        ..Version::default()
+    };
+    match contents {
+        Contents::Indexed { pin, manifest, head_size } => {
+            entry.head_size = *head_size;
+            entry.pack_format = Some(manifest.forkd_pack_version);
+            entry.memory_mib = Some(manifest.requires.memory_mib);
+            entry.base_image = Some(manifest.base_image.clone()).filter(|text| !text.is_empty());
+            entry.created_at = Some(manifest.created_at.clone());
+            entry.index_offset = Some(pin.offset);
+            entry.index_size = Some(pin.length);
+            entry.index_sha256 = Some(pin.sha256.to_string());
+        }
+        Contents::Legacy { version } => entry.pack_format = Some(*version),
+    }
+    entry
+}
+
+/// Copies the pack beside the registry: as a reflink where the file system has them, so that it costs no space, byte
+/// by byte elsewhere. Never as a hard link: writing to the original would change what was published.
+fn copy_in(pack: &Path, hub: &Path) -> Result<(NamedTempFile, Digest, u64), PublishError> {
+    let mut source = File::open(pack).map_err(at(pack))?;
+    let mut copy = tempfile::Builder::new().prefix(".publishing-").tempfile_in(hub).map_err(at(hub))?;
+    if rustix::fs::ioctl_ficlone(copy.as_file(), &source).is_err() {
+        io::copy(&mut source, copy.as_file_mut()).map_err(at(copy.path()))?;
+    }
+    let readable = std::fs::Permissions::from_mode(0o644);
+    copy.as_file().set_permissions(readable).map_err(at(copy.path()))?;
+    copy.as_file().sync_all().map_err(at(copy.path()))?;
+    // The copy is what gets published, so the copy is what gets hashed.
+    let (digest, size) = digest_of(copy.path()).map_err(at(copy.path()))?;
+    Ok((copy, digest, size))
+}
+
+fn digest_of(path: &Path) -> io::Result<(Digest, u64)> {
+    let (mut file, mut hasher, mut size) = (File::open(path)?, Hasher::new(), 0);
+    let mut block = vec![0; 1 << 20];
+    loop {
+        match file.read(&mut block)? {
+            0 => return Ok((hasher.finish(), size)),
+            len => {
+                hasher.update(&block[..len]);
+                size += len as u64;
+            }
+        }
+    }
+}
+
+fn write_registry(path: &Path, registry: &Registry) -> Result<(), PublishError> {
+    let mut text = serde_json::to_vec_pretty(registry).map_err(|error| at(path)(error.into()))?;
+    text.push(b'\n');
+    if text.len() as u64 > registry::MAX_LEN {
+        return Err(PublishError::TooLong { path: path.to_owned(), len: text.len() as u64 });
+    }
+    let folder = path.parent().unwrap_or(Path::new("."));
+    let mut file = tempfile::Builder::new().prefix(".registry-").tempfile_in(folder).map_err(at(path))?;
+    file.write_all(&text).map_err(at(path))?;
+    file.as_file().set_permissions(std::fs::Permissions::from_mode(0o644)).map_err(at(path))?;
+    file.as_file().sync_all().map_err(at(path))?;
+    file.persist(path).map_err(|error| at(path)(error.error))?;
+    // Makes both renames last.
+    File::open(folder).and_then(|folder| folder.sync_all()).map_err(at(folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn publication<'a>(
+        pack: &'a Path,
+        hub: &'a Path,
+        package: &str,
+        version: Option<&str>,
+    ) -> Publication<'a> {
+        let (package, version) = (package.parse().unwrap(), version.map(str::to_owned));
+        Publication { pack, hub, package, version, recipe_path: None }
+    }
+
+    fn registry_of(hub: &Path) -> Registry {
+        Registry::parse(&std::fs::read(hub.join("registry.json")).unwrap(), "test").unwrap()
+    }
+
+    #[test]
+    fn versions_count_up_latest_moves_and_nothing_is_rewritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pack, hub) = (dir.path().join("p"), dir.path().join("hub"));
+        for (bytes, version) in [(b"one", "v1"), (b"two", "v2")] {
+            std::fs::write(&pack, bytes).unwrap();
+            let published =
+                publish(&publication(&pack, &hub, "o/n", None), &Contents::Legacy { version: 1 }).unwrap();
+            assert_eq!(published.version, version);
+            assert_eq!(published.sha256, Digest::of(bytes));
+        }
+        assert!(matches!(
+            publish(&publication(&pack, &hub, "o/n", Some("v1")), &Contents::Legacy { version: 1 }),
+            Err(PublishError::Exists { .. })
+        ));
+        for bad in ["latest", "../x", "a b"] {
+            assert!(matches!(
+                publish(&publication(&pack, &hub, "o/n", Some(bad)), &Contents::Legacy { version: 1 }),
+                Err(PublishError::Version { .. })
+            ));
+        }
+        let versions = &registry_of(&hub).packages["o/n"].versions;
+        assert_eq!(versions[LATEST], versions["v2"]);
+        assert_eq!(std::fs::read(hub.join(&versions["v1"].url)).unwrap(), b"one");
+        let left: Vec<_> = std::fs::read_dir(&hub)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.starts_with('.') && name != LOCK)
+            .collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+
+    #[test]
+    fn packages_whose_names_run_together_keep_their_own_files() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pack, hub) = (dir.path().join("p"), dir.path().join("hub"));
+        for package in ["a-b/c", "a/b-c"] {
+            std::fs::write(&pack, package).unwrap();
+            publish(&publication(&pack, &hub, package, None), &Contents::Legacy { version: 1 }).unwrap();
+        }
+        for package in ["a-b/c", "a/b-c"] {
+            let url = &registry_of(&hub).packages[package].versions["v1"].url;
+            assert_eq!(std::fs::read_to_string(hub.join(url)).unwrap(), package);
+        }
+    }
+
+    #[test]
+    fn many_at_once_lose_no_entry() {
+        let dir = tempfile::tempdir().unwrap();
+        let (pack, hub) = (dir.path().join("p"), dir.path().join("hub"));
+        std::fs::write(&pack, b"pack").unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| {
+                    publish(&publication(&pack, &hub, "o/n", None), &Contents::Legacy { version: 1 }).unwrap()
+                });
+            }
+        });
+        let versions = &registry_of(&hub).packages["o/n"].versions;
+        let expected: Vec<String> = (1..=8).map(|n| format!("v{n}")).collect();
+        assert!(expected.iter().all(|version| versions.contains_key(version)), "{:?}", versions.keys());
+        let files: std::collections::BTreeSet<_> = versions.values().map(|entry| &entry.url).collect();
+        assert_eq!(files.len(), 8);
+    }
+
+    #[test]
+    fn a_broken_registry_is_not_overwritten() {
+        let dir = tempfile::tempdir().unwrap();
+        let pack = dir.path().join("p");
+        std::fs::write(&pack, b"x").unwrap();
+        std::fs::write(dir.path().join("registry.json"), b"{broken").unwrap();
+        let published =
+            publish(&publication(&pack, dir.path(), "o/n", None), &Contents::Legacy { version: 1 });
+        assert!(matches!(published, Err(PublishError::Registry(RegistryError::Syntax { .. }))));
+        assert_eq!(std::fs::read(dir.path().join("registry.json")).unwrap(), b"{broken");
+    }
+}

@@ -1,0 +1,9 @@
+//! What forkd keeps on this machine: directories, snapshots, run directories, mounts.
+
+pub mod host;
+pub mod mounts;
+pub mod paths;
+pub mod run_dir;
+pub mod snapshots;
+pub mod work_dir;
+pub mod workspace;

@@ -1,0 +1,3 @@
+//! The network of a copy.
+
+pub mod wire;
