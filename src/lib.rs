@@ -6,7 +6,9 @@
 pub mod cli;
 pub mod commands;
 pub mod detach;
-pub mod error;
+mod error;
+pub mod failure;
+pub mod interrupt;
 pub mod output;
 pub mod progress;
 pub mod units;
@@ -19,14 +21,14 @@ use std::process::ExitCode;
 /// asked, 1 when it failed, 2 when the command line is not a valid one.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
-    let ahead = commands::fork::Ahead::of(&arguments);
+    let early = commands::fork::EarlyZygote::of(&arguments);
     let invocation = match cli::parse(arguments) {
         Ok(invocation) => invocation,
         Err(stop) => return stop.print(),
     };
     start_logging(invocation.verbose);
     let output = output::Output::new(invocation.json);
-    match commands::dispatch(invocation.verb, ahead, &output) {
+    match commands::dispatch(invocation.verb, early, &output) {
         Ok(exit) => exit,
         Err(error) => error::report(&error, &output),
     }

@@ -28,6 +28,10 @@ impl Progress for Output {
         bar.set_message(what.to_owned());
         Box::new(Bar(bar))
     }
+
+    fn note(&self, line: &str) {
+        Output::note(self, line);
+    }
 }
 
 /// One bar or spinner; cleared when dropped, so errors print on a clean line.

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::process::Command;
 
 use forkd_engine::build::recipe::{Recipe, root_disk};
-use forkd_engine::build::tools::{Interrupt, sha256_file};
+use forkd_engine::build::tools::sha256_file;
+use forkd_engine::interrupt::Interrupt;
 use forkd_engine::local::paths::Paths;
 use tempfile::TempDir;
 

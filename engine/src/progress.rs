@@ -9,6 +9,8 @@ const INTERVAL: Duration = Duration::from_millis(100);
 pub trait Progress: Send + Sync {
     /// Work called `what` begins; it ends when the returned task is dropped.
     fn begin(&self, what: &str, amount: Amount) -> Box<dyn Task>;
+    /// Something that whoever waits should know, as one line.
+    fn note(&self, line: &str);
 }
 
 /// How much work there is.
@@ -52,6 +54,8 @@ impl Progress for Silent {
         // A box of nothing allocates nothing.
         Box::new(Silent)
     }
+
+    fn note(&self, _: &str) {}
 }
 
 impl Task for Silent {

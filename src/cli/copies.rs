@@ -4,9 +4,14 @@ use super::{CacheArgs, HubSource};
 use crate::units;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args};
-use forkd_engine::fork::source::Wanted;
+use forkd_engine::fork::ask::ChildRequest;
+use forkd_engine::fork::run::ForkRequest;
+use forkd_engine::fork::supervisor::{ChildrenSpec, ResourceLimits};
+use forkd_engine::fork::variables::Variables;
 use forkd_engine::fork::variables::{self, Variable, Varied};
+use forkd_engine::local::paths::Paths;
 use forkd_engine::network::wire::NetworkMode;
+use forkd_engine::target::Target;
 use std::path::PathBuf;
 
 /// `forkd fork`.
@@ -66,9 +71,45 @@ pub struct ForkArgs {
 }
 
 impl ForkArgs {
-    /// What is to be forked.
-    pub fn wanted(&self) -> Wanted<'_> {
-        Wanted { target: self.target.as_deref(), tag: self.tag.as_deref(), hub: self.hub.hub.as_deref() }
+    /// As the engine takes it. `look_at_prefetched`: whether the report has to say what prefetching was good for.
+    pub fn request(
+        &self,
+        paths: &Paths,
+        variables: Variables,
+        started_ns: u64,
+        look_at_prefetched: bool,
+    ) -> ForkRequest {
+        let (tag, target) = (self.tag.as_deref(), self.target.as_deref());
+        ForkRequest {
+            target: Target::of(paths, tag, target, self.hub.hub.as_deref()),
+            name: tag.or(target).unwrap_or_default().to_owned(),
+            children: ChildrenSpec {
+                count: self.count,
+                variables,
+                network: self.net,
+                limits: ResourceLimits { memory_mib: self.memory_limit_mib, cpus: self.cpus },
+            },
+            request: self.child_request(),
+            eager: self.eager,
+            cache: self.cache.options(),
+            timeline: self.timeline.clone(),
+            look_at_prefetched,
+            started_ns,
+        }
+    }
+
+    /// What every child is asked.
+    fn child_request(&self) -> ChildRequest {
+        match (&self.eval, self.exec) {
+            (Some(code), _) => ChildRequest::Eval(code.clone()),
+            (None, true) => ChildRequest::Exec(self.command.clone()),
+            (None, false) => ChildRequest::Nothing,
+        }
+    }
+
+    /// Whether the children are asked anything: those that are not stay.
+    pub fn asks_anything(&self) -> bool {
+        self.eval.is_some() || self.exec
     }
 }
 
@@ -103,9 +144,11 @@ pub struct WarmArgs {
 }
 
 impl WarmArgs {
-    /// What is to be kept.
-    pub fn wanted(&self) -> Wanted<'_> {
-        Wanted { target: self.target.as_deref(), tag: self.tag.as_deref(), hub: self.hub.hub.as_deref() }
+    /// What is named, and what people call it.
+    pub fn target(&self, paths: &Paths) -> (Target, String) {
+        let (tag, target) = (self.tag.as_deref(), self.target.as_deref());
+        let name = tag.or(target).unwrap_or_default().to_owned();
+        (Target::of(paths, tag, target, self.hub.hub.as_deref()), name)
     }
 }
 

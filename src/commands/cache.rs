@@ -9,11 +9,11 @@ use forkd_fs::index::Index;
 use serde::Serialize;
 
 use crate::cli::CacheGcArgs;
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
+use forkd_engine::hub::client;
 use forkd_engine::hub::download;
-use forkd_engine::hub::packs;
 use forkd_engine::hub::registry::{RegistryCopies, Resolved};
 use forkd_engine::local::paths::{Paths, PathsError};
 use forkd_engine::progress::{Amount, Progress};
@@ -145,7 +145,7 @@ pub fn verify(output: &Output) -> Result<ExitCode, CommandError> {
 /// Makes room.
 pub fn gc(args: &CacheGcArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
-    let cache = packs::chunk_cache(&paths, args.cache.options());
+    let cache = client::chunk_cache(&paths, args.cache.options());
     let failed = |source| PathsError::Directory { path: paths.cache.clone(), source };
     let removed = cache.collect(args.all).map_err(failed)?;
     let (downloads, download_bytes) = download::collect(&paths, args.all);

@@ -2,115 +2,25 @@
 //! forks' run directories; no daemon is involved. `logs` also shows what a snapshot's machine printed.
 
 use crate::cli::{EvalArgs, ExecArgs, KillArgs, LogsArgs};
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
 use forkd_abi::protocol::{Answer, ExecRequest, Exit};
-use forkd_engine::fork::agent::{AgentClient, ClientError};
+use forkd_engine::fork::children::{self, ChildrenError, RunningFork, agent_error, connect};
 use forkd_engine::local::paths::Paths;
-use forkd_engine::local::run_dir::{ForkDir, ForkStatus, RunDirError};
-use forkd_engine::local::snapshots::{CONSOLE, Held, SnapshotError};
 use serde::Serialize;
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
-use std::time::Duration;
 
-/// How long a child may take to accept a request.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(60);
-/// How long a command in a child may run; long enough for anything somebody waits for.
-const RUN_TIMEOUT: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Exit code of a command that a signal ended, less the signal (as shells have it).
 const SIGNALLED: i32 = 128;
 
-/// A child could not be asked.
-#[derive(Debug, thiserror::Error)]
-pub enum ChildrenError {
-    /// Finding it.
-    #[error(transparent)]
-    RunDir(#[from] RunDirError),
-    /// Its agent.
-    #[error("{id}")]
-    Agent {
-        /// The child.
-        id: String,
-        /// Why.
-        #[source]
-        source: ClientError,
-    },
-    /// The code failed in the guest.
-    #[error("{id}: the code failed: {error}")]
-    Code {
-        /// The child.
-        id: String,
-        /// What the worker says.
-        error: String,
-    },
-    /// `--env` without a value.
-    #[error("`{text}` is not NAME=VALUE")]
-    Environment {
-        /// What was given.
-        text: String,
-    },
-    /// Its memory.
-    #[error("the memory of {id} cannot be looked at")]
-    Memory {
-        /// The child.
-        id: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// Nothing in its memory is an image as this forkd names them.
-    #[error("no image is mapped in the memory of {id} (process {pid})")]
-    NoImage {
-        /// The child.
-        id: String,
-        /// Its process.
-        pid: i32,
-    },
-    /// Its console, or that of a snapshot.
-    #[error("the console of {id} cannot be shown")]
-    Console {
-        /// The child, or the tag.
-        id: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A snapshot that has no console.
-    #[error("no console is kept with the snapshot `{tag}`")]
-    NoConsole {
-        /// The tag.
-        tag: String,
-    },
-    /// A snapshot whose console is asked for.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-}
-
-/// One running fork, as `forkd ps --json` shows it.
-#[derive(Debug, Serialize)]
-struct Listed {
-    fork: String,
-    #[serde(flatten)]
-    status: ForkStatus,
-}
-
 /// `forkd ps`.
 pub fn ps(output: &Output) -> Result<ExitCode, CommandError> {
-    let mut forks = Vec::new();
-    for fork in ForkDir::all(&Paths::from_env()?).map_err(ChildrenError::from)? {
-        match fork.status() {
-            Ok(status) => forks.push(Listed { fork: fork.id, status }),
-            // It has just ended, or left its directory for `forkd cleanup`.
-            Err(RunDirError::Dead { .. }) => {}
-            Err(error) => return Err(ChildrenError::from(error).into()),
-        }
-    }
+    let forks = children::list(&Paths::from_env()?).map_err(ChildrenError::from)?;
     output.report(&forks, |forks| {
         let mut rows = vec![["CHILD", ">PID", "STATE", ">FETCHED", "PACK"].map(str::to_owned).to_vec()];
-        for Listed { status, .. } in forks {
+        for RunningFork { status, .. } in forks {
             let fetched = match status.bytes_total {
                 0 => "local".to_owned(),
                 total => format!("{} of {}", show_size(status.bytes_fetched), show_size(total)),
@@ -132,12 +42,6 @@ pub fn ps(output: &Output) -> Result<ExitCode, CommandError> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn connect(id: &str) -> Result<AgentClient, CommandError> {
-    let fork = ForkDir::of_child(&Paths::from_env()?, id).map_err(ChildrenError::from)?;
-    let connected = AgentClient::connect(&fork.socket(id), CONNECT_TIMEOUT);
-    Ok(connected.map_err(|source| ChildrenError::Agent { id: id.to_owned(), source })?)
-}
-
 /// What `forkd exec --json` prints after the command's own output.
 #[derive(Debug, Serialize)]
 struct Executed {
@@ -152,7 +56,7 @@ struct Executed {
 pub fn exec(args: &ExecArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let pair = |text: &String| match text.split_once('=') {
         Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
-        _ => Err(ChildrenError::Environment { text: text.clone() }),
+        _ => Err(CommandError::Environment { text: text.clone() }),
     };
     let request = ExecRequest {
         argv: args.command.clone(),
@@ -161,11 +65,11 @@ pub fn exec(args: &ExecArgs, output: &Output) -> Result<ExitCode, CommandError> 
         stdin: args.interactive,
     };
     let stdin = args.interactive.then(|| Box::new(io::stdin()) as Box<dyn Read + Send>);
-    let client = connect(&args.id)?;
-    let agent_error = |source| ChildrenError::Agent { id: args.id.clone(), source };
+    let client = connect(&Paths::from_env()?, &args.id)?;
+    let failed = agent_error(&args.id);
     let Exit { code, signal } = if output.is_json() {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-        let exit = client.exec(request, stdin, &mut stdout, &mut stderr, None).map_err(agent_error)?;
+        let exit = client.exec(request, stdin, &mut stdout, &mut stderr, None).map_err(failed)?;
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         let Exit { code, signal } = exit;
         let (stdout, stderr) = (text(stdout), text(stderr));
@@ -173,7 +77,7 @@ pub fn exec(args: &ExecArgs, output: &Output) -> Result<ExitCode, CommandError> 
         output.report(&executed, |_| String::new());
         exit
     } else {
-        client.exec(request, stdin, &mut io::stdout(), &mut io::stderr(), None).map_err(agent_error)?
+        client.exec(request, stdin, &mut io::stdout(), &mut io::stderr(), None).map_err(failed)?
     };
     let status = code.or(signal.map(|signal| SIGNALLED + signal)).unwrap_or(1);
     Ok(ExitCode::from(u8::try_from(status).unwrap_or(1)))
@@ -189,11 +93,7 @@ struct Evaluated<'a> {
 /// `forkd eval`.
 pub fn eval(args: &EvalArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let id = &args.id;
-    let answer = connect(id)?.eval(&args.code, RUN_TIMEOUT);
-    let answer = answer.map_err(|source| ChildrenError::Agent { id: id.clone(), source })?;
-    if let Some(error) = &answer.error {
-        return Err(ChildrenError::Code { id: id.clone(), error: error.clone() }.into());
-    }
+    let answer = children::eval(&Paths::from_env()?, id, &args.code)?;
     output.report(&Evaluated { id, answer }, |evaluated| {
         let Answer { answer, output, .. } = &evaluated.answer;
         let mut text = output.clone().unwrap_or_default();
@@ -223,11 +123,8 @@ pub fn logs(args: &LogsArgs, output: &Output) -> Result<ExitCode, CommandError> 
     let name = id.or(tag).unwrap_or_default();
     let failed = |source| ChildrenError::Console { id: name.to_owned(), source };
     let mut console = match tag {
-        Some(tag) => console_of_snapshot(&paths, tag)?,
-        None => {
-            let fork = ForkDir::of_child(&paths, name).map_err(ChildrenError::from)?;
-            File::open(fork.console(name)).map_err(failed)?
-        }
+        Some(tag) => children::console_of_snapshot(&paths, tag)?,
+        None => children::console(&paths, name)?,
     };
     if output.is_json() {
         let mut bytes = Vec::new();
@@ -241,14 +138,6 @@ pub fn logs(args: &LogsArgs, output: &Output) -> Result<ExitCode, CommandError> 
     Ok(ExitCode::SUCCESS)
 }
 
-fn console_of_snapshot(paths: &Paths, tag: &str) -> Result<File, ChildrenError> {
-    let held = Held::find(paths, tag)?;
-    File::open(held.path().join(CONSOLE)).map_err(|source| match source.kind() {
-        io::ErrorKind::NotFound => ChildrenError::NoConsole { tag: tag.to_owned() },
-        _ => ChildrenError::Console { id: tag.to_owned(), source },
-    })
-}
-
 #[derive(Debug, Serialize)]
 struct Killed {
     killed: usize,
@@ -257,31 +146,13 @@ struct Killed {
 /// `forkd kill`.
 pub fn kill(args: &KillArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
-    let mut killed = 0;
-    let mut failure = None;
-    if args.all {
-        for fork in ForkDir::all(&paths).map_err(ChildrenError::from)? {
-            match fork.kill(None) {
-                Ok(count) => killed += count,
-                Err(RunDirError::Dead { .. }) => {}
-                // The others are to be ended all the same.
-                Err(error) => failure = Some(error),
-            }
+    let killed = match args.all {
+        true => children::kill_all(&paths),
+        false => {
+            args.ids.iter().try_fold(0, |killed, id| Ok(killed + usize::from(children::kill(&paths, id)?)))
         }
-    } else {
-        for id in &args.ids {
-            let fork = ForkDir::of_child(&paths, id).map_err(ChildrenError::from)?;
-            let lives = fork.is_alive();
-            killed += match fork.kill(Some(id)) {
-                // A fork ends with its last child, at times before it has said so.
-                Err(RunDirError::Dead { .. }) if lives => 1,
-                answer => answer.map_err(ChildrenError::from)?,
-            };
-        }
-    }
-    if let Some(error) = failure {
-        return Err(ChildrenError::from(error).into());
-    }
+    };
+    let killed = killed.map_err(ChildrenError::from)?;
     output.report(&Killed { killed }, |report| format!("ended {}\n", report.killed));
     Ok(ExitCode::SUCCESS)
 }

@@ -1,11 +1,11 @@
 //! `forkd cleanup`: removes what dead processes left behind. What lives is not touched.
 
 use crate::commands::mount::MountCommandError;
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::Output;
 use forkd_engine::build::kernel;
 use forkd_engine::build::recipe;
-use forkd_engine::fork::warm::Address;
+use forkd_engine::fork::warm::WarmSocket;
 use forkd_engine::hub::download;
 use forkd_engine::hub::registry::RegistryCopies;
 use forkd_engine::local::mounts;
@@ -68,7 +68,7 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
     }
     let cleaned = Cleaned {
         cgroups,
-        warm: Address::all(&paths).iter().filter(|address| address.remove_if_dead()).count(),
+        warm: WarmSocket::all(&paths).iter().filter(|address| address.remove_if_dead()).count(),
         forks,
         mounts: sweep.part(mounts::clear_dead(&paths).map_err(MountCommandError::from)),
         drafts: sweep.part(snapshots::remove_dead_drafts(&paths)),

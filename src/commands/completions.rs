@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::cli::{self, CompletionsArgs};
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::Output;
 
 #[derive(Serialize)]

@@ -1,6 +1,6 @@
 //! `forkd doctor`: what this machine has of what forkd needs, and how to mend what it lacks.
 
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
 use forkd_engine::build::{kernel, recipe, tools};

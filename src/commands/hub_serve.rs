@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::cli::ServeArgs;
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::Output;
 use forkd_engine::hub::serve::{ServeOptions, Server, stop_signal};
 use forkd_engine::hub::shape::Shape;
@@ -19,7 +19,7 @@ struct Listening {
 
 /// Serves until Ctrl-C or SIGTERM.
 pub fn run(args: &ServeArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    super::runtime()?.block_on(async {
+    super::runtime().map_err(CommandError::Runtime)?.block_on(async {
         let server = Server::bind(ServeOptions {
             root: args.dir.clone(),
             listen: args.listen,

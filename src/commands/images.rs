@@ -5,10 +5,10 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::cli::ImagesArgs;
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
-use forkd_engine::hub::packs;
+use forkd_engine::hub::client;
 use forkd_engine::local::paths::Paths;
 
 /// What `forkd images --hub --json` prints.
@@ -34,7 +34,11 @@ pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError>
     let from_env = std::env::var("FORKD_HUB_URL").ok();
     let hub = hub.as_deref().or(from_env.as_deref());
     let paths = Paths::from_env()?;
-    let catalogue = super::runtime()?.block_on(packs::catalogue(&paths, hub, &packs::http_client(&paths)))?;
+    let catalogue = super::runtime().map_err(CommandError::Runtime)?.block_on(client::catalogue(
+        &paths,
+        hub,
+        &client::http_client(&paths),
+    ))?;
     let packages = catalogue.registry().packages.iter().map(|(name, package)| {
         let latest = package
             .versions

@@ -3,16 +3,16 @@
 use std::process::ExitCode;
 
 use crate::cli::KernelBuildArgs;
-use crate::error::CommandError;
+use crate::failure::CommandError;
+use crate::interrupt;
 use crate::output::Output;
 use forkd_engine::build::kernel::{self, BuildOptions, Kernel};
-use forkd_engine::build::tools::Interrupt;
 use forkd_engine::local::paths::Paths;
 
 /// Builds the guest kernel unless it is cached, and prints where it is.
 pub fn build(args: &KernelBuildArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let options = BuildOptions { source: args.source.clone(), jobs: args.jobs, force: args.force };
-    let kernel = kernel::build(&Paths::from_env()?, &options, output, &Interrupt::watch())?;
+    let kernel = kernel::build(&Paths::from_env()?, &options, output, &interrupt::watch())?;
     output.report(&kernel, |kernel| {
         let how = if kernel.cached {
             "already built".to_owned()

@@ -1,14 +1,15 @@
-//! One file per subcommand. Each exposes `run(args, output)`; [`dispatch`] is the only caller, but for [`fork::Ahead`].
+//! One file per subcommand. Each exposes `run(args, output)`; [`dispatch`] is the only caller, but for [`fork::EarlyZygote`].
 //!
 //! Dispatch happens in a process with a single thread. A command that needs tokio asks [`runtime`] for it.
 
+use std::io;
 use std::process::ExitCode;
 
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{CacheVerb, HubVerb, KernelVerb, Verb};
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::Output;
 
 pub mod build;
@@ -18,9 +19,6 @@ mod cleanup;
 pub mod completions;
 mod doctor;
 pub mod fork;
-mod fork_ask;
-mod fork_report;
-mod fork_timeline;
 pub mod hub_publish;
 pub mod hub_serve;
 pub mod images;
@@ -36,8 +34,12 @@ pub mod umount;
 pub mod unpack;
 pub mod warm;
 
-/// Runs the command, for which `ahead` was begun. The exit code is 0 unless the command has one of its own to pass on (`forkd exec`).
-pub fn dispatch(verb: Verb, ahead: Option<fork::Ahead>, output: &Output) -> Result<ExitCode, CommandError> {
+/// Runs the command, for which `early` was begun. The exit code is 0 unless the command has one of its own to pass on (`forkd exec`).
+pub fn dispatch(
+    verb: Verb,
+    early: Option<fork::EarlyZygote>,
+    output: &Output,
+) -> Result<ExitCode, CommandError> {
     match verb {
         Verb::Completions(args) => completions::run(&args, output),
         Verb::Doctor => doctor::run(output),
@@ -61,7 +63,7 @@ pub fn dispatch(verb: Verb, ahead: Option<fork::Ahead>, output: &Output) -> Resu
         Verb::Cache(CacheVerb::Verify) => cache::verify(output),
         Verb::Cache(CacheVerb::Gc(args)) => cache::gc(&args, output),
         Verb::Trace(args) => trace::run(&args, output),
-        Verb::Fork(args) => fork::run(&args, ahead.unwrap_or_default(), output),
+        Verb::Fork(args) => fork::run(&args, early.unwrap_or_default(), output),
         Verb::Warm(args) => warm::run(&args, output),
         Verb::Ps => children::ps(output),
         Verb::Exec(args) => children::exec(&args, output),
@@ -90,6 +92,6 @@ fn end_on_signal(runtime: &Runtime, clean_up: impl FnOnce() + Send + 'static) {
 }
 
 /// A tokio runtime for a command that does I/O; its threads start here and end with it.
-pub fn runtime() -> Result<Runtime, CommandError> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(CommandError::Runtime)
+pub fn runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }

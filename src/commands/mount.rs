@@ -19,9 +19,9 @@ use tokio::runtime::Handle;
 
 use super::umount;
 use crate::cli::MountArgs;
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::Output;
-use forkd_engine::hub::packs;
+use forkd_engine::hub::client;
 use forkd_engine::hub::registry::{Catalogue, RegistryCopies, Resolved, whole_digest};
 use forkd_engine::hub::serve::stop_signal;
 use forkd_engine::local::mounts::{self, MountsError, Record, SOURCE_PREFIX};
@@ -120,11 +120,11 @@ fn serve(
         // No longer part of the terminal's session: Ctrl-C there does not reach it.
         let _ = rustix::process::setsid();
     }
-    let runtime = super::runtime()?;
+    let runtime = super::runtime().map_err(CommandError::Runtime)?;
     let _guard = runtime.enter();
-    let http = packs::http_client(paths);
-    let catalogue = runtime.block_on(packs::catalogue(paths, args.hub.hub.as_deref(), &http))?;
-    let mut options = packs::store_options(paths, args.cache.options(), &http);
+    let http = client::http_client(paths);
+    let catalogue = runtime.block_on(client::catalogue(paths, args.hub.hub.as_deref(), &http))?;
+    let mut options = client::store_options(paths, args.cache.options(), &http);
     options.demand_deadline = args.deadline;
     let tree = Arc::new(Tree::new(listings(&catalogue), options));
     // Before mounting, so that the watcher holds nothing of the mount.
@@ -228,7 +228,7 @@ fn listings(catalogue: &Catalogue) -> Vec<Listing> {
     let usable = |entry: Result<Resolved, _>| {
         entry.map_err(|error| tracing::warn!(%error, "an entry is left out")).ok()
     };
-    catalogue.entries().filter_map(usable).map(packs::warn_unpinned).filter_map(listing).collect()
+    catalogue.entries().filter_map(usable).map(client::warn_unpinned).filter_map(listing).collect()
 }
 
 /// Moves stdout and stderr to the log, which closes the pipe to the command that waits.

@@ -8,7 +8,7 @@ use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest};
 use serde::Serialize;
 
 use crate::cli::RmiArgs;
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
 use forkd_engine::local::paths::Paths;

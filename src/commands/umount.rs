@@ -10,7 +10,7 @@ use rustix::process::{Pid, PidfdFlags, getppid, pidfd_open};
 use serde::Serialize;
 
 use crate::cli::UmountArgs;
-use crate::error::CommandError;
+use crate::failure::CommandError;
 use crate::output::Output;
 use forkd_engine::local::mounts;
 use forkd_engine::local::paths::Paths;
@@ -68,7 +68,7 @@ pub fn run(args: &UmountArgs, output: &Output) -> Result<ExitCode, CommandError>
         return watch(args);
     }
     let paths = Paths::from_env()?;
-    // Held from before it can end, so that the number cannot come to mean another process.
+    // LockedSnapshot from before it can end, so that the number cannot come to mean another process.
     let daemon = mounts::find(&args.dir).ok().and_then(|mount| {
         let records = mounts::records(&paths);
         let record = records.into_iter().find(|record| record.mountpoint == mount.mountpoint)?;

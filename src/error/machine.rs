@@ -1,19 +1,19 @@
 //! Rows of the error table for what runs machines: build, snapshot, fork, and what is done with children.
 
 use super::{Row, packs};
-use crate::commands::build::BuildCommandError;
-use crate::commands::children::ChildrenError;
-use crate::commands::fork::ForkCommandError;
-use crate::commands::trace::TraceCommandError;
-use crate::commands::warm::WarmCommandError;
 use forkd_engine::build::machine::BuildError;
-use forkd_engine::fork::source::SourceError;
-use forkd_engine::fork::supervisor::ForkError;
+use forkd_engine::build::snapshot::SnapshotBuildError;
+use forkd_engine::build::trace::RetraceError;
+use forkd_engine::fork::children::ChildrenError;
+use forkd_engine::fork::run::ForkError;
+use forkd_engine::fork::supervisor::StartError;
 use forkd_engine::fork::template::TemplateError;
-use forkd_engine::fork::warm::{AddressError, WarmError};
+use forkd_engine::fork::warm::hold::HoldError;
+use forkd_engine::fork::warm::{WarmError, WarmKeyError};
 use forkd_engine::local::host::HostError;
 use forkd_engine::local::run_dir::RunDirError;
 use forkd_engine::network::wire::NetworkError;
+use forkd_engine::target::TargetError;
 use forkd_vmm::kvm::KvmError;
 use forkd_vmm::pager::PagerError;
 use forkd_vmm::uffd::UffdError;
@@ -22,55 +22,43 @@ const DOCTOR: &str = "run `forkd doctor`: it says what this host lacks";
 
 const END_SILENT: &str = "end it with `kill -9 PID` (`ss -xlp` shows whose socket it is); forks of its image go on. Then run `forkd cleanup`";
 
-pub(super) fn fork(error: &ForkCommandError) -> Row {
+pub(super) fn fork(error: &ForkError) -> Row {
     let row = Row::failed("fork", "");
     match error {
-        ForkCommandError::Kvm(error) => kvm(error),
-        ForkCommandError::Spawn(_) | ForkCommandError::Detach(_) => {
-            row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
-        }
-        ForkCommandError::Source(error) => source(error),
-        ForkCommandError::Template { source, .. } => template(source),
-        ForkCommandError::Download { .. } => row.hint("run it again: what was fetched is kept"),
-        ForkCommandError::Fork(ForkError::Pager(error)) => pager(error),
-        ForkCommandError::Fork(ForkError::NoLimit { .. }) => {
+        ForkError::Kvm(error) => kvm(error),
+        ForkError::Runtime(_) => super::threads(),
+        ForkError::Target(error) => target(error),
+        ForkError::Template { source, .. } => template(source),
+        ForkError::Download { .. } => row.hint("run it again: what was fetched is kept"),
+        ForkError::Start(StartError::Pager(error)) => pager(error),
+        ForkError::Start(StartError::NoLimit { .. }) => {
             row.hint("`forkd doctor` says what is missing; without the option there is no limit")
         }
-        ForkCommandError::Fork(ForkError::Paths(error)) => super::describe_paths(error),
-        ForkCommandError::Picture(_) => picture(),
-        ForkCommandError::Variables(_) => Row::usage("give the children their environment", ""),
-        ForkCommandError::Fork(ForkError::Network(error)) => network(error),
-        ForkCommandError::Fork(_) => row.hint("`forkd cleanup` removes what dead forks left"),
+        ForkError::Start(StartError::Paths(error)) => super::describe_paths(error),
+        ForkError::Start(StartError::Network(error)) => network(error),
+        ForkError::Start(_) => row.hint("`forkd cleanup` removes what dead forks left"),
     }
 }
 
-pub(super) fn warm(error: &WarmCommandError) -> Row {
-    let row = Row::failed("keep the image in memory", "");
+pub(super) fn warm(error: &HoldError) -> Row {
+    const WHAT: &str = "keep the image in memory";
+    let row = Row::failed(WHAT, "");
     match error {
-        WarmCommandError::Warm(WarmError::Paths(error)) => super::describe_paths(error),
-        WarmCommandError::Warm(WarmError::Foreign { .. }) => {
+        HoldError::Warm(WarmError::Paths(error)) => super::describe_paths(error),
+        HoldError::Warm(WarmError::Foreign { .. }) => {
             row.hint("set XDG_RUNTIME_DIR to a directory of your own")
         }
-        WarmCommandError::Warm(WarmError::Silent { .. }) => row.hint(END_SILENT),
-        WarmCommandError::Unanswered { .. } => {
-            Row::failed("ask every warm image's process", "").hint(END_SILENT)
-        }
-        WarmCommandError::Warm(_) => row.hint("`forkd cleanup` removes what dead processes left"),
-        WarmCommandError::Detach(_) => {
-            row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
-        }
-        WarmCommandError::Source(SourceError::NoSuchPath { .. })
-        | WarmCommandError::Address(AddressError::Source(SourceError::NoSuchPath { .. })) => row,
-        WarmCommandError::Source(error) | WarmCommandError::Address(AddressError::Source(error)) => {
-            source(error)
-        }
-        WarmCommandError::Template { source, .. } => template(source),
-        WarmCommandError::Download { .. } => row.hint("run it again: what was fetched is kept"),
-        WarmCommandError::Incomplete { .. } => row.hint("check the free memory of this host"),
-        WarmCommandError::Address(AddressError::NotFixed { .. }) => {
-            Row::usage("keep the image in memory", "")
-        }
-        WarmCommandError::NotWarm { .. } => row.hint("`forkd warm --list` shows what is"),
+        HoldError::Warm(WarmError::Silent { .. }) => row.hint(END_SILENT),
+        HoldError::Unanswered { .. } => Row::failed("ask every warm image's process", "").hint(END_SILENT),
+        HoldError::Warm(_) => row.hint("`forkd cleanup` removes what dead processes left"),
+        HoldError::Target(TargetError::NoSuchPath { .. })
+        | HoldError::Key(WarmKeyError::Target(TargetError::NoSuchPath { .. })) => row,
+        HoldError::Target(error) | HoldError::Key(WarmKeyError::Target(error)) => target(error),
+        HoldError::Template { source, .. } => template(source),
+        HoldError::Download { .. } => row.hint("run it again: what was fetched is kept"),
+        HoldError::Incomplete { .. } => row.hint("check the free memory of this host"),
+        HoldError::Key(WarmKeyError::NotFixed { .. }) => Row::usage(WHAT, ""),
+        HoldError::NotWarm { .. } => row.hint("`forkd warm --list` shows what is"),
     }
 }
 
@@ -112,13 +100,13 @@ fn network(error: &NetworkError) -> Row {
     }
 }
 
-fn source(error: &SourceError) -> Row {
+fn target(error: &TargetError) -> Row {
     match error {
-        SourceError::Reference(error) => packs::reference(error),
-        SourceError::NoSuchPath { .. } => Row::failed("fork", ""),
-        SourceError::Registry(error) => packs::registry(error),
-        SourceError::Open(error) => packs::open(error),
-        SourceError::Snapshot(error) => packs::snapshot(error),
+        TargetError::Reference(error) => packs::reference(error),
+        TargetError::NoSuchPath { .. } => Row::failed("fork", ""),
+        TargetError::Registry(error) => packs::registry(error),
+        TargetError::Open(error) => packs::open(error),
+        TargetError::Snapshot(error) => packs::snapshot(error),
     }
 }
 
@@ -142,18 +130,19 @@ fn template(error: &TemplateError) -> Row {
     }
 }
 
-pub(super) fn build(error: &BuildCommandError) -> Row {
+pub(super) fn build(error: &SnapshotBuildError) -> Row {
     let row = Row::failed("build", "");
     match error {
-        BuildCommandError::Recipe(error) => super::describe_recipe(error),
-        BuildCommandError::Kvm(error) => kvm(error),
-        BuildCommandError::Spawn(_) => {
+        SnapshotBuildError::Kernel(error) => super::describe_kernel(error),
+        SnapshotBuildError::Recipe(error) => super::describe_recipe(error),
+        SnapshotBuildError::Kvm(error) => kvm(error),
+        SnapshotBuildError::Spawn(_) => {
             row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
         }
-        BuildCommandError::Snapshot(error) => packs::snapshot(error),
-        BuildCommandError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
-        BuildCommandError::RunDir(_) => row,
-        BuildCommandError::Build { source, console, .. } => row.console(console).hint(match source {
+        SnapshotBuildError::Snapshot(error) => packs::snapshot(error),
+        SnapshotBuildError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
+        SnapshotBuildError::RunDir(_) => row,
+        SnapshotBuildError::Build { source, console, .. } => row.console(console).hint(match source {
             BuildError::NotReady { .. } => "mend the recipe's warm command; nothing was kept",
             BuildError::Probe { .. } => "mend the recipe's probe or its warm command; nothing was kept",
             BuildError::Timeout { .. } => {
@@ -164,35 +153,33 @@ pub(super) fn build(error: &BuildCommandError) -> Row {
     }
 }
 
-pub(super) fn trace(error: &TraceCommandError) -> Row {
+pub(super) fn trace(error: &RetraceError) -> Row {
     const WHAT: &str = "record the working set";
     let row = Row::failed(WHAT, "");
     match error {
-        TraceCommandError::NoProbe { .. } | TraceCommandError::RecipeWithoutProbe { .. } => {
+        RetraceError::NoProbe { .. } | RetraceError::RecipeWithoutProbe { .. } => {
             row.hint("say what forks are asked with --eval CODE, or name a recipe that does with --recipe")
         }
-        TraceCommandError::Foreign => template(&TemplateError::Foreign),
-        TraceCommandError::Replaced { .. } => row.hint("run it again: it was left as it is now"),
-        TraceCommandError::Build(BuildCommandError::Build { console, .. }) => {
+        RetraceError::Foreign => template(&TemplateError::Foreign),
+        RetraceError::Replaced { .. } => row.hint("run it again: it was left as it is now"),
+        RetraceError::Build(SnapshotBuildError::Build { console, .. }) => {
             row.console(console).hint("the working set that was there is kept")
         }
-        TraceCommandError::Build(error) => Row { what: WHAT, ..build(error) },
-        TraceCommandError::Host(error) => match error {
+        RetraceError::Build(error) => Row { what: WHAT, ..build(error) },
+        RetraceError::Host(error) => match error {
             HostError::Kvm(error) => kvm(error),
             HostError::Features { .. } | HostError::Vendor { .. } => {
                 row.hint("record it on a host with such a CPU")
             }
         },
-        TraceCommandError::Snapshot(error) => packs::snapshot(error),
-        TraceCommandError::Registry(error) => packs::registry(error),
-        TraceCommandError::Open(error) => packs::open(error),
-        TraceCommandError::Read(error) => packs::read(error),
-        TraceCommandError::Pack(error) => Row { what: WHAT, ..packs::pack(error) },
-        TraceCommandError::Workspace(error) => packs::workspace(row, error),
-        TraceCommandError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
-        TraceCommandError::RunDir(_) | TraceCommandError::Unpack(_) | TraceCommandError::Interrupted(_) => {
-            row
-        }
+        RetraceError::Snapshot(error) => packs::snapshot(error),
+        RetraceError::Registry(error) => packs::registry(error),
+        RetraceError::Open(error) => packs::open(error),
+        RetraceError::Read(error) => packs::read(error),
+        RetraceError::Pack(error) => Row { what: WHAT, ..packs::pack(error) },
+        RetraceError::Workspace(error) => packs::workspace(row, error),
+        RetraceError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
+        RetraceError::RunDir(_) | RetraceError::Unpack(_) | RetraceError::Interrupted(_) => row,
     }
 }
 
@@ -212,7 +199,6 @@ pub(super) fn children(error: &ChildrenError) -> Row {
         ChildrenError::Agent { .. } => {
             row.hint("`forkd ps` says whether it is stalled, `forkd logs` shows its console")
         }
-        ChildrenError::Environment { .. } => Row::usage("run the command", ""),
     }
 }
 

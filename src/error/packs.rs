@@ -8,11 +8,12 @@ use forkd_fs::writer::WriteError;
 
 use super::Row;
 use crate::commands::mount::MountCommandError;
-use crate::commands::pack::PackError;
-use crate::commands::pull::PullError;
-use crate::commands::repack::RepackError;
-use crate::commands::unpack::UnpackCommandError;
+use forkd_engine::build::pack::PackError;
+use forkd_engine::build::pull::PullError;
+use forkd_engine::build::repack::RepackError;
+use forkd_engine::build::unpack::UnpackPackError;
 use forkd_engine::hub::download::DownloadError;
+use forkd_engine::hub::inspect::InspectError;
 use forkd_engine::hub::publish::PublishError;
 use forkd_engine::hub::registry::{InvalidReference, RegistryError};
 use forkd_engine::hub::serve::ServeError;
@@ -144,6 +145,16 @@ pub(super) fn read(error: &ReadError) -> Row {
     }
 }
 
+pub(super) fn inspect(error: &InspectError) -> Row {
+    match error {
+        InspectError::Registry(error) => registry(error),
+        InspectError::Open(error) => open(error),
+        InspectError::Read(error) => read(error),
+        InspectError::Legacy(_) => Row::failed("unpack", ""),
+        InspectError::Picture(_) => super::machine::picture(),
+    }
+}
+
 pub(super) fn serve(error: &ServeError) -> Row {
     let row = Row::failed("serve the hub", "");
     match error {
@@ -162,6 +173,8 @@ pub(super) fn publish(error: &PublishError) -> Row {
             Row::usage("publish the pack", "").hint("`latest` moves by itself; use v1, v2 or the like")
         }
         PublishError::Exists { .. } => row.hint("leave --version out to take the next one"),
+        PublishError::Open(error) => open(error),
+        PublishError::Read(error) => read(error),
         PublishError::Registry(error) => Row { what: "publish the pack", ..registry(error) },
         PublishError::Io { .. } | PublishError::TooLong { .. } => row,
     }
@@ -222,23 +235,23 @@ pub(super) fn workspace(row: Row, error: &WorkspaceError) -> Row {
     }
 }
 
-pub(super) fn unpack(error: &UnpackCommandError) -> Row {
+pub(super) fn unpack(error: &UnpackPackError) -> Row {
     let row = Row::failed("unpack", "");
     match error {
-        UnpackCommandError::Open(error) => open(error),
-        UnpackCommandError::Read(error) => read(error),
-        UnpackCommandError::Snapshot(error) => snapshot(error),
-        UnpackCommandError::Unpack(UnpackError::Read { source, .. }) => read(source),
-        UnpackCommandError::Unpack(UnpackError::Digest { .. }) => {
+        UnpackPackError::Open(error) => open(error),
+        UnpackPackError::Read(error) => read(error),
+        UnpackPackError::Snapshot(error) => snapshot(error),
+        UnpackPackError::Unpack(UnpackError::Read { source, .. }) => read(source),
+        UnpackPackError::Unpack(UnpackError::Digest { .. }) => {
             row.hint("the pack was built wrong: tell its publisher")
         }
-        UnpackCommandError::Unpack(UnpackError::Write { source, .. })
+        UnpackPackError::Unpack(UnpackError::Write { source, .. })
             if source.kind() == std::io::ErrorKind::StorageFull =>
         {
             row.hint("make room there, or point XDG_DATA_HOME to a larger disk")
         }
-        UnpackCommandError::Unpack(UnpackError::Mismatch { .. } | UnpackError::Write { .. })
-        | UnpackCommandError::Legacy(_) => row,
+        UnpackPackError::Unpack(UnpackError::Mismatch { .. } | UnpackError::Write { .. })
+        | UnpackPackError::Legacy(_) => row,
     }
 }
 
@@ -246,6 +259,8 @@ pub(super) fn repack(error: &RepackError) -> Row {
     const WHAT: &str = "repack";
     let row = Row::failed(WHAT, "");
     match error {
+        RepackError::Registry(error) => registry(error),
+        RepackError::RunDir(error) => super::machine::run_dir(error),
         RepackError::Unpack(error) => Row { what: WHAT, ..unpack(error) },
         RepackError::Pull(error) => Row { what: WHAT, ..pull(error) },
         RepackError::Pack(error) => Row { what: WHAT, ..pack(error) },
@@ -259,6 +274,10 @@ pub(super) fn repack(error: &RepackError) -> Row {
 pub(super) fn pull(error: &PullError) -> Row {
     let row = Row::failed("pull", "");
     match error {
+        PullError::Registry(error) => registry(error),
+        PullError::Open(error) => open(error),
+        PullError::Unpack(error) => unpack(error),
+        PullError::Snapshot(error) => snapshot(error),
         PullError::Download(DownloadError::Source(SourceError::Http(error))) => hint_of_http(row, error),
         PullError::Download(DownloadError::Digest { .. }) => {
             row.hint("the pack was changed after it was registered: do not trust it, tell its publisher")

@@ -22,7 +22,8 @@ use std::time::Instant;
 use rustix::fs::statvfs;
 use serde::{Deserialize, Serialize};
 
-use crate::build::tools::{self, Interrupt, Tool, ToolError, sha256_parts};
+use crate::build::tools::{self, Tool, ToolError, sha256_parts};
+use crate::interrupt::Interrupt;
 use crate::local::paths::Paths;
 use crate::local::work_dir::{self, WorkDir};
 use crate::progress::{Amount, Progress};
@@ -317,7 +318,7 @@ fn compile(
             let _ = fs::remove_file(log_path);
             Ok(objects.join("vmlinux"))
         }
-        Err(source @ ToolError::Interrupted) => {
+        Err(source @ ToolError::Interrupted(_)) => {
             let _ = fs::remove_file(log_path);
             Err(KernelError::Tool { step, source })
         }

@@ -3,10 +3,10 @@
 //! `commands/trace.rs`.
 
 use crate::build::recipe::Probe;
-use crate::build::tools::{Interrupt, ToolError};
 use crate::fork::agent::{AgentClient, ClientError};
 use crate::fork::identity::IdentityError;
 use crate::fork::scratch::Scratch;
+use crate::interrupt::{Interrupt, Interrupted};
 use crate::local::run_dir::{RunDir, RunDirError};
 use crate::local::snapshots::{self, Configuration, SnapshotError, file_error};
 use forkd_abi::generation::{Generation, GenerationError};
@@ -157,7 +157,7 @@ pub enum BuildError {
     WarmCommand(#[source] serde_json::Error),
     /// Ctrl-C.
     #[error(transparent)]
-    Interrupted(#[from] ToolError),
+    Interrupted(#[from] Interrupted),
 }
 
 fn stderr_part(stderr: &str) -> String {

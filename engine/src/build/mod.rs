@@ -2,5 +2,11 @@
 
 pub mod kernel;
 pub mod machine;
+pub mod pack;
+pub mod pull;
 pub mod recipe;
+pub mod repack;
+pub mod snapshot;
 pub mod tools;
+pub mod trace;
+pub mod unpack;

@@ -10,12 +10,11 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::interrupt::{Interrupt, Interrupted};
 use forkd_vmm::sys;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -33,9 +32,6 @@ const GRACE: Duration = Duration::from_secs(10);
 const ISOLATED_GRACE: Duration = Duration::from_secs(1);
 /// How long the processes of one that was killed may take to be gone.
 const GONE: Duration = Duration::from_millis(500);
-
-/// Exit status after Ctrl-C.
-const INTERRUPTED: u8 = 130;
 
 /// Why an external program did not do its work.
 #[derive(Debug, thiserror::Error)]
@@ -60,8 +56,8 @@ pub enum ToolError {
         tail: String,
     },
     /// The user pressed Ctrl-C or asked us to end; the program has been stopped.
-    #[error("interrupted")]
-    Interrupted,
+    #[error(transparent)]
+    Interrupted(#[from] Interrupted),
     /// A lock file cannot be used.
     #[error("{}", path.display())]
     Lock {
@@ -84,80 +80,6 @@ pub enum ToolError {
 
 fn tail_text(tail: &str) -> String {
     if tail.is_empty() { String::new() } else { format!("; its last words:\n{tail}") }
-}
-
-/// Whether the user wants us to stop: SIGINT, SIGTERM or SIGHUP since [`Interrupt::watch`]. What it holds is the exit
-/// status that shells give to that signal, 0 until one has come.
-#[derive(Debug, Clone, Default)]
-pub struct Interrupt(Arc<AtomicU8>);
-
-impl Interrupt {
-    /// Takes over SIGINT, SIGTERM and, unless it is ignored (nohup), SIGHUP for the rest of the process, on a thread of
-    /// its own. Where that is not possible the signals keep ending the process at once.
-    pub fn watch() -> Self {
-        let interrupt = Self::default();
-        let flag = Arc::clone(&interrupt.0);
-        let ready = Arc::new(std::sync::Barrier::new(2));
-        let started = Arc::clone(&ready);
-        thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
-            let signals = runtime.as_ref().ok().and_then(|runtime| {
-                use tokio::signal::unix::{SignalKind, signal};
-                let _context = runtime.enter();
-                let hangup = (!ignores_hangup()).then(|| signal(SignalKind::hangup())).transpose().ok()?;
-                let interrupt = signal(SignalKind::interrupt()).ok()?;
-                Some((interrupt, signal(SignalKind::terminate()).ok()?, hangup))
-            });
-            started.wait();
-            let (Ok(runtime), Some((mut interrupt, mut terminate, mut hangup))) = (runtime, signals) else {
-                return;
-            };
-            let status = runtime.block_on(async {
-                let hung_up = async {
-                    match &mut hangup {
-                        Some(hangup) => hangup.recv().await,
-                        None => std::future::pending().await,
-                    }
-                };
-                tokio::select! {
-                    _ = interrupt.recv() => INTERRUPTED,
-                    _ = terminate.recv() => 143,
-                    _ = hung_up => 129,
-                }
-            });
-            flag.store(status, Ordering::Relaxed);
-        });
-        ready.wait();
-        interrupt
-    }
-
-    /// Whether the user has asked us to stop.
-    pub fn is_set(&self) -> bool {
-        self.exit_status().is_some()
-    }
-
-    /// What the process has to end with, once it is set.
-    pub fn exit_status(&self) -> Option<u8> {
-        Some(self.0.load(Ordering::Relaxed)).filter(|status| *status != 0)
-    }
-
-    /// Stops what watches this, as Ctrl-C would.
-    pub fn set(&self) {
-        self.0.store(INTERRUPTED, Ordering::Relaxed);
-    }
-
-    /// An error once it is set; for loops that are not programs.
-    pub fn check(&self) -> Result<(), ToolError> {
-        if self.is_set() { Err(ToolError::Interrupted) } else { Ok(()) }
-    }
-}
-
-/// Whether whoever started us wants us to outlive the terminal.
-fn ignores_hangup() -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    // SIGHUP is signal 1, the lowest bit.
-    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask & 1 != 0)
 }
 
 /// What isolates a program with all that it starts and mounts: namespaces that end when their first process does, which
@@ -280,7 +202,7 @@ impl<'a> Tool<'a> {
             }
             if self.interrupt.is_set() {
                 stop(&mut child, grace);
-                return Err(ToolError::Interrupted);
+                return Err(Interrupted.into());
             }
         }
         let status = child.wait().map_err(output(&self.name))?;

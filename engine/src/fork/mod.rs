@@ -1,12 +1,16 @@
 //! Copies of a machine: what they are forked from, starting and looking after them, asking them.
 
 pub mod agent;
+pub mod ask;
+pub mod child_memory;
+pub mod children;
 pub mod identity;
 pub mod pagemap;
+pub mod report;
+pub mod run;
 pub mod scratch;
-pub mod source;
+pub mod start_queue;
 pub mod supervisor;
 pub mod template;
-pub mod turns;
 pub mod variables;
 pub mod warm;

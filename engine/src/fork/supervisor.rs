@@ -1,16 +1,16 @@
 //! The children of one fork: their processes, their progress, what is left of them. One supervisor is one process of
 //! `forkd fork`; it is also the pager of its children. Callers: `commands/fork.rs`.
 
-mod plan;
 mod reports;
+mod spec;
 
-pub use plan::{Allowance, Plan};
+pub use spec::{ChildrenSpec, ResourceLimits};
 
 use crate::chain::chain;
 use crate::fork::identity::{self, IdentityError};
 use crate::fork::scratch::Scratch;
+use crate::fork::start_queue::StartQueue;
 use crate::fork::template::Template;
-use crate::fork::turns::Turns;
 use crate::local::paths::{Paths, PathsError};
 use crate::local::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir, RunDirError};
 use crate::local::snapshots::SnapshotError;
@@ -36,7 +36,7 @@ const STALLED_AFTER: Duration = Duration::from_secs(1);
 
 /// A fork could not be started.
 #[derive(Debug, thiserror::Error)]
-pub enum ForkError {
+pub enum StartError {
     /// forkd's directories.
     #[error(transparent)]
     Paths(#[from] PathsError),
@@ -86,7 +86,7 @@ pub enum ForkError {
 
 /// When something happened, and how much of the pack was there.
 #[derive(Debug, Clone, Copy)]
-pub struct Moment {
+pub struct Milestone {
     /// CLOCK_MONOTONIC, ns.
     pub at_ns: u64,
     /// Bytes of the pack that had been fetched.
@@ -109,11 +109,11 @@ pub struct Child {
     /// Why it failed.
     pub error: Option<String>,
     /// Its first instruction after the snapshot.
-    pub first_instruction: Option<Moment>,
+    pub first_instruction: Option<Milestone>,
     /// It has executed its first instruction and does not wait for its turn.
     pub goes_on: bool,
     /// When it was unique and ready for requests.
-    pub ready: Option<Moment>,
+    pub ready: Option<Milestone>,
     /// How it is reached on its network, if it has one.
     pub network: Option<NetworkStatus>,
     /// Where the other end of its network is, kept for others to enter; closed when the child is over.
@@ -148,7 +148,7 @@ pub struct Supervisor {
     children: Mutex<Vec<Child>>,
     /// More children are coming.
     spawning: AtomicBool,
-    turns: Option<Mutex<Turns>>,
+    turns: Option<Mutex<StartQueue>>,
     watcher: Mutex<Watcher>,
 }
 
@@ -162,10 +162,10 @@ impl Supervisor {
         zygote: &Zygote,
         template: Arc<Template>,
         pack: String,
-        plan: &Plan,
-    ) -> Result<Arc<Supervisor>, ForkError> {
-        plan.allowance.check(zygote)?;
-        let networks = Networks::new(plan.network)?;
+        spec: &ChildrenSpec,
+    ) -> Result<Arc<Supervisor>, StartError> {
+        spec.limits.check(zygote)?;
+        let networks = Networks::new(spec.network)?;
         let run_dir = RunDir::create(paths)?;
         match zygote.cgroups() {
             Ok(cgroups) => run_dir.note_cgroups(&cgroups.path)?,
@@ -175,14 +175,14 @@ impl Supervisor {
         let children = Mutex::default();
         let spawning = AtomicBool::new(true);
         let watcher = Mutex::new(Box::new(|_| {}) as Watcher);
-        let turns = Turns::of(plan.count, KvmKind::detect()).map(Mutex::new);
+        let turns = StartQueue::of(spec.count, KvmKind::detect()).map(Mutex::new);
         let cache = paths.cache.clone();
         let supervisor =
             Arc::new(Supervisor { run_dir, cache, template, pack, children, spawning, turns, watcher });
         let mut listener = Some(listener);
-        let spawned = (1..=u64::from(plan.count)).try_for_each(|number| {
+        let spawned = (1..=u64::from(spec.count)).try_for_each(|number| {
             let network = networks.of_child(number)?;
-            supervisor.spawn(zygote, plan, number, network)?;
+            supervisor.spawn(zygote, spec, number, network)?;
             // The first child does not wait for threads, and not for its memory until the last one is spawned.
             if let Some(listener) = listener.take() {
                 let (reports, control) = (Arc::clone(&supervisor), Arc::clone(&supervisor));
@@ -201,14 +201,14 @@ impl Supervisor {
     fn spawn(
         &self,
         zygote: &Zygote,
-        plan: &Plan,
+        spec: &ChildrenSpec,
         number: u64,
         network: Option<ChildNetwork>,
-    ) -> Result<(), ForkError> {
+    ) -> Result<(), StartError> {
         let id = format!("{}-{number}", self.run_dir.id());
         let identity = network.as_ref().map(|network| network.identity);
-        let record = identity::fresh(&id, number, identity, plan.variables.of_child(number))?;
-        let limits = plan.allowance.limits(&id, &self.template.configuration().layout);
+        let record = identity::fresh(&id, number, identity, spec.variables.of_child(number))?;
+        let limits = spec.limits.limits(&id, &self.template.configuration().layout);
         let (process, socket) = self.start_machine(zygote, &id, record, limits, network.as_ref())?;
         self.children().push(Child {
             id,
@@ -235,10 +235,10 @@ impl Supervisor {
         record: Vec<u8>,
         limits: Limits,
         network: Option<&ChildNetwork>,
-    ) -> Result<(MachineProcess, PathBuf), ForkError> {
+    ) -> Result<(MachineProcess, PathBuf), StartError> {
         let failed = |operation, path: &Path| {
             let path = path.to_owned();
-            move |source| ForkError::File { operation, path, source }
+            move |source| StartError::File { operation, path, source }
         };
         let socket = self.run_dir.socket(id);
         let vsock = UnixListener::bind(&socket).map_err(failed("binding", &socket))?;
@@ -348,8 +348,8 @@ impl Supervisor {
     }
 }
 
-fn spawn_thread(run: impl FnOnce() + Send + 'static) -> Result<(), ForkError> {
-    std::thread::Builder::new().spawn(run).map(drop).map_err(ForkError::Thread)
+fn spawn_thread(run: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
+    std::thread::Builder::new().spawn(run).map(drop).map_err(StartError::Thread)
 }
 
 impl Drop for Supervisor {

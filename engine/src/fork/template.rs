@@ -37,7 +37,7 @@ use hot_pages::HotPages;
 use quality::FaultCounts;
 pub use quality::{FaultFigures, PrefetchFigures};
 #[cfg(test)]
-pub(crate) use resident::empty_sandbox;
+pub(crate) use resident::empty_template;
 pub use resident::{Resident, ResidentError};
 
 /// Largest small file that is read whole: vmstate and trace stay well below.

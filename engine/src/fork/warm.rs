@@ -22,10 +22,11 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 mod daemon;
+pub mod hold;
 mod key;
 
 pub use daemon::Daemon;
-pub use key::AddressError;
+pub use key::WarmKeyError;
 
 /// How long a daemon may take to answer; a fork does better without it than waiting for it.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
@@ -96,7 +97,7 @@ pub struct WarmStatus {
 
 /// An image and what is said of it; its files come with it.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Handed {
+pub struct WarmImage {
     /// What is held.
     pub status: WarmStatus,
     /// The machine.
@@ -105,14 +106,14 @@ pub struct Handed {
 
 /// Where the daemon of one image listens, or would.
 #[derive(Debug, Clone)]
-pub struct Address(PathBuf);
+pub struct WarmSocket(PathBuf);
 
-impl Address {
+impl WarmSocket {
     /// All that may have a daemon.
-    pub fn all(paths: &Paths) -> Vec<Address> {
+    pub fn all(paths: &Paths) -> Vec<WarmSocket> {
         let entries = fs::read_dir(directory(paths)).into_iter().flatten().flatten();
         let sockets = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_socket()));
-        sockets.map(|entry| Address(entry.path())).collect()
+        sockets.map(|entry| WarmSocket(entry.path())).collect()
     }
 
     fn connect(&self) -> Result<Option<(Channel, Pid)>, WarmError> {
@@ -152,7 +153,7 @@ impl Address {
     }
 
     /// The image, if a daemon holds it.
-    pub fn image(&self) -> Result<Option<(Handed, Vec<OwnedFd>)>, WarmError> {
+    pub fn image(&self) -> Result<Option<(WarmImage, Vec<OwnedFd>)>, WarmError> {
         self.ask(&Request::Image)
     }
 

@@ -1,7 +1,8 @@
 //! Packs of a hub: its registry, and publishing, serving and downloading them.
 
+pub mod client;
 pub mod download;
-pub mod packs;
+pub mod inspect;
 pub mod publish;
 pub mod range;
 pub mod registry;

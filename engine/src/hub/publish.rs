@@ -7,10 +7,15 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use forkd_fs::digest::{Digest, Hasher};
+use forkd_fs::format::TRACE;
 use forkd_fs::manifest::Manifest;
-use forkd_fs::store::IndexPin;
+use forkd_fs::prefetch;
+use forkd_fs::source::HttpClient;
+use forkd_fs::store::{IndexPin, OpenError, PackLocation, PackSource, ReadError, Store, StoreOptions};
+use forkd_fs::trace::{MAX_TRACE_LEN, Trace};
 use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use tempfile::NamedTempFile;
@@ -54,6 +59,32 @@ pub enum Contents {
     },
 }
 
+impl Contents {
+    /// Of the pack at `path`. Opening it checks the index; a broken pack is not published.
+    pub async fn read(path: &Path) -> Result<Contents, PublishError> {
+        let location = PackLocation { source: PackSource::Path(path.to_owned()), size: None, index: None };
+        let options = StoreOptions { http: HttpClient::default(), ..StoreOptions::default() };
+        let store = match Store::open(location, options).await {
+            Ok(store) => store,
+            Err(OpenError::Legacy { version, .. }) => return Ok(Contents::Legacy { version }),
+            Err(error) => return Err(error.into()),
+        };
+        let manifest = Box::new((*store.manifest().await?).clone());
+        Ok(Contents::Indexed { pin: store.index_pin(), manifest, head_size: head_size(&store).await? })
+    }
+}
+
+/// `None` of a pack whose trace nobody could use: it may be of another monitor's machine.
+async fn head_size(store: &Arc<Store>) -> Result<Option<u64>, ReadError> {
+    let index = store.index();
+    let entry = index.file(TRACE).and_then(|file| index.entry(file));
+    if entry.is_none_or(|entry| entry.size > MAX_TRACE_LEN) {
+        return Ok(None);
+    }
+    let trace = store.read_files(&[TRACE], MAX_TRACE_LEN).await?;
+    Ok(Trace::decode(&trace[0]).ok().map(|trace| prefetch::head_len(index, &trace)))
+}
+
 /// What was published.
 #[derive(Debug, Serialize)]
 pub struct Published {
@@ -86,6 +117,12 @@ pub enum PublishError {
         /// The version.
         version: String,
     },
+    /// The pack cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// It cannot be read.
+    #[error(transparent)]
+    Read(#[from] ReadError),
     /// The folder's registry cannot be used.
     #[error(transparent)]
     Registry(#[from] RegistryError),

@@ -181,7 +181,7 @@ pub fn check_scratch(mib: u32) -> Result<u32, SnapshotError> {
     if mib <= SCRATCH_MIB_MAX { Ok(mib) } else { Err(SnapshotError::Scratch { mib }) }
 }
 
-/// Turns an I/O error into one that names the file.
+/// StartQueue an I/O error into one that names the file.
 pub fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SnapshotError {
     let path = path.to_owned();
     move |source| SnapshotError::File { operation, path, source }
@@ -189,19 +189,19 @@ pub fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error
 
 /// A snapshot in use: whoever replaces or removes its tag meanwhile leaves these files alone.
 #[derive(Debug)]
-pub struct Held {
+pub struct LockedSnapshot {
     /// Locked, shared with others who use it.
     dir: File,
 }
 
-impl Held {
+impl LockedSnapshot {
     /// Holds the snapshot of a tag.
-    pub fn find(paths: &Paths, tag: &str) -> Result<Held, SnapshotError> {
+    pub fn find(paths: &Paths, tag: &str) -> Result<LockedSnapshot, SnapshotError> {
         let dir = paths.snapshot(tag)?;
         let unknown = || SnapshotError::Unknown { tag: tag.to_owned() };
         // One that is being removed when it is opened is empty when it can be locked; its successor is there then.
         for _ in 0..8 {
-            match Held::open(&dir) {
+            match LockedSnapshot::open(&dir) {
                 Ok(held) if held.path().join(CONFIGURATION).exists() => return Ok(held),
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(unknown()),
@@ -212,10 +212,10 @@ impl Held {
     }
 
     /// Holds a snapshot that is no tag's.
-    pub fn open(dir: &Path) -> io::Result<Held> {
+    pub fn open(dir: &Path) -> io::Result<LockedSnapshot> {
         let dir = File::open(dir)?;
         rustix::fs::flock(&dir, FlockOperation::LockShared)?;
-        Ok(Held { dir })
+        Ok(LockedSnapshot { dir })
     }
 
     /// Where its files are, whatever happens to its name.
@@ -306,9 +306,9 @@ mod tests {
         let paths = paths(dir.path());
         let draft = Draft::create(&paths, "t", false).unwrap();
         fs::write(draft.path().join(CONFIGURATION), "one").unwrap();
-        assert!(matches!(Held::find(&paths, "t"), Err(SnapshotError::Unknown { .. })));
+        assert!(matches!(LockedSnapshot::find(&paths, "t"), Err(SnapshotError::Unknown { .. })));
         draft.publish(false).unwrap();
-        assert!(Held::find(&paths, "t").is_ok());
+        assert!(LockedSnapshot::find(&paths, "t").is_ok());
         assert!(matches!(Draft::create(&paths, "t", false), Err(SnapshotError::Exists { .. })));
         let again = Draft::create(&paths, "t", true).unwrap();
         fs::write(again.path().join(CONFIGURATION), "two").unwrap();
@@ -332,19 +332,20 @@ mod tests {
             draft.publish(true).unwrap();
         };
         publish("one");
-        let (held, again) = (Held::find(&paths, "t").unwrap(), Held::find(&paths, "t").unwrap());
+        let (held, again) =
+            (LockedSnapshot::find(&paths, "t").unwrap(), LockedSnapshot::find(&paths, "t").unwrap());
         publish("two");
-        let read = |held: &Held| fs::read_to_string(held.path().join(CONFIGURATION)).unwrap();
+        let read = |held: &LockedSnapshot| fs::read_to_string(held.path().join(CONFIGURATION)).unwrap();
         assert_eq!(read(&held), "one");
         drop(held);
         assert!(remove_dead_drafts(&paths).unwrap().is_empty(), "somebody else holds it");
         assert_eq!(read(&again), "one");
         drop(again);
         assert_eq!(remove_dead_drafts(&paths).unwrap().len(), 1);
-        let held = Held::find(&paths, "t").unwrap();
+        let held = LockedSnapshot::find(&paths, "t").unwrap();
         remove(&paths, &paths.snapshot("t").unwrap()).unwrap();
         assert_eq!(read(&held), "two");
-        assert!(matches!(Held::find(&paths, "t"), Err(SnapshotError::Unknown { .. })));
+        assert!(matches!(LockedSnapshot::find(&paths, "t"), Err(SnapshotError::Unknown { .. })));
         drop(held);
         assert_eq!(remove_dead_drafts(&paths).unwrap().len(), 1);
         assert_eq!(fs::read_dir(paths.snapshots()).unwrap().count(), 0);

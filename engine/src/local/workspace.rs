@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tempfile::TempPath;
 
-use crate::build::tools::Interrupt;
+use crate::interrupt::Interrupt;
 use crate::local::run_dir::{RunDir, RunDirError};
 use crate::local::work_dir::{self, WorkDir};
 
@@ -85,16 +85,16 @@ impl Workspace {
         Remains { workspace: self.path().to_owned(), run_dir: Arc::clone(&self.run_dir) }
     }
 
-    /// Does something that does not look at `interrupt` itself: once that is set, the directory is removed and the
-    /// process ends with the signal's exit status.
+    /// Does something that does not look at `interrupt` itself: once that is set, the directory is removed, which makes
+    /// the work fail, and the process ends if `interrupt` is the whole process's.
     pub fn until<T>(&self, interrupt: &Interrupt, step: impl FnOnce() -> T) -> T {
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let watcher = scope.spawn(|| {
                 while !done.load(SeqCst) {
-                    if let Some(status) = interrupt.exit_status() {
+                    if interrupt.is_set() {
                         self.remains().remove();
-                        std::process::exit(status.into());
+                        return interrupt.end_process();
                     }
                     std::thread::park_timeout(INTERRUPT_PAUSE);
                 }

@@ -3,7 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::build::tools::{self, Interrupt, Tool};
+use crate::build::tools::{self, Tool};
+use crate::interrupt::Interrupt;
 use crate::progress::{Amount, Progress};
 
 use super::KernelError;

@@ -3,10 +3,10 @@
 
 use super::{BuildError, Failure, INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, Rig, open, run_probe};
 use crate::build::recipe::Probe;
-use crate::build::tools::Interrupt;
 use crate::fork::agent::AgentClient;
 use crate::fork::identity;
 use crate::fork::scratch::Scratch;
+use crate::interrupt::Interrupt;
 use crate::local::snapshots::{self, Configuration, file_error};
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_vmm::cgroup::Limits;

@@ -16,7 +16,8 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use crate::build::tools::{self, Interrupt, Tool, sha256_file, sha256_parts};
+use crate::build::tools::{self, Tool, sha256_file, sha256_parts};
+use crate::interrupt::Interrupt;
 use crate::local::paths::Paths;
 use crate::local::work_dir::{self, WorkDir};
 

@@ -1,9 +1,9 @@
 //! What children report, and what follows from it: their states, their turns, their ends. Callers: `supervisor.rs`.
 
-use super::{Child, Moment, Supervisor};
+use super::{Child, Milestone, Supervisor};
 use crate::chain::chain;
+use crate::fork::start_queue::StartQueue;
 use crate::fork::template::Template;
-use crate::fork::turns::Turns;
 use crate::local::run_dir::ChildState;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
@@ -106,7 +106,7 @@ impl Supervisor {
 
     fn are_turns_awaited(&self) -> bool {
         let awaited =
-            |turns: &Mutex<Turns>| turns.lock().unwrap_or_else(PoisonError::into_inner).are_awaited();
+            |turns: &Mutex<StartQueue>| turns.lock().unwrap_or_else(PoisonError::into_inner).are_awaited();
         self.turns.as_ref().is_some_and(awaited)
     }
 
@@ -123,7 +123,7 @@ impl Supervisor {
             }
             Report::Rang { ring, at_ns } => {
                 // The guest controls what it rings and how often: only the first of each kind counts.
-                let moment = Moment { at_ns, fetched: self.template.progress().bytes_fetched };
+                let moment = Milestone { at_ns, fetched: self.template.progress().bytes_fetched };
                 match ring {
                     Ring::Resumed => {
                         let first = child.first_instruction.is_none();

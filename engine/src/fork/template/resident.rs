@@ -169,7 +169,7 @@ fn copy_range(from: &OwnedFd, to: &OwnedFd, mut start: u64, end: u64) -> Result<
 
 /// A machine of 64 MiB without content.
 #[cfg(test)]
-pub(crate) fn empty_sandbox() -> Template {
+pub(crate) fn empty_template() -> Template {
     let layout = forkd_vmm::memory::MemoryLayout::new(64, 0).unwrap();
     let configuration = Configuration::new(layout, 1, KvmKind::Pvm, 0);
     let ram = layout.image_bytes(forkd_vmm::memory::ImageId::Ram);

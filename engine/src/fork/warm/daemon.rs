@@ -1,6 +1,6 @@
 //! The daemon's side of an image that stays in memory. Callers: `commands/warm.rs`.
 
-use super::{Address, Handed, Request, WarmError, WarmStatus, seqpacket};
+use super::{Request, WarmError, WarmImage, WarmSocket, WarmStatus, seqpacket};
 use crate::fork::template::Template;
 use crate::local::paths::Paths;
 use forkd_vmm::channel::Channel;
@@ -25,11 +25,11 @@ const BACKLOG: i32 = 128;
 
 /// Holds one image and hands it out. Its socket goes when it is dropped.
 pub struct Daemon {
-    address: Address,
+    address: WarmSocket,
     listener: OwnedFd,
     /// Of the socket's file: another daemon may take its place.
     inode: u64,
-    handed: Handed,
+    handed: WarmImage,
     files: Vec<OwnedFd>,
 }
 
@@ -37,7 +37,7 @@ impl Daemon {
     /// Listens in the place of whoever held the image before, or what had its name; they are ended. From now on forks find it.
     pub fn start(
         paths: &Paths,
-        address: Address,
+        address: WarmSocket,
         name: String,
         resolved: String,
         template: &Template,
@@ -45,7 +45,7 @@ impl Daemon {
         let (resident, files) =
             template.resident().map_err(|error| address.failed("opening the images for", error))?;
         paths.create_runtime(Path::new("warm"))?;
-        let unborn = Address(address.0.with_extension(format!("new{}", std::process::id())));
+        let unborn = WarmSocket(address.0.with_extension(format!("new{}", std::process::id())));
         // Left by a dead process with our number.
         let _ = fs::remove_file(&unborn.0);
         let announced = announce(paths, &unborn, &address);
@@ -54,7 +54,7 @@ impl Daemon {
         let resident_bytes = template.resident_bytes();
         let pid = std::process::id();
         let status = WarmStatus { name, resolved, pid, resident_bytes, since_unix, forks: 0 };
-        Ok(Daemon { address, listener, inode, handed: Handed { status, resident }, files })
+        Ok(Daemon { address, listener, inode, handed: WarmImage { status, resident }, files })
     }
 
     /// What is held.
@@ -135,7 +135,7 @@ impl Drop for Daemon {
 }
 
 /// Puts a socket in the place of `address`, and ends who held what had its name. Returns the socket's inode number too.
-fn announce(paths: &Paths, unborn: &Address, address: &Address) -> Result<(OwnedFd, u64), WarmError> {
+fn announce(paths: &Paths, unborn: &WarmSocket, address: &WarmSocket) -> Result<(OwnedFd, u64), WarmError> {
     let listener = seqpacket().map_err(|errno| address.failed("making", errno.into()))?;
     let bound = SocketAddrUnix::new(&unborn.0)
         .and_then(|at| rustix::net::bind(&listener, &at))

@@ -1,5 +1,5 @@
 use super::*;
-use crate::fork::source::Wanted;
+use crate::target::Target;
 use rustix::process::Uid;
 use std::path::Path;
 
@@ -13,7 +13,7 @@ fn listen(at: &Path, backlog: i32) -> OwnedFd {
 #[test]
 fn an_image_is_taken_from_nobody_else() {
     let dir = tempfile::tempdir().unwrap();
-    let address = Address(dir.path().join("a.sock"));
+    let address = WarmSocket(dir.path().join("a.sock"));
     let socket = listen(&address.0, 8);
     assert!(address.connect().unwrap().is_some(), "our own process is refused");
     // Who answers is who called listen(2); credentials are a thread's own.
@@ -36,7 +36,7 @@ fn paths(dir: &Path) -> Paths {
 fn an_image_has_one_key_however_its_hub_is_spelled() {
     let dir = tempfile::tempdir().unwrap();
     let key = |hub: Option<&str>, target: &str| {
-        Address::of(&paths(dir.path()), &Wanted { target: Some(target), tag: None, hub }).unwrap().0
+        WarmSocket::of(&paths(dir.path()), &Target::parse(&paths(dir.path()), target, hub)).unwrap().0
     };
     let here = std::env::current_dir().unwrap().join("hub");
     let same = [
@@ -59,7 +59,7 @@ fn what_has_no_key_says_why() {
     let dir = tempfile::tempdir().unwrap();
     let paths = paths(dir.path());
     let of = |target: Option<&str>, tag: Option<&str>| {
-        let found = Address::of(&paths, &Wanted { target, tag, hub: Some("http://h/") });
+        let found = WarmSocket::of(&paths, &Target::of(&paths, tag, target, Some("http://h/")));
         found.map(|address| address.0).map_err(|error| error.to_string())
     };
     let of_tag = |tag| of(None, Some(tag)).unwrap_err();
@@ -72,9 +72,9 @@ fn what_has_no_key_says_why() {
     assert!(of(Some("/"), None).unwrap_err().contains("cannot be kept in memory"));
     assert!(of(Some("nothing"), None).unwrap_err().contains("is not a package name"));
     // Tests run in the package's directory: a folder does not hide the package of its name, a file does.
-    assert!(Path::new("src/commands").is_dir());
-    of(Some("src/commands"), None).unwrap();
-    assert_ne!(of(Some("src/warm.rs"), None).unwrap(), of(Some("src/warm.rs@latest"), None).unwrap());
+    assert!(Path::new("src/fork").is_dir());
+    of(Some("src/fork"), None).unwrap();
+    assert_ne!(of(Some("src/target.rs"), None).unwrap(), of(Some("src/target.rs@latest"), None).unwrap());
 }
 
 #[test]
@@ -82,18 +82,18 @@ fn a_replaced_file_has_another_key_and_the_same_family() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("pack");
     let paths = paths(dir.path());
-    let wanted = Wanted { target: file.to_str(), tag: None, hub: None };
-    let key = || Address::of(&paths, &wanted).unwrap().0;
+    let target = Target::File(file.clone());
+    let key = || WarmSocket::of(&paths, &target).unwrap().0;
     let family = || -> Vec<_> {
-        Address::family_of(&paths, &wanted).unwrap().into_iter().map(|address| address.0).collect()
+        WarmSocket::family_of(&paths, &target).unwrap().into_iter().map(|address| address.0).collect()
     };
     fs::create_dir_all(directory(&paths)).unwrap();
     fs::write(&file, "one").unwrap();
     let before = key();
     let _first = listen(&before, 1);
-    let of_tag = Wanted { target: None, tag: Some("pack"), hub: None };
+    let of_tag = Target::Tag("pack".to_owned());
     fs::create_dir_all(paths.snapshot("pack").unwrap()).unwrap();
-    let _other = listen(&Address::of(&paths, &of_tag).unwrap().0, 1);
+    let _other = listen(&WarmSocket::of(&paths, &of_tag).unwrap().0, 1);
     assert_eq!(key(), before);
     fs::write(dir.path().join("new"), "two").unwrap();
     fs::rename(dir.path().join("new"), &file).unwrap();
@@ -101,7 +101,7 @@ fn a_replaced_file_has_another_key_and_the_same_family() {
     let _second = listen(&key(), 1);
     let both = family();
     assert_eq!((both.len(), both.contains(&before), both.contains(&key())), (2, true, true));
-    assert_eq!(Address(key()).family(&paths).len(), 2);
+    assert_eq!(WarmSocket(key()).family(&paths).len(), 2);
     fs::remove_file(&file).unwrap();
     assert_eq!(family(), both, "what is gone is not found by its name");
 }
@@ -109,7 +109,7 @@ fn a_replaced_file_has_another_key_and_the_same_family() {
 #[test]
 fn nobody_waits_for_a_daemon_with_a_full_backlog() {
     let dir = tempfile::tempdir().unwrap();
-    let address = Address(dir.path().join("a.sock"));
+    let address = WarmSocket(dir.path().join("a.sock"));
     let _daemon = listen(&address.0, 1);
     let (done, waited) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -127,14 +127,14 @@ fn nobody_waits_for_a_daemon_with_a_full_backlog() {
 fn a_daemon_without_its_name_ends() {
     let dir = tempfile::tempdir().unwrap();
     let paths = paths(dir.path());
-    let address = Address(directory(&paths).join("f-k.sock"));
+    let address = WarmSocket(directory(&paths).join("f-k.sock"));
     let start = || {
         Daemon::start(
             &paths,
             address.clone(),
             "x".to_owned(),
             "x@v1".to_owned(),
-            &crate::fork::template::empty_sandbox(),
+            &crate::fork::template::empty_template(),
         )
         .unwrap()
     };

@@ -1,4 +1,4 @@
-//! `forkd inspect PACK --heatmap`: a pack's images by chunk. Callers: `inspect.rs`.
+//! A pack's images by chunk, as a picture.
 
 use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::format::{MEMORY, ROOTFS};
@@ -7,9 +7,9 @@ use forkd_fs::store::Store;
 use forkd_fs::trace::bucket_name;
 
 use super::working_set::WorkingSet;
-use forkd_engine::local::paths::Paths;
-use forkd_engine::picture::heatmap::{Cell, Heatmap, ImageCells};
-use forkd_engine::picture::svg::{Key, PALE};
+use crate::local::paths::Paths;
+use crate::picture::heatmap::{Cell, Heatmap, ImageCells};
+use crate::picture::svg::{Key, PALE};
 
 /// Colours of the buckets, the first one first; buckets beyond share the last colour.
 const BUCKETS: [&str; 4] = ["#c0392b", "#f28e2b", "#edc948", "#b07aa1"];

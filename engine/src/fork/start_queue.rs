@@ -20,7 +20,7 @@ const TURN_MAX: Duration = Duration::from_secs(3);
 
 /// Whose turn it is.
 #[derive(Debug)]
-pub struct Turns {
+pub struct StartQueue {
     at_once: usize,
     /// Children that wait, in the order in which they came.
     waiting: VecDeque<usize>,
@@ -37,16 +37,16 @@ enum Gathering {
     Over,
 }
 
-impl Turns {
-    /// Turns for `count` children on this host, if they need any.
-    pub fn of(count: u32, kind: KvmKind) -> Option<Turns> {
+impl StartQueue {
+    /// StartQueue for `count` children on this host, if they need any.
+    pub fn of(count: u32, kind: KvmKind) -> Option<StartQueue> {
         let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
         let at_once = if kind == KvmKind::Pvm { processors } else { usize::MAX };
-        (count as usize > processors).then(|| Turns::new(at_once))
+        (count as usize > processors).then(|| StartQueue::new(at_once))
     }
 
-    fn new(at_once: usize) -> Turns {
-        Turns { at_once, waiting: VecDeque::new(), current: Vec::new(), gathering: Gathering::Starting }
+    fn new(at_once: usize) -> StartQueue {
+        StartQueue { at_once, waiting: VecDeque::new(), current: Vec::new(), gathering: Gathering::Starting }
     }
 
     /// A child is at its first instruction and waits.
@@ -102,12 +102,12 @@ impl Turns {
 mod tests {
     use super::*;
 
-    fn all(turns: &mut Turns, now: Instant) -> Vec<usize> {
+    fn all(turns: &mut StartQueue, now: Instant) -> Vec<usize> {
         std::iter::from_fn(|| turns.next(now)).collect()
     }
 
-    fn gathered(at_once: usize, children: std::ops::Range<usize>, now: Instant) -> Turns {
-        let mut turns = Turns::new(at_once);
+    fn gathered(at_once: usize, children: std::ops::Range<usize>, now: Instant) -> StartQueue {
+        let mut turns = StartQueue::new(at_once);
         children.for_each(|child| turns.wait(child));
         turns.gather(true, now);
         turns
@@ -116,7 +116,7 @@ mod tests {
     #[test]
     fn nobody_goes_on_before_all_are_there_or_a_second_is_over() {
         let now = Instant::now();
-        let mut turns = Turns::new(8);
+        let mut turns = StartQueue::new(8);
         turns.wait(0);
         assert_eq!(turns.next(now), None, "not all are started");
         turns.gather(false, now);
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn few_children_need_no_turns() {
-        assert!(Turns::of(1, KvmKind::Pvm).is_none());
-        assert_eq!(Turns::of(u32::MAX, KvmKind::Hardware).unwrap().at_once, usize::MAX);
+        assert!(StartQueue::of(1, KvmKind::Pvm).is_none());
+        assert_eq!(StartQueue::of(u32::MAX, KvmKind::Hardware).unwrap().at_once, usize::MAX);
     }
 }

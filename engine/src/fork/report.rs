@@ -1,12 +1,11 @@
-//! What `forkd fork` prints. The JSON form is a contract (DESIGN section 9). Callers: `fork.rs`.
+//! What came of a fork. Its JSON form is a contract of `forkd fork --json`.
 
-use super::fork_ask::Outcome;
-use crate::output::table;
-use crate::units::show_size;
-use forkd_engine::fork::supervisor::{Child, Moment, Supervisor, milliseconds_since};
-use forkd_engine::fork::template::{FaultFigures, PrefetchFigures, Template};
-use forkd_engine::fork::warm::WarmStatus;
-use forkd_engine::network::wire::NetworkStatus;
+use crate::fork::ask::ChildOutcome;
+use crate::fork::supervisor::{Child, Milestone, Supervisor, milliseconds_since};
+use crate::fork::template::{FaultFigures, PrefetchFigures, Template};
+use crate::fork::warm::WarmStatus;
+use crate::network::wire::NetworkStatus;
+use crate::picture::timeline::{ChildMarks, Phase, Recorder, Scene, Span};
 use forkd_vmm::memory::PAGE_BYTES;
 use rustix::fd::BorrowedFd;
 use serde::Serialize;
@@ -58,6 +57,20 @@ pub struct WarmReport {
 impl From<WarmStatus> for WarmReport {
     fn from(WarmStatus { resolved, since_unix, .. }: WarmStatus) -> WarmReport {
         WarmReport { resolved, since_unix }
+    }
+}
+
+impl PackReport {
+    /// Of a fork of `template` so far.
+    pub fn of(name: String, template: &Template, warm: Option<WarmReport>) -> PackReport {
+        let progress = template.progress();
+        PackReport {
+            name,
+            bytes_total: progress.bytes_total,
+            bytes_fetched: progress.bytes_fetched,
+            requests: progress.requests,
+            warm,
+        }
     }
 }
 
@@ -198,20 +211,19 @@ fn kib(rollup: &str, field: &str) -> u64 {
 
 impl ForkReport {
     /// Of the children as they are now, and what came of what they were asked, in the same order.
-    pub(super) fn new(
+    pub fn new(
         supervisor: &Supervisor,
-        name: String,
+        pack: PackReport,
         started_ns: u64,
         timeline: Timeline,
-        outcomes: Vec<Outcome>,
-        json: bool,
+        outcomes: Vec<ChildOutcome>,
+        look_at_prefetched: bool,
     ) -> ForkReport {
-        let progress = supervisor.template().progress();
-        let since = |moment: &Moment| milliseconds_since(started_ns, moment.at_ns);
+        let since = |moment: &Milestone| milliseconds_since(started_ns, moment.at_ns);
         let children = supervisor.children();
         let pids: Vec<_> =
             children.iter().filter(|child| !child.state.is_over()).map(|child| child.pid).collect();
-        let earliest = |moments: &mut dyn Iterator<Item = Moment>| {
+        let earliest = |moments: &mut dyn Iterator<Item = Milestone>| {
             moments.min_by_key(|moment| moment.at_ns).map(|moment| moment.fetched)
         };
         let fetched = Fetched {
@@ -221,7 +233,7 @@ impl ForkReport {
                 &mut outcomes.iter().filter(|outcome| outcome.error.is_none()).map(|o| o.at),
             ),
         };
-        let shown = |(child, outcome): (&Child, Outcome)| ChildReport {
+        let shown = |(child, outcome): (&Child, ChildOutcome)| ChildReport {
             id: child.id.clone(),
             pid: child.pid,
             first_instruction_ms: child.first_instruction.as_ref().map(since),
@@ -233,67 +245,47 @@ impl ForkReport {
             network: child.network.clone(),
         };
         ForkReport {
-            pack: PackReport {
-                name,
-                bytes_total: progress.bytes_total,
-                bytes_fetched: progress.bytes_fetched,
-                requests: progress.requests,
-                warm: None,
-            },
+            pack,
             timeline,
             fetched,
             memory: Memory::measure(&pids, &supervisor.template().images()),
             faults: Faults::of(supervisor.template()),
-            // Only JSON shows it, and looking takes time.
-            prefetch: Prefetch::measure(supervisor.template(), if json { &pids } else { &[] }),
+            prefetch: Prefetch::measure(supervisor.template(), if look_at_prefetched { &pids } else { &[] }),
             children: children.iter().zip(outcomes).map(shown).collect(),
         }
     }
 
-    /// For people.
-    pub fn text(&self) -> String {
-        let ms = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.1} ms"));
-        let headings = ["CHILD", ">FIRST INSTRUCTION", ">READY", ">ANSWERED", "ANSWER"];
-        let mut rows = vec![headings.map(str::to_owned).to_vec()];
-        for child in &self.children {
-            let error = child.error.as_ref().map(|error| format!("error: {error}"));
-            let code = child.exit_code.filter(|code| *code != 0).map(|code| format!("(exit code {code}) "));
-            let answer = child.answer.as_deref().unwrap_or_default().trim_end().replace('\n', "\n    ");
-            rows.push(vec![
-                child.id.clone(),
-                ms(child.first_instruction_ms),
-                ms(child.ready_ms),
-                ms(child.answered_ms),
-                error.unwrap_or_else(|| code.unwrap_or_default() + &printable(&answer)),
-            ]);
+    /// As a picture, with what was recorded on the way.
+    pub fn scene(&self, recorder: &Recorder) -> Scene {
+        let stages = [
+            ("registry", self.timeline.registry_ms),
+            ("index", self.timeline.index_ms),
+            ("machine state", self.timeline.vmstate_ms),
+        ];
+        let mut from = 0.0;
+        let phases = stages.into_iter().filter_map(|(name, until)| {
+            let span = Span { from, until: until? };
+            from = span.until;
+            Some(Phase { name, span })
+        });
+        let marks = |child: &ChildReport| ChildMarks {
+            id: child.id.clone(),
+            first_instruction: child.first_instruction_ms,
+            ready: child.ready_ms,
+            answered: child.answered_ms,
+        };
+        Scene {
+            name: self.pack.name.clone(),
+            phases: phases.collect(),
+            events: recorder.events(),
+            children: self.children.iter().map(marks).collect(),
         }
-        let mut text = table(&rows);
-        if self.pack.bytes_total > 0 {
-            let total = show_size(self.pack.bytes_total);
-            let at = |bytes: Option<u64>| bytes.map_or("-".to_owned(), show_size);
-            text.push_str(&format!(
-                "{}: of {total} fetched {} at the first instruction, {} when ready, {} when answered ({} requests)\n",
-                self.pack.name,
-                at(self.fetched.at_first_instruction),
-                at(self.fetched.at_ready),
-                at(self.fetched.at_answered),
-                self.pack.requests,
-            ));
-        }
-        if let (Some(pss), Some(private)) = (self.memory.pss_kib_per_child, self.memory.private_kib_per_child)
-        {
-            text.push_str(&format!(
-                "memory of a child: {pss} KiB PSS, {private} KiB private; images {} KiB, shared\n",
-                self.memory.image_kib
-            ));
-        }
-        text
     }
-}
 
-/// Guests choose their answers: no control characters for the terminal, but line breaks.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
+    /// Whether any child failed, or ended with an exit code other than 0.
+    pub fn has_failures(&self) -> bool {
+        self.children.iter().any(|child| child.error.is_some() || child.exit_code.unwrap_or(0) != 0)
+    }
 }
 
 #[cfg(test)]

@@ -1,135 +1,23 @@
 //! Every command's failure in one table: exit code, the line that says what failed on what and why, and a hint.
 //!
-//! `CommandError` has one variant per error type a command can end with; [`describe`] is the exhaustive table over
+//! [`CommandError`] has one variant per error type a command can end with; [`describe`] is the exhaustive table over
 //! them. A new command adds its variant and its row; nothing else prints errors.
 
 use std::borrow::Cow;
 use std::io::Write;
 use std::process::ExitCode;
 
-use forkd_fs::store::{OpenError, ReadError};
 use serde::Serialize;
 
 mod machine;
 mod packs;
 
-use crate::commands::build::BuildCommandError;
-use crate::commands::children::ChildrenError;
-use crate::commands::fork::ForkCommandError;
-use crate::commands::mount::MountCommandError;
-use crate::commands::pack::PackError;
-use crate::commands::pull::PullError;
-use crate::commands::repack::RepackError;
-use crate::commands::trace::TraceCommandError;
-use crate::commands::unpack::UnpackCommandError;
-use crate::commands::warm::WarmCommandError;
+use crate::failure::CommandError;
 use crate::output::Output;
 use forkd_engine::build::kernel::KernelError;
 use forkd_engine::build::recipe::RecipeError;
 use forkd_engine::chain::{causes, chain, plain};
-use forkd_engine::hub::publish::PublishError;
-use forkd_engine::hub::registry::{InvalidReference, RegistryError};
-use forkd_engine::hub::serve::ServeError;
 use forkd_engine::local::paths::PathsError;
-use forkd_engine::local::run_dir::RunDirError;
-use forkd_engine::local::snapshots::SnapshotError;
-use forkd_engine::picture::svg::PictureError;
-
-/// What a command can fail with.
-#[derive(Debug, thiserror::Error)]
-pub enum CommandError {
-    /// A directory of forkd's own.
-    #[error(transparent)]
-    Paths(#[from] PathsError),
-    /// The guest kernel.
-    #[error(transparent)]
-    Kernel(#[from] KernelError),
-    /// Children that run.
-    #[error(transparent)]
-    Children(#[from] ChildrenError),
-    /// Run directories.
-    #[error(transparent)]
-    RunDir(#[from] RunDirError),
-    /// Building a snapshot.
-    #[error(transparent)]
-    Build(Box<BuildCommandError>),
-    /// Starting children.
-    #[error(transparent)]
-    Fork(Box<ForkCommandError>),
-    /// A local snapshot.
-    #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
-    /// A text that names no package.
-    #[error(transparent)]
-    Reference(#[from] InvalidReference),
-    /// The hub's registry.
-    #[error(transparent)]
-    Registry(#[from] RegistryError),
-    /// A pack that cannot be opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// A pack that cannot be read.
-    #[error(transparent)]
-    Read(#[from] ReadError),
-    /// `forkd hub serve`.
-    #[error(transparent)]
-    Serve(#[from] ServeError),
-    /// `forkd hub publish`.
-    #[error(transparent)]
-    Publish(#[from] PublishError),
-    /// `forkd pack`.
-    #[error(transparent)]
-    Pack(#[from] PackError),
-    /// `forkd unpack`, and the second half of `forkd pull`.
-    #[error(transparent)]
-    Unpack(#[from] UnpackCommandError),
-    /// `forkd pull`.
-    #[error(transparent)]
-    Pull(#[from] PullError),
-    /// `forkd repack`.
-    #[error(transparent)]
-    Repack(#[from] RepackError),
-    /// `forkd trace`.
-    #[error(transparent)]
-    Trace(Box<TraceCommandError>),
-    /// A picture.
-    #[error(transparent)]
-    Picture(#[from] PictureError),
-    /// `forkd mount` and `forkd umount`.
-    #[error(transparent)]
-    Mount(#[from] MountCommandError),
-    /// `forkd warm`.
-    #[error(transparent)]
-    Warm(Box<WarmCommandError>),
-    /// The async runtime could not be started.
-    #[error("the async runtime does not start")]
-    Runtime(#[source] std::io::Error),
-}
-
-// Boxed, so that results without these rare, large errors stay small.
-impl From<ForkCommandError> for CommandError {
-    fn from(error: ForkCommandError) -> CommandError {
-        CommandError::Fork(Box::new(error))
-    }
-}
-
-impl From<WarmCommandError> for CommandError {
-    fn from(error: WarmCommandError) -> CommandError {
-        CommandError::Warm(Box::new(error))
-    }
-}
-
-impl From<TraceCommandError> for CommandError {
-    fn from(error: TraceCommandError) -> CommandError {
-        CommandError::Trace(Box::new(error))
-    }
-}
-
-impl From<BuildCommandError> for CommandError {
-    fn from(error: BuildCommandError) -> CommandError {
-        CommandError::Build(Box::new(error))
-    }
-}
 
 /// Exit code for a command line that makes no sense (clap's own is the same).
 const USAGE: u8 = 2;
@@ -169,6 +57,9 @@ impl Row {
     }
 }
 
+/// What to do when processes cannot be started.
+const LIMITS: &str = "check the limits on processes and memory (ulimit -u, ulimit -v)";
+
 /// The table.
 fn describe(error: &CommandError) -> Row {
     match error {
@@ -182,8 +73,8 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Snapshot(error) => packs::snapshot(error),
         CommandError::Reference(error) => packs::reference(error),
         CommandError::Registry(error) => packs::registry(error),
-        CommandError::Open(error) => packs::open(error),
-        CommandError::Read(error) => packs::read(error),
+        CommandError::Inspect(error) => packs::inspect(error),
+        CommandError::Environment { .. } => Row::usage("run the command", ""),
         CommandError::Serve(error) => packs::serve(error),
         CommandError::Publish(error) => packs::publish(error),
         CommandError::Pack(error) => packs::pack(error),
@@ -193,10 +84,15 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Trace(error) => machine::trace(error),
         CommandError::Picture(_) => machine::picture(),
         CommandError::Mount(error) => packs::mount(error),
-        CommandError::Runtime(_) => {
-            Row::failed("start", "threads").hint("check the process and thread limits (ulimit -u)")
-        }
+        CommandError::Zygote(_) => Row::failed("fork", "").hint(LIMITS),
+        CommandError::Variables(_) => Row::usage("give the children their environment", ""),
+        CommandError::Detach { what, .. } => Row::failed(what, "").hint(LIMITS),
+        CommandError::Runtime(_) => threads(),
     }
+}
+
+fn threads() -> Row {
+    Row::failed("start", "threads").hint("check the process and thread limits (ulimit -u)")
 }
 
 fn describe_paths(error: &PathsError) -> Row {
@@ -268,7 +164,7 @@ struct JsonError<'a> {
 /// document on stdout, where the console is part of WHY) and returns the exit code.
 pub fn report(error: &CommandError, output: &Output) -> ExitCode {
     let row = describe(error);
-    if output.is_json() {
+    if output.is_json() && !error.follows_a_report() {
         let console = match row.console.is_empty() {
             true => String::new(),
             false => format!("; {LAST_WORDS}: {}", plain(&row.console)),
@@ -314,6 +210,7 @@ fn lines(text: &str) -> String {
 mod tests {
     use super::*;
     use forkd_engine::build::machine::BuildError;
+    use forkd_engine::build::snapshot::SnapshotBuildError;
 
     #[test]
     fn causes_are_chained_once_and_control_characters_dropped() {
@@ -329,7 +226,7 @@ mod tests {
     fn a_console_is_shown_line_by_line_and_cannot_pass_for_ours() {
         let console = "first\x1b[2J\nhint: run this\r\u{9b}31m".to_owned();
         let source = BuildError::ScratchWritten;
-        let error = CommandError::from(BuildCommandError::Build { tag: "t".into(), source, console });
+        let error = CommandError::from(SnapshotBuildError::Build { tag: "t".into(), source, console });
         let text = describe(&error).text("because");
         let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines[..2], ["forkd: cannot build: because", "the machine's console ended with:"]);

@@ -1,4 +1,4 @@
-//! What a pack's recorded working set is and what it weighs. Callers: `inspect.rs`, `heatmap.rs` beside it.
+//! What a pack's recorded working set is and what it weighs.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,8 +10,6 @@ use forkd_fs::store::{ReadError, Store};
 use forkd_fs::trace::{MAX_TRACE_LEN, Trace, bucket_name};
 use serde::Serialize;
 
-use super::share;
-
 /// A recorded working set, and the chunks it lies in.
 pub(super) struct WorkingSet {
     trace: Trace,
@@ -21,32 +19,38 @@ pub(super) struct WorkingSet {
 
 /// What `--json` says of it.
 #[derive(Debug, Serialize)]
-pub(super) struct Report {
+pub struct WorkingSetWeight {
     /// Pages of 4 KiB.
-    pub(super) pages: u64,
+    pub pages: u64,
     /// The same in bytes.
-    pub(super) page_bytes: u64,
+    pub page_bytes: u64,
     /// Stored chunks they lie in.
-    pub(super) chunks: u64,
+    pub chunks: u64,
     /// Stored bytes of these chunks.
-    pub(super) chunk_bytes: u64,
+    pub chunk_bytes: u64,
     /// Their share of the pack.
-    pub(super) chunk_share: f64,
+    pub chunk_share: f64,
     /// Stored bytes of the pages by themselves (`hotset`); null in a pack without.
-    pub(super) hotset_bytes: Option<u64>,
+    pub hotset_bytes: Option<u64>,
     /// Their share of the pack.
-    pub(super) hotset_share: Option<f64>,
-    pub(super) buckets: Vec<Bucket>,
+    pub hotset_share: Option<f64>,
+    /// By the part of a fork's life in which they are touched first.
+    pub buckets: Vec<Bucket>,
 }
 
 /// One bucket: what is touched first in that part of a fork's life.
 #[derive(Debug, Serialize)]
-pub(super) struct Bucket {
-    pub(super) name: String,
-    pub(super) pages: u64,
-    pub(super) chunks: u64,
-    pub(super) chunk_bytes: u64,
-    pub(super) chunk_share: f64,
+pub struct Bucket {
+    /// Which part.
+    pub name: String,
+    /// Pages of 4 KiB.
+    pub pages: u64,
+    /// Chunks that no bucket before touches.
+    pub chunks: u64,
+    /// Their stored bytes.
+    pub chunk_bytes: u64,
+    /// Their share of the pack.
+    pub chunk_share: f64,
 }
 
 impl WorkingSet {
@@ -64,7 +68,7 @@ impl WorkingSet {
     }
 
     /// Weighs it.
-    pub(super) fn report(&self, store: &Store) -> Report {
+    pub(super) fn report(&self, store: &Store) -> WorkingSetWeight {
         let index = store.index();
         let weigh = |chunks: &[ChunkId]| {
             let records = chunks.iter().filter_map(|chunk| index.record(*chunk));
@@ -82,7 +86,7 @@ impl WorkingSet {
         let pages = self.pages(0..self.chunks.len());
         let hotset = index.file(HOTSET).map(|file| index.stats(file).stored_bytes);
         let chunk_bytes = buckets.iter().map(|bucket| bucket.chunk_bytes).sum();
-        Report {
+        WorkingSetWeight {
             pages,
             page_bytes: pages * forkd_fs::trace::PAGE_SIZE,
             chunks: buckets.iter().map(|bucket| bucket.chunks).sum(),
@@ -99,4 +103,9 @@ impl WorkingSet {
         let ranges = self.trace.regions.iter().flat_map(|region| region.page_ranges(buckets.clone()));
         ranges.map(|range| u64::from(range.end - range.start)).sum()
     }
+}
+
+/// What part of `whole` is; 0 when there is no whole.
+pub(super) fn share(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 / whole as f64 }
 }

@@ -1,6 +1,6 @@
 //! What the children of a fork are to be. Callers: `supervisor.rs` and whoever has one made.
 
-use super::ForkError;
+use super::StartError;
 use crate::fork::variables::Variables;
 use crate::network::wire::NetworkMode;
 use forkd_vmm::cgroup::Limits;
@@ -9,7 +9,7 @@ use forkd_vmm::zygote::Zygote;
 
 /// What the children of a fork are to be.
 #[derive(Debug)]
-pub struct Plan {
+pub struct ChildrenSpec {
     /// How many.
     pub count: u32,
     /// Their environments.
@@ -17,21 +17,21 @@ pub struct Plan {
     /// Their networks.
     pub network: NetworkMode,
     /// What each may take of the host.
-    pub allowance: Allowance,
+    pub limits: ResourceLimits,
 }
 
 /// What each child may take of the host, where that was asked for.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Allowance {
+pub struct ResourceLimits {
     /// Memory, MiB; otherwise what its guest was promised, and a little more.
     pub memory_mib: Option<u64>,
     /// Processors; otherwise as many as it can get.
     pub cpus: Option<f64>,
 }
 
-impl Allowance {
+impl ResourceLimits {
     /// Nobody is to believe in a limit that is not there.
-    pub(super) fn check(&self, zygote: &Zygote) -> Result<(), ForkError> {
+    pub(super) fn check(&self, zygote: &Zygote) -> Result<(), StartError> {
         let controllers = zygote.cgroups().map_or(&[][..], |cgroups| &cgroups.controllers);
         let asked = [
             (self.memory_mib.is_some(), "--memory-limit-mib", "memory"),
@@ -39,7 +39,7 @@ impl Allowance {
         ];
         for (asked, option, controller) in asked {
             if asked && !controllers.contains(&controller) {
-                return Err(ForkError::NoLimit { option, controller });
+                return Err(StartError::NoLimit { option, controller });
             }
         }
         Ok(())

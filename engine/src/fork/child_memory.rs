@@ -1,21 +1,18 @@
-//! `forkd inspect --child ID`: what a running child has in its memory, image by image. Callers: `inspect.rs`.
+//! What a running child has in its memory, image by image.
 
 use std::io;
-use std::process::ExitCode;
 
 use forkd_fs::format::{MEMORY, ROOTFS};
 use forkd_vmm::memory::ImageId;
 use serde::Serialize;
 
-use crate::commands::children::ChildrenError;
-use crate::error::CommandError;
-use crate::output::{Output, table};
-use crate::units::{show_share, show_size};
-use forkd_engine::fork::pagemap::{self, MappedFile, PAGE, PageState, Pagemap};
-use forkd_engine::local::paths::Paths;
-use forkd_engine::local::run_dir::{ForkDir, RunDirError};
-use forkd_engine::picture::heatmap::{Cell, Heatmap, ImageCells};
-use forkd_engine::picture::svg::{Key, PALE};
+use crate::fork::children::ChildrenError;
+use crate::fork::pagemap::{self, MappedFile, PAGE, PageState, Pagemap};
+use crate::local::paths::Paths;
+use crate::local::run_dir::{ForkDir, RunDirError};
+use crate::picture::heatmap::{Cell, Heatmap, ImageCells};
+use crate::picture::sizes::show_size;
+use crate::picture::svg::{Key, PALE};
 
 /// A square of the picture.
 const CHUNK: u64 = 256 << 10;
@@ -26,47 +23,37 @@ const IMAGES: [(&str, ImageId); 2] = [(MEMORY, ImageId::Ram), (ROOTFS, ImageId::
 const PRIVATE: &str = "#c0392b";
 const MAPPED: &str = "#4e79a7";
 
-/// What `--json` prints.
+/// A child's memory, as `forkd inspect --child --json` shows it.
 #[derive(Debug, Serialize)]
-struct Report {
-    child: String,
-    pid: i32,
+pub struct ChildMemory {
+    /// Its name.
+    pub child: String,
+    /// Its process.
+    pub pid: i32,
     /// What it was forked from.
-    pack: String,
-    images: Vec<Image>,
+    pub pack: String,
+    /// Its images.
+    pub images: Vec<Image>,
 }
 
 /// One image as the child has it.
 #[derive(Debug, Serialize)]
-struct Image {
-    name: &'static str,
+pub struct Image {
+    /// Its file in a pack.
+    pub name: &'static str,
     /// Pages of 4 KiB.
-    pages: u64,
+    pub pages: u64,
     /// Pages of its own: it wrote to them.
-    private_pages: u64,
+    pub private_pages: u64,
     /// Pages of the shared image that it has mapped.
-    mapped_pages: u64,
+    pub mapped_pages: u64,
     #[serde(skip)]
     cells: Vec<Cell>,
 }
 
-/// Looks at a child; draws what it sees when a picture is wanted.
-pub(super) fn run(
-    id: &str,
-    heatmap: Option<&std::path::Path>,
-    output: &Output,
-) -> Result<ExitCode, CommandError> {
-    let report = look(id)?;
-    if let Some(file) = heatmap {
-        draw(&report).draw().write(file)?;
-    }
-    output.report(&report, show);
-    Ok(ExitCode::SUCCESS)
-}
-
-fn look(id: &str) -> Result<Report, ChildrenError> {
-    let paths = Paths::from_env().map_err(RunDirError::from)?;
-    let status = ForkDir::of_child(&paths, id)?.status()?;
+/// Looks at the child `id`. Takes root.
+pub fn look(paths: &Paths, id: &str) -> Result<ChildMemory, ChildrenError> {
+    let status = ForkDir::of_child(paths, id)?.status()?;
     let pack = status.pack;
     let child = status.children.into_iter().find(|child| child.id == id && !child.state.is_over());
     let pid = child.ok_or_else(|| RunDirError::UnknownChild { id: id.to_owned() })?.pid;
@@ -81,7 +68,7 @@ fn look(id: &str) -> Result<Report, ChildrenError> {
     if images.is_empty() {
         return Err(ChildrenError::NoImage { id: id.to_owned(), pid });
     }
-    Ok(Report { child: id.to_owned(), pid, pack, images })
+    Ok(ChildMemory { child: id.to_owned(), pid, pack, images })
 }
 
 fn is_image(mapping: &MappedFile, id: ImageId, file: &str) -> bool {
@@ -124,46 +111,35 @@ fn look_at(
     Ok(Some(image))
 }
 
-fn draw(report: &Report) -> Heatmap {
-    let line = |image: &Image| {
-        format!(
-            "{}: {} private in {} pages, {} shared",
-            image.name,
-            show_size(image.private_pages * PAGE),
-            image.private_pages,
-            show_size(image.mapped_pages * PAGE)
-        )
-    };
-    let key = |colour, text: &str| Key { colour, text: text.to_owned() };
-    let image = |image: &Image| ImageCells {
-        name: image.name.to_owned(),
-        bytes: image.pages * PAGE,
-        chunk_bytes: CHUNK,
-        cells: image.cells.clone(),
-    };
-    Heatmap {
-        title: format!("child {} of {}", report.child, report.pack),
-        lines: report.images.iter().map(line).collect(),
-        shades: vec![
-            key(PRIVATE, "dirty: at least one page is the child's own"),
-            key(MAPPED, "read: pages of the shared image are mapped"),
-            key(PALE, "not touched"),
-        ],
-        mark: None,
-        images: report.images.iter().map(image).collect(),
+impl ChildMemory {
+    /// As a picture.
+    pub fn heatmap(&self) -> Heatmap {
+        let line = |image: &Image| {
+            format!(
+                "{}: {} private in {} pages, {} shared",
+                image.name,
+                show_size(image.private_pages * PAGE),
+                image.private_pages,
+                show_size(image.mapped_pages * PAGE)
+            )
+        };
+        let key = |colour, text: &str| Key { colour, text: text.to_owned() };
+        let image = |image: &Image| ImageCells {
+            name: image.name.to_owned(),
+            bytes: image.pages * PAGE,
+            chunk_bytes: CHUNK,
+            cells: image.cells.clone(),
+        };
+        Heatmap {
+            title: format!("child {} of {}", self.child, self.pack),
+            lines: self.images.iter().map(line).collect(),
+            shades: vec![
+                key(PRIVATE, "dirty: at least one page is the child's own"),
+                key(MAPPED, "read: pages of the shared image are mapped"),
+                key(PALE, "not touched"),
+            ],
+            mark: None,
+            images: self.images.iter().map(image).collect(),
+        }
     }
-}
-
-fn show(report: &Report) -> String {
-    let mut rows = vec![["IMAGE", ">SIZE", ">PRIVATE", ">SHARE", ">SHARED"].map(str::to_owned).to_vec()];
-    for image in &report.images {
-        rows.push(vec![
-            image.name.to_owned(),
-            show_size(image.pages * PAGE),
-            show_size(image.private_pages * PAGE),
-            show_share(image.private_pages, image.pages),
-            show_size(image.mapped_pages * PAGE),
-        ]);
-    }
-    format!("child {} (process {}) of {}\n{}", report.child, report.pid, report.pack, table(&rows))
 }

@@ -1,66 +1,19 @@
-//! From what the user typed (a file, a URL, a name of the hub) to a pack that can be opened. Used by every command that
-//! reads packs.
+//! A user's connections, registry and chunk cache, as everything that reads packs takes them.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::source::{Credentials, HttpClient, HttpOptions};
-use forkd_fs::store::{PackLocation, PackSource, StoreOptions};
+use forkd_fs::store::StoreOptions;
 
-use crate::hub::registry::{Catalogue, HubAddress, Reference, RegistryCopies, RegistryError, Resolved};
+use crate::hub::registry::{Catalogue, HubAddress, RegistryCopies, RegistryError, Resolved};
 use crate::local::paths::Paths;
-
-/// A pack the user named.
-#[derive(Debug, Clone)]
-pub enum Target {
-    /// A file or a URL.
-    Direct(PackLocation),
-    /// A name of the hub.
-    Hub(Box<Resolved>),
-}
-
-impl Target {
-    /// Where it is.
-    pub fn location(&self) -> &PackLocation {
-        match self {
-            Target::Direct(location) => location,
-            Target::Hub(resolved) => &resolved.location,
-        }
-    }
-}
 
 /// Connections for one command: with the user's credentials, for the hosts the user names, and with the user's cache
 /// directory for copies of packs whose host serves no byte ranges.
 pub fn http_client(paths: &Paths) -> HttpClient {
     let spool_dir = Some(paths.cache.clone());
     HttpClient::new(HttpOptions { credentials: Credentials::from_env(), spool_dir, ..HttpOptions::default() })
-}
-
-/// Finds what `text` names: a URL when it has a scheme, an existing file, a name of the hub, and otherwise a file that
-/// does not exist, which opening it will say.
-pub async fn find(
-    text: &str,
-    paths: &Paths,
-    hub: Option<&str>,
-    http: &HttpClient,
-) -> Result<Target, RegistryError> {
-    let direct = |source| Target::Direct(PackLocation { source, size: None, index: None });
-    if text.starts_with("http://") || text.starts_with("https://") {
-        http.authorize(text);
-        return Ok(direct(PackSource::Url(text.to_owned())));
-    }
-    let path = PathBuf::from(text.strip_prefix("file://").unwrap_or(text));
-    if path.is_file() {
-        return Ok(direct(PackSource::Path(path)));
-    }
-    match text.parse::<Reference>() {
-        Ok(reference) => {
-            let resolved = catalogue(paths, hub, http).await?.resolve(&reference)?;
-            Ok(Target::Hub(Box::new(resolved)))
-        }
-        Err(_) => Ok(direct(PackSource::Path(path))),
-    }
 }
 
 /// Connections opened beside the registry's. Index and head come through two of the five; the working set, in four

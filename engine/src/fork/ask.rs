@@ -1,12 +1,10 @@
-//! What `forkd fork` asks of its children, and how it hears of their answers. Callers: `fork.rs`.
+//! Asking the children of a fork, all at once, and hearing their answers.
 
-use crate::cli::ForkArgs;
-use crate::output::Output;
+use crate::chain::chain;
+use crate::fork::agent::{AgentClient, ClientError};
+use crate::fork::supervisor::{Milestone, Supervisor};
+use crate::progress::{Amount, Progress};
 use forkd_abi::protocol::{Answer, ExecRequest, Exit};
-use forkd_engine::chain::chain;
-use forkd_engine::fork::agent::{AgentClient, ClientError};
-use forkd_engine::fork::supervisor::{Moment, Supervisor};
-use forkd_engine::progress::{Amount, Progress};
 use forkd_vmm::process::monotonic_ns;
 use std::path::Path;
 use std::sync::Arc;
@@ -22,49 +20,50 @@ const POLL: Duration = Duration::from_millis(5);
 const FAILURE_POLLS: u32 = 60;
 
 /// What is asked of every child.
-#[derive(Debug, Clone)]
-pub(super) enum Work {
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ChildRequest {
+    /// Nothing: a child that is ready has answered.
     Nothing,
+    /// Code for the warm worker.
     Eval(String),
+    /// A program and its arguments.
     Exec(Vec<String>),
 }
 
-impl Work {
-    /// What the command line asks for.
-    pub(super) fn of(args: &ForkArgs) -> Work {
-        match (&args.eval, args.exec) {
-            (Some(code), _) => Work::Eval(code.clone()),
-            (None, true) => Work::Exec(args.command.clone()),
-            (None, false) => Work::Nothing,
-        }
-    }
-}
-
-/// What came of it.
-pub(super) struct Outcome {
-    pub(super) answer: Option<String>,
-    pub(super) error: Option<String>,
-    pub(super) exit_code: Option<i32>,
-    pub(super) at: Moment,
+/// How a child answered, or why it did not.
+#[derive(Debug)]
+pub struct ChildOutcome {
+    /// What it answered: the value, or what was printed.
+    pub answer: Option<String>,
+    /// Why there is no answer.
+    pub error: Option<String>,
+    /// Exit code of a program; 128 and the signal's number when one ended it.
+    pub exit_code: Option<i32>,
+    /// When.
+    pub at: Milestone,
 }
 
 /// What [`ask_all`] waits for.
 enum Event {
     /// A child goes on, got ready or is over.
     Changed(usize),
-    Answered(usize, Outcome),
+    Answered(usize, ChildOutcome),
 }
 
 /// Asks every child at the same time, and waits until each has answered or is over.
-pub(super) fn ask_all(supervisor: &Arc<Supervisor>, work: &Work, output: &Output) -> Vec<Outcome> {
+pub fn ask_all(
+    supervisor: &Arc<Supervisor>,
+    request: &ChildRequest,
+    progress: &dyn Progress,
+) -> Vec<ChildOutcome> {
     let (sender, events) = std::sync::mpsc::channel();
     let changes = sender.clone();
     // Nobody listens any more when all have answered.
     supervisor.watch(move |at| drop(changes.send(Event::Changed(at))));
     let count = supervisor.children().len();
-    let bar = output.begin("children", Amount::Steps(count as u64));
+    let task = progress.begin("children", Amount::Steps(count as u64));
     let mut asked = vec![false; count];
-    let mut outcomes: Vec<Option<Outcome>> = asked.iter().map(|_| None).collect();
+    let mut outcomes: Vec<Option<ChildOutcome>> = asked.iter().map(|_| None).collect();
     let mut known: std::collections::VecDeque<_> = (0..count).map(Event::Changed).collect();
     while outcomes.iter().any(Option::is_none) {
         let Some(event) = known.pop_front().or_else(|| events.recv().ok()) else { break };
@@ -73,12 +72,12 @@ pub(super) fn ask_all(supervisor: &Arc<Supervisor>, work: &Work, output: &Output
             Event::Answered(at, outcome) => drop(outcomes[at].get_or_insert(outcome)),
             Event::Changed(at) if outcomes[at].is_none() => {
                 // A machine that is gone refuses connections just like one that still starts; the state tells.
-                outcomes[at] = over(supervisor, at).or_else(|| without_asking(supervisor, at, work));
-                if outcomes[at].is_none() && !asked[at] && may_be_asked(supervisor, at, work) {
+                outcomes[at] = over(supervisor, at).or_else(|| without_asking(supervisor, at, request));
+                if outcomes[at].is_none() && !asked[at] && may_be_asked(supervisor, at, request) {
                     asked[at] = true;
-                    let (sender, asker, work) = (sender.clone(), Arc::clone(supervisor), work.clone());
+                    let (sender, asker, request) = (sender.clone(), Arc::clone(supervisor), request.clone());
                     let spawned = std::thread::Builder::new().spawn(move || {
-                        drop(sender.send(Event::Answered(at, ask(&asker, at, &work))));
+                        drop(sender.send(Event::Answered(at, ask(&asker, at, &request))));
                     });
                     // There is a limit on a user's threads.
                     outcomes[at] = spawned
@@ -91,26 +90,26 @@ pub(super) fn ask_all(supervisor: &Arc<Supervisor>, work: &Work, output: &Output
         if outcomes[concerned].is_some() {
             supervisor.end_turn(concerned);
         }
-        bar.to(outcomes.iter().flatten().count() as u64);
+        task.to(outcomes.iter().flatten().count() as u64);
     }
     supervisor.watch(|_| {});
     outcomes.into_iter().flatten().collect()
 }
 
 /// Where nothing is asked for, being ready is the answer.
-fn without_asking(supervisor: &Supervisor, at: usize, work: &Work) -> Option<Outcome> {
-    let ready = supervisor.children()[at].ready.filter(|_| matches!(work, Work::Nothing));
-    ready.map(|at| Outcome { answer: None, error: None, exit_code: None, at })
+fn without_asking(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> Option<ChildOutcome> {
+    let ready = supervisor.children()[at].ready.filter(|_| matches!(request, ChildRequest::Nothing));
+    ready.map(|at| ChildOutcome { answer: None, error: None, exit_code: None, at })
 }
 
 /// A request that is there before the machine is ready saves it an interrupt. Before its first instruction it would wait for
 /// a page that comes with later ones, and one whose turn it is not would be asked again and again.
-fn may_be_asked(supervisor: &Supervisor, at: usize, work: &Work) -> bool {
-    !matches!(work, Work::Nothing) && supervisor.children()[at].goes_on
+fn may_be_asked(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> bool {
+    !matches!(request, ChildRequest::Nothing) && supervisor.children()[at].goes_on
 }
 
 /// The outcome of a child that is over without an answer.
-fn over(supervisor: &Supervisor, at: usize) -> Option<Outcome> {
+fn over(supervisor: &Supervisor, at: usize) -> Option<ChildOutcome> {
     let error = {
         let children = supervisor.children();
         let child = &children[at];
@@ -122,20 +121,20 @@ fn over(supervisor: &Supervisor, at: usize) -> Option<Outcome> {
     error.map(|error| failed(supervisor, error))
 }
 
-fn now(supervisor: &Supervisor) -> Moment {
-    Moment { at_ns: monotonic_ns(), fetched: supervisor.template().progress().bytes_fetched }
+fn now(supervisor: &Supervisor) -> Milestone {
+    Milestone { at_ns: monotonic_ns(), fetched: supervisor.template().progress().bytes_fetched }
 }
 
-fn failed(supervisor: &Supervisor, error: String) -> Outcome {
-    Outcome { answer: None, error: Some(error), exit_code: None, at: now(supervisor) }
+fn failed(supervisor: &Supervisor, error: String) -> ChildOutcome {
+    ChildOutcome { answer: None, error: Some(error), exit_code: None, at: now(supervisor) }
 }
 
-fn ask(supervisor: &Supervisor, at: usize, work: &Work) -> Outcome {
+fn ask(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> ChildOutcome {
     let socket = supervisor.children()[at].socket.clone();
-    let asked = match work {
-        Work::Nothing => return failed(supervisor, "it was asked nothing".to_owned()),
-        Work::Eval(code) => eval(supervisor, &socket, code),
-        Work::Exec(command) => exec(supervisor, &socket, command),
+    let asked = match request {
+        ChildRequest::Nothing => return failed(supervisor, "it was asked nothing".to_owned()),
+        ChildRequest::Eval(code) => eval(supervisor, &socket, code),
+        ChildRequest::Exec(command) => exec(supervisor, &socket, command),
     };
     asked.unwrap_or_else(|error| {
         // When its machine failed, that is why it does not answer; the report of that may be a moment behind.
@@ -149,7 +148,7 @@ fn ask(supervisor: &Supervisor, at: usize, work: &Work) -> Outcome {
     })
 }
 
-fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<Outcome, ClientError> {
+fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<ChildOutcome, ClientError> {
     let Answer { answer, error, output } =
         AgentClient::connect(socket, ANSWER_TIMEOUT)?.eval(code, ANSWER_TIMEOUT)?;
     let at = now(supervisor);
@@ -158,16 +157,16 @@ fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<Outcome, C
         (Some(printed), Some(answer)) => Some(format!("{printed}{answer}")),
         (printed, answer) => printed.or(answer),
     };
-    Ok(Outcome { answer, error, exit_code: None, at })
+    Ok(ChildOutcome { answer, error, exit_code: None, at })
 }
 
-fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<Outcome, ClientError> {
+fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<ChildOutcome, ClientError> {
     let request = ExecRequest { argv: command.to_vec(), ..ExecRequest::default() };
     let (mut stdout, mut stderr) = (Capped::default(), Capped::default());
     let client = AgentClient::connect(socket, ANSWER_TIMEOUT)?;
     let Exit { code, signal } = client.exec(request, None, &mut stdout, &mut stderr, Some(ANSWER_TIMEOUT))?;
     let text = [stdout.0, stderr.0].concat();
-    Ok(Outcome {
+    Ok(ChildOutcome {
         answer: Some(String::from_utf8_lossy(&text).into_owned()),
         error: None,
         exit_code: code.or(signal.map(|signal| 128 + signal)),

@@ -1,0 +1,204 @@
+//! Packing: a local snapshot into one file.
+
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use forkd_fs::digest::Digest;
+use forkd_fs::format::MANIFEST;
+use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
+use forkd_fs::writer::{PackOptions, PackSummary, PackWriter, Pass, WriteError};
+use serde::Serialize;
+
+use crate::interrupt::Interrupt;
+use crate::local::paths::Paths;
+use crate::local::run_dir::RunDir;
+use crate::local::snapshots::{LockedSnapshot, SnapshotError, file_error};
+use crate::local::workspace::{Workspace, WorkspaceError};
+use crate::progress::{Amount, Progress};
+
+/// Why a snapshot cannot be packed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// Its manifest.
+    #[error("{}", path.display())]
+    Manifest {
+        /// The manifest's path.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: ManifestError,
+    },
+    /// The output exists.
+    #[error("{} exists already", path.display())]
+    Exists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// The chunk size is none.
+    #[error("{size} bytes is no chunk size")]
+    Chunk {
+        /// What was given.
+        size: u64,
+    },
+    /// The pack cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The directory to work in, or the pack's place.
+    #[error(transparent)]
+    Workspace(#[from] WorkspaceError),
+}
+
+/// A new pack, as `forkd pack --json` shows it.
+#[derive(Debug, Serialize)]
+pub struct PackReport {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Of the whole file.
+    pub sha256: Digest,
+    /// Where its index begins, bytes.
+    pub index_offset: u64,
+    /// The index's length, bytes.
+    pub index_size: u64,
+    /// Of the index.
+    pub index_sha256: Digest,
+    /// Bytes of its files.
+    pub plain_bytes: u64,
+    /// Bytes of its stored chunks, compressed.
+    pub stored_bytes: u64,
+    /// All chunks.
+    pub chunks: u64,
+    /// Those that are not zero.
+    pub stored_chunks: u64,
+    /// Plain bytes to those of the pack.
+    pub ratio: f64,
+}
+
+impl PackReport {
+    pub(super) fn new(path: &Path, summary: &PackSummary) -> PackReport {
+        PackReport {
+            path: path.to_owned(),
+            size_bytes: summary.pack_size,
+            sha256: summary.pack_sha256,
+            index_offset: summary.index.offset,
+            index_size: summary.index.length,
+            index_sha256: summary.index.sha256,
+            plain_bytes: summary.plain_bytes,
+            stored_bytes: summary.stored_bytes,
+            chunks: u64::from(summary.stored_chunks) + u64::from(summary.zero_chunks),
+            stored_chunks: u64::from(summary.stored_chunks),
+            ratio: summary.ratio(),
+        }
+    }
+}
+
+/// What is to be packed, and how.
+#[derive(Debug)]
+pub struct PackRequest {
+    /// The snapshot.
+    pub tag: String,
+    /// The new pack.
+    pub out: PathBuf,
+    /// Replace what is there.
+    pub force: bool,
+    /// Instead of the manifest's, unless empty.
+    pub description: String,
+    /// Instead of the manifest's, unless empty.
+    pub base_image: String,
+    /// How it is compressed.
+    pub compression: Compression,
+}
+
+/// How a pack is compressed.
+#[derive(Debug, Clone, Copy)]
+pub struct Compression {
+    /// Plain bytes of a chunk.
+    pub chunk_bytes: u64,
+    /// The zstd level.
+    pub level: i32,
+}
+
+impl Compression {
+    /// As the writer takes it, if the chunk size is one.
+    pub(super) fn options(self) -> Result<PackOptions, PackError> {
+        let size = self.chunk_bytes;
+        let chunk_size = u32::try_from(size).ok().filter(|&size| forkd_fs::format::is_chunk_size(size));
+        let chunk_size = chunk_size.ok_or(PackError::Chunk { size })?;
+        Ok(PackOptions { chunk_size, level: self.level, ..PackOptions::default() })
+    }
+}
+
+/// Packs a snapshot.
+pub fn pack(
+    paths: &Paths,
+    request: &PackRequest,
+    interrupt: &Interrupt,
+    progress: &dyn Progress,
+) -> Result<PackReport, PackError> {
+    // Held until it is packed, so that a pull that replaces the tag meanwhile does not mix two snapshots.
+    let snapshot = LockedSnapshot::find(paths, &request.tag)?;
+    let (directory, out) = (snapshot.path(), request.out.as_path());
+    if out.exists() && !request.force {
+        return Err(PackError::Exists { path: out.to_owned() });
+    }
+    let options = request.compression.options()?;
+    let mut manifest = read_manifest(&directory)?;
+    manifest.tag.clone_from(&request.tag);
+    if !request.description.is_empty() {
+        manifest.description.clone_from(&request.description);
+    }
+    if !request.base_image.is_empty() {
+        manifest.base_image.clone_from(&request.base_image);
+    }
+    let run_dir = RunDir::create(paths).map_err(WorkspaceError::from)?;
+    let work = Workspace::create(out, &Arc::new(run_dir))?;
+    let summary = work.until(interrupt, || write(options, &directory, manifest, (&work, out), progress))?;
+    publish(&work, out, request.force)?;
+    Ok(PackReport::new(out, &summary))
+}
+
+/// Packs the files of a directory into a workspace beside the new pack's place, and tells how far it is.
+pub(super) fn write(
+    options: PackOptions,
+    directory: &Path,
+    manifest: Manifest,
+    (work, out): (&Workspace, &Path),
+    progress: &dyn Progress,
+) -> Result<PackSummary, PackError> {
+    let task = progress.begin("packing", Amount::Bytes(0));
+    let on_progress = |now: forkd_fs::writer::PackProgress| {
+        task.limit(now.total);
+        task.to(now.done);
+        task.say(match now.pass {
+            Pass::Survey => "reading",
+            Pass::Compress => "packing",
+        });
+    };
+    let written = PackWriter::new(options).write(directory, manifest, &work.pack(), &on_progress);
+    Ok(written.map_err(|error| match error {
+        // People know the pack's place, not the workspace.
+        WriteError::Write { source, .. } => WriteError::Write { path: out.to_owned(), source },
+        error => error,
+    })?)
+}
+
+/// Puts the pack in its place; without `force` nothing may be there.
+pub(super) fn publish(work: &Workspace, out: &Path, force: bool) -> Result<(), PackError> {
+    work.publish(out, force).map_err(|source| match source.kind() {
+        io::ErrorKind::AlreadyExists => PackError::Exists { path: out.to_owned() },
+        _ => WorkspaceError::Place { path: out.to_owned(), source }.into(),
+    })
+}
+
+pub(super) fn read_manifest(directory: &Path) -> Result<Manifest, PackError> {
+    let path = directory.join(MANIFEST);
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(&path).map_err(file_error("reading", &path))?;
+    file.take(MAX_MANIFEST_LEN + 1).read_to_end(&mut bytes).map_err(file_error("reading", &path))?;
+    Manifest::parse(&bytes).map_err(|source| PackError::Manifest { path, source })
+}

@@ -1,0 +1,270 @@
+//! One fork, from what the user named to the report on its children. [`fork`] is the only way to do one.
+
+use crate::chain::chain;
+use crate::fork::ask::{ChildRequest, ask_all};
+use crate::fork::report::{ForkReport, PackReport, Timeline, WarmReport};
+use crate::fork::supervisor::{ChildrenSpec, StartError, Supervisor, milliseconds_since};
+use crate::fork::template::{Template, TemplateError};
+use crate::fork::warm::{WarmImage, WarmSocket, WarmStatus};
+use crate::local::paths::Paths;
+use crate::local::snapshots::LockedSnapshot;
+use crate::picture::svg::PictureError;
+use crate::picture::timeline::Recorder;
+use crate::progress::{Amount, Progress, follow};
+use crate::target::{DEMAND_DEADLINE, OpenOptions, Origin, Stage, Target, TargetError};
+use forkd_fs::cache::{CacheOptions, ChunkCache};
+use forkd_fs::observe::Observer;
+use forkd_fs::store::{ReadError, Store};
+use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
+use forkd_vmm::process::monotonic_ns;
+use forkd_vmm::zygote::Zygote;
+use std::error::Error;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+
+/// What is to be forked, and how.
+pub struct ForkRequest {
+    /// What to fork.
+    pub target: Target,
+    /// What people call it.
+    pub name: String,
+    /// The children.
+    pub children: ChildrenSpec,
+    /// What each child is asked.
+    pub request: ChildRequest,
+    /// Download all of a pack before the first child starts, and use no warm image.
+    pub eager: bool,
+    /// The chunk cache's limits.
+    pub cache: CacheOptions,
+    /// Draw what happened into this file.
+    pub timeline: Option<PathBuf>,
+    /// Look which prefetched pages the children have touched, which takes time.
+    pub look_at_prefetched: bool,
+    /// When the caller began, CLOCK_MONOTONIC, ns: the report's times count from then.
+    pub started_ns: u64,
+}
+
+/// Whoever has a fork done: shows its progress, lends it a runtime, and hears of what happens.
+pub trait ForkCaller: Progress {
+    /// The async runtime. Children of what is at hand start before it is asked for: its threads would be in their way.
+    fn runtime(&self) -> io::Result<Handle>;
+    /// The children come from the image that a daemon holds, which may be older than what its name means now.
+    fn on_warm_image(&self, _image: &WarmStatus) {}
+    /// The children are started: from now on they can be ended by [`Supervisor::end`].
+    fn on_started(&self, _supervisor: &Arc<Supervisor>) {}
+}
+
+/// A fork could not be done.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// /dev/kvm.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// The async runtime.
+    #[error("the async runtime does not start")]
+    Runtime(#[source] io::Error),
+    /// The pack or snapshot.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    /// Opening the machine.
+    #[error("{name}")]
+    Template {
+        /// What was to be forked.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<TemplateError>,
+    },
+    /// An eager fork could not download.
+    #[error("{name}")]
+    Download {
+        /// What was to be forked.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<ReadError>,
+    },
+    /// Starting children.
+    #[error(transparent)]
+    Start(#[from] StartError),
+}
+
+/// A fork whose children have been asked. They run until it is ended or dropped.
+pub struct Forked {
+    /// What came of it.
+    pub report: ForkReport,
+    /// Why the timeline could not be drawn. Children that run are not ended for that.
+    pub timeline_error: Option<PictureError>,
+    /// The children.
+    pub supervisor: Arc<Supervisor>,
+    cache: Option<Arc<ChunkCache>>,
+    rest_wanted: Option<oneshot::Sender<()>>,
+}
+
+impl Forked {
+    /// The children stay: what none of them has asked for yet is fetched, too.
+    pub fn fetch_rest(&mut self) {
+        self.rest_wanted = None;
+    }
+
+    /// Ends the children, if they are not over, and leaves nothing behind but the chunk cache.
+    pub fn end(self) {
+        self.supervisor.end();
+        if let Some(cache) = self.cache {
+            cache.flush();
+        }
+    }
+}
+
+/// Forks: opens the target, starts the children, asks each of them and waits until all have answered or are over.
+///
+/// `zygote` has to be of a process that had one thread when it was started.
+pub fn fork(
+    paths: &Paths,
+    zygote: &Zygote,
+    request: ForkRequest,
+    caller: &dyn ForkCaller,
+) -> Result<Forked, ForkError> {
+    drop(Hypervisor::open(KvmKind::detect())?);
+    let mut opened = OpenedTemplate::open(paths, &request, caller)?;
+    // What no child has asked for is fetched after the answers: it would only be in their way.
+    let (rest_wanted, wanted) = oneshot::channel::<()>();
+    if let Some(runtime) = opened.runtime.as_ref().filter(|_| !request.eager) {
+        fill(runtime, &opened.template, wanted);
+    }
+    let supervisor =
+        Supervisor::start(paths, zygote, opened.template, request.name.clone(), &request.children)?;
+    if let Some(image) = &opened.warm {
+        caller.on_warm_image(image);
+    }
+    if let Err(error) = opened.runtime.take().map_or_else(|| caller.runtime(), Ok) {
+        supervisor.end();
+        return Err(ForkError::Runtime(error));
+    }
+    caller.on_started(&supervisor);
+    let outcomes = ask_all(&supervisor, &request.request, caller);
+    let pack = PackReport::of(request.name, supervisor.template(), opened.warm.map(WarmReport::from));
+    let looked_at = request.look_at_prefetched;
+    let report = ForkReport::new(&supervisor, pack, request.started_ns, opened.timeline, outcomes, looked_at);
+    let timeline_error = request
+        .timeline
+        .zip(opened.recorder)
+        .and_then(|(file, recorder)| report.scene(&recorder).draw().write(&file).err());
+    Ok(Forked { report, timeline_error, supervisor, cache: opened.cache, rest_wanted: Some(rest_wanted) })
+}
+
+/// What the children are forked from.
+struct OpenedTemplate {
+    template: Arc<Template>,
+    /// The daemon that held it.
+    warm: Option<WarmStatus>,
+    cache: Option<Arc<ChunkCache>>,
+    timeline: Timeline,
+    recorder: Option<Arc<Recorder>>,
+    /// Opening it needed this.
+    runtime: Option<Handle>,
+}
+
+impl OpenedTemplate {
+    fn open(
+        paths: &Paths,
+        request: &ForkRequest,
+        caller: &dyn ForkCaller,
+    ) -> Result<OpenedTemplate, ForkError> {
+        let since_start = || milliseconds_since(request.started_ns, monotonic_ns());
+        let recorder = request.timeline.as_ref().map(|_| Arc::new(Recorder::new(since_start())));
+        let (mut timeline, mut cache, mut runtime) = (Timeline::default(), None, None);
+        let (mut template, warm) = match (resident(paths, request), &request.target) {
+            (Some((template, image)), _) => (template, Some(image)),
+            (None, Target::Tag(tag)) => {
+                let snapshot = LockedSnapshot::find(paths, tag).map_err(TargetError::from)?;
+                (open_snapshot(&request.name, &snapshot)?, None)
+            }
+            (None, target) => {
+                let runtime = runtime.insert(caller.runtime().map_err(ForkError::Runtime)?);
+                let observer = recorder.clone().map(|recorder| recorder as Arc<dyn Observer>);
+                let options = OpenOptions { cache: request.cache, observer };
+                let opening = target.open(paths, &request.name, options, |at| match at {
+                    Stage::Registry => timeline.registry_ms = Some(since_start()),
+                    Stage::Index => timeline.index_ms = Some(since_start()),
+                });
+                let opened = runtime.block_on(opening)?;
+                cache = opened.cache;
+                let template = match opened.origin {
+                    Origin::Directory(snapshot) => open_snapshot(&request.name, &snapshot)?,
+                    Origin::Pack(store) => open_pack(runtime, &request.name, store)?,
+                };
+                (template, None)
+            }
+        };
+        if let Some(runtime) = runtime.as_ref().filter(|_| request.eager) {
+            download(runtime, &mut template, &request.name, caller)?;
+        }
+        timeline.vmstate_ms = Some(since_start());
+        if let Some(recorder) = &recorder {
+            template.record_in(recorder);
+        }
+        Ok(OpenedTemplate { template: Arc::new(template), warm, cache, timeline, recorder, runtime })
+    }
+}
+
+/// Fetches what is missing of the images, the rest of them once it is `wanted`.
+fn fill(runtime: &Handle, template: &Template, wanted: oneshot::Receiver<()>) {
+    let fill = template.fill(async {
+        let _ = wanted.await;
+    });
+    runtime.spawn(async move {
+        if let Err(error) = fill.await {
+            tracing::error!(error = chain(&error), "fetching the rest of the pack failed");
+        }
+    });
+}
+
+/// Downloads a whole pack.
+fn download(
+    runtime: &Handle,
+    template: &mut Template,
+    name: &str,
+    progress: &dyn Progress,
+) -> Result<(), ForkError> {
+    let task = progress.begin("downloading", Amount::Bytes(template.progress().bytes_total));
+    let filling = template.fill(std::future::ready(()));
+    let filled = runtime.block_on(follow(&*task, filling, || template.progress().bytes_fetched));
+    let failed = |source| ForkError::Download { name: name.to_owned(), source: Box::new(source) };
+    if filled.map_err(failed)? {
+        template.set_complete();
+    }
+    Ok(())
+}
+
+fn open_snapshot(name: &str, snapshot: &LockedSnapshot) -> Result<Template, ForkError> {
+    Template::open_local(&snapshot.path(), KvmKind::detect()).map_err(template_error(name))
+}
+
+fn open_pack(runtime: &Handle, name: &str, store: Arc<Store>) -> Result<Template, ForkError> {
+    let opening = Template::open_pack(store.clone(), runtime.clone(), KvmKind::detect());
+    let opened = runtime.block_on(opening);
+    store.set_demand_deadline(DEMAND_DEADLINE);
+    opened.map_err(template_error(name))
+}
+
+fn template_error(name: &str) -> impl FnOnce(TemplateError) -> ForkError {
+    let name = name.to_owned();
+    move |source| ForkError::Template { name, source: Box::new(source) }
+}
+
+/// What `forkd warm` holds of it. Without, or when its daemon does not answer, everything is opened as always.
+fn resident(paths: &Paths, request: &ForkRequest) -> Option<(Template, WarmStatus)> {
+    // What is wrong with the name is found again and said by those who open it.
+    let socket = WarmSocket::of(paths, &request.target).ok().filter(|_| !request.eager)?;
+    let unused = |error: &dyn Error| tracing::warn!(error = chain(error), "the warm image is not used");
+    let (WarmImage { status, resident }, files) = socket.image().unwrap_or_else(|error| {
+        unused(&error);
+        None
+    })?;
+    let template = Template::from_resident(resident, files, KvmKind::detect());
+    Some((template.inspect_err(|error| unused(error)).ok()?, status))
+}

@@ -1,0 +1,170 @@
+//! Loading an image that is to stay in memory, and finding and ending the daemons that hold one.
+
+use super::{WarmError, WarmKeyError, WarmSocket, WarmStatus};
+use crate::chain::chain;
+use crate::fork::template::{Template, TemplateError};
+use crate::local::paths::Paths;
+use crate::progress::{Amount, Progress, follow};
+use crate::target::{DEMAND_DEADLINE, OpenOptions, Opened, Origin, Target, TargetError};
+use forkd_fs::cache::CacheOptions;
+use forkd_fs::store::ReadError;
+use forkd_vmm::kvm::KvmKind;
+use tokio::runtime::Handle;
+
+/// An image cannot be kept in memory, or let go of.
+#[derive(Debug, thiserror::Error)]
+pub enum HoldError {
+    /// The daemon.
+    #[error(transparent)]
+    Warm(#[from] WarmError),
+    /// The pack or snapshot.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    /// Opening the machine.
+    #[error("{name}")]
+    Template {
+        /// What was to be loaded.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<TemplateError>,
+    },
+    /// Downloading it.
+    #[error("{name}")]
+    Download {
+        /// What was to be loaded.
+        name: String,
+        /// Why not.
+        #[source]
+        source: Box<ReadError>,
+    },
+    /// Chunks could not be put in place.
+    #[error("{name}: there is not enough memory for the whole image")]
+    Incomplete {
+        /// What was to be loaded.
+        name: String,
+    },
+    /// What is named.
+    #[error(transparent)]
+    Key(#[from] WarmKeyError),
+    /// Daemons that were asked, and did not answer.
+    #[error("{}", errors.iter().map(|error| chain(error)).collect::<Vec<_>>().join("; "))]
+    Unanswered {
+        /// One a daemon.
+        errors: Vec<WarmError>,
+    },
+    /// It is to be let go of, and nobody holds it.
+    #[error("{name} is not warm")]
+    NotWarm {
+        /// What was named.
+        name: String,
+    },
+}
+
+/// A whole machine in memory.
+pub struct LoadedImage {
+    /// What it was loaded from: owner/name@version for a package of the hub, otherwise as it was named.
+    pub resolved: String,
+    /// The machine.
+    pub template: Template,
+}
+
+/// Loads all of what `target`, called `name`, leads to.
+pub fn load(
+    paths: &Paths,
+    target: &Target,
+    name: &str,
+    cache: CacheOptions,
+    runtime: &Handle,
+    progress: &dyn Progress,
+) -> Result<LoadedImage, HoldError> {
+    let options = OpenOptions { cache, observer: None };
+    let Opened { resolved, origin, cache } = runtime.block_on(target.open(paths, name, options, |_| {}))?;
+    let kind = KvmKind::detect();
+    let failed = |source| HoldError::Template { name: name.to_owned(), source: Box::new(source) };
+    let template = match origin {
+        Origin::Directory(snapshot) => {
+            Template::open_local(&snapshot.path(), kind).and_then(Template::into_memory).map_err(failed)?
+        }
+        Origin::Pack(store) => {
+            let opening = Template::open_pack(store.clone(), runtime.clone(), kind);
+            let mut template = runtime.block_on(opening).map_err(failed)?;
+            store.set_demand_deadline(DEMAND_DEADLINE);
+            let task = progress.begin("loading", Amount::Bytes(template.progress().bytes_total));
+            let filling = template.fill(std::future::ready(()));
+            match runtime.block_on(follow(&*task, filling, || template.progress().bytes_fetched)) {
+                Ok(true) => template.set_complete(),
+                Ok(false) => return Err(HoldError::Incomplete { name: name.to_owned() }),
+                Err(error) => {
+                    return Err(HoldError::Download { name: name.to_owned(), source: Box::new(error) });
+                }
+            }
+            template
+        }
+    };
+    if let Some(cache) = cache {
+        cache.flush();
+    }
+    Ok(LoadedImage { resolved, template })
+}
+
+/// What daemons said, and what those failed with that said nothing.
+#[derive(Debug, Default)]
+pub struct Answers {
+    /// What they hold, or held.
+    pub held: Vec<WarmStatus>,
+    /// One for each that did not answer.
+    pub unanswered: Vec<WarmError>,
+}
+
+impl Answers {
+    /// Asks them all: one that does not answer is in the others' way no more than in its own.
+    fn of(
+        sockets: &[WarmSocket],
+        ask: impl Fn(&WarmSocket) -> Result<Option<WarmStatus>, WarmError>,
+    ) -> Answers {
+        let mut answers = Answers::default();
+        for socket in sockets {
+            match ask(socket) {
+                Ok(answer) => answers.held.extend(answer),
+                Err(error) => answers.unanswered.push(error),
+            }
+        }
+        answers
+    }
+
+    fn is_empty(&self) -> bool {
+        self.held.is_empty() && self.unanswered.is_empty()
+    }
+}
+
+/// All images that are held, by name.
+pub fn list(paths: &Paths) -> Answers {
+    let mut answers = Answers::of(&WarmSocket::all(paths), WarmSocket::status);
+    answers.held.sort_by(|a, b| a.name.cmp(&b.name));
+    answers
+}
+
+/// Ends all daemons.
+pub fn stop_all(paths: &Paths) -> Answers {
+    Answers::of(&WarmSocket::all(paths), WarmSocket::stop)
+}
+
+/// Ends what holds `target`, called `name`, whatever has become of its file, tag or hub since.
+pub fn stop(paths: &Paths, target: &Target, name: &str) -> Result<Answers, HoldError> {
+    let family = WarmSocket::family_of(paths, target);
+    let mut answers = Answers::of(family.as_deref().unwrap_or_default(), WarmSocket::stop);
+    if answers.is_empty() {
+        // As the list shows it: from another directory, or where another hub is meant now.
+        let has_name = |socket: &WarmSocket| {
+            socket.status().is_ok_and(|held| held.is_some_and(|held| held.name == name))
+        };
+        let named = WarmSocket::all(paths).into_iter().filter(has_name).collect::<Vec<_>>();
+        answers = Answers::of(&named, WarmSocket::stop);
+    }
+    if answers.is_empty() {
+        family?;
+        return Err(HoldError::NotWarm { name: name.to_owned() });
+    }
+    Ok(answers)
+}

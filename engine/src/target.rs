@@ -1,0 +1,259 @@
+//! What a user may name, and what it leads to: an opened pack or a snapshot's directory.
+
+use crate::hub::client;
+use crate::hub::registry::{InvalidReference, Reference, RegistryError, Resolved};
+use crate::local::mounts;
+use crate::local::paths::Paths;
+use crate::local::snapshots::{self, LockedSnapshot, SnapshotError, file_error};
+use forkd_fs::cache::{CacheOptions, ChunkCache};
+use forkd_fs::observe::Observer;
+use forkd_fs::source::HttpClient;
+use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long opening a pack may be retried.
+const OPEN_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a machine waits for memory while the network is away.
+pub const DEMAND_DEADLINE: Duration = Duration::from_secs(600);
+
+/// What is fetched from the start of a pack together with its index: snapshot.json, vmstate, trace and the first hot pages lie
+/// there, so they cost no round trip of their own. What follows them keeps the link busy until the next answer comes: 20 ms
+/// at 50 MB/s.
+const HEAD_BYTES: u64 = 1 << 20;
+/// The most that a registry can make of it, with its `head_size`: 16 MiB of pages, and the longest trace.
+const HEAD_BYTES_MAX: u64 = 24 << 20;
+
+/// What a user may name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A snapshot of this machine, by its tag.
+    Tag(String),
+    /// The path of a pack, of a snapshot's directory, or of nothing.
+    File(PathBuf),
+    /// The http(s) URL of a pack.
+    Url(String),
+    /// A package of a hub.
+    Package {
+        /// The hub, when one was named.
+        hub: Option<String>,
+        /// The package and its version.
+        reference: Reference,
+    },
+    /// A pack's folder in a mount of this user.
+    MountFolder {
+        /// The folder.
+        path: PathBuf,
+        /// The hub that is mounted.
+        hub: String,
+        /// The package that the folder shows.
+        reference: Reference,
+    },
+}
+
+/// Nothing that can be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum TargetError {
+    /// Neither a file nor a name.
+    #[error(transparent)]
+    Reference(#[from] InvalidReference),
+    /// A path with nothing there.
+    #[error("there is no pack or snapshot at {}", path.display())]
+    NoSuchPath {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// The pack.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// The local snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+}
+
+/// Stages of opening a pack that take a round trip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// The registry is read.
+    Registry,
+    /// The index is verified.
+    Index,
+}
+
+/// How to open a pack.
+#[derive(Clone, Default)]
+pub struct OpenOptions {
+    /// The chunk cache's limits.
+    pub cache: CacheOptions,
+    /// Hears of the requests for the pack.
+    pub observer: Option<Arc<dyn Observer>>,
+}
+
+/// What a target leads to.
+pub struct Opened {
+    /// What the target was when it was opened: owner/name@version for a package of the hub, otherwise as it was named.
+    pub resolved: String,
+    /// Where its files are.
+    pub origin: Origin,
+    /// The chunk cache it uses; to be flushed before the process exits.
+    pub cache: Option<Arc<ChunkCache>>,
+}
+
+/// Where the files of a machine are.
+pub enum Origin {
+    /// In a pack, whose index is verified.
+    Pack(Arc<Store>),
+    /// In a snapshot's directory.
+    Directory(LockedSnapshot),
+}
+
+/// Where a pack is.
+#[derive(Debug, Clone)]
+pub enum Location {
+    /// At a path or URL that the user named.
+    Direct(PackLocation),
+    /// Where a hub's registry says.
+    Registered(Box<Resolved>),
+}
+
+impl Location {
+    /// Path or URL, and what is known of the pack.
+    pub fn pack(&self) -> &PackLocation {
+        match self {
+            Location::Direct(location) => location,
+            Location::Registered(resolved) => &resolved.location,
+        }
+    }
+}
+
+impl Target {
+    /// What `text` names, on the hub `hub` where it names a package: a URL when it has a scheme, otherwise a folder of a
+    /// mount or a path when it looks like one or a file is there, otherwise a package, and a path when it is none of these.
+    pub fn parse(paths: &Paths, text: &str, hub: Option<&str>) -> Target {
+        if text.starts_with("http://") || text.starts_with("https://") {
+            return Target::Url(text.to_owned());
+        }
+        let spelled_path = text.strip_prefix("file://");
+        let path = PathBuf::from(spelled_path.unwrap_or(text));
+        if spelled_path.is_none() && !is_explicit(&path) && !path.is_file() {
+            return match text.parse() {
+                Ok(reference) => Target::Package { hub: hub.map(str::to_owned), reference },
+                Err(_) => Target::File(path),
+            };
+        }
+        let mounted = path.is_dir().then(|| mounts::pack_behind(paths, &path)).flatten();
+        match mounted {
+            Some((hub, reference)) => Target::MountFolder { path, hub, reference },
+            None => Target::File(path),
+        }
+    }
+
+    /// As [`Target::parse`], unless `tag` names a local snapshot.
+    pub fn of(paths: &Paths, tag: Option<&str>, text: Option<&str>, hub: Option<&str>) -> Target {
+        match tag {
+            Some(tag) => Target::Tag(tag.to_owned()),
+            None => Target::parse(paths, text.unwrap_or_default(), hub),
+        }
+    }
+
+    /// Says that a path is no name, where there is nothing and it does not look like a path.
+    pub fn check_name(&self) -> Result<(), InvalidReference> {
+        match self {
+            Target::File(path) if !is_explicit(path) && !path.exists() => {
+                path.to_string_lossy().parse::<Reference>().map(drop)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Finds the pack that it names. A local snapshot is none: it is looked for where packs of its name would be.
+    pub async fn locate(&self, paths: &Paths, http: &HttpClient) -> Result<Location, RegistryError> {
+        let direct = |source| Location::Direct(PackLocation { source, size: None, index: None });
+        let (hub, reference) = match self {
+            Target::Tag(tag) => return Ok(direct(PackSource::Path(tag.into()))),
+            Target::File(path) => return Ok(direct(PackSource::Path(path.clone()))),
+            Target::Url(url) => {
+                http.authorize(url);
+                return Ok(direct(PackSource::Url(url.clone())));
+            }
+            Target::Package { hub, reference } => (hub.as_deref(), reference),
+            Target::MountFolder { hub, reference, .. } => (Some(hub.as_str()), reference),
+        };
+        let resolved = client::catalogue(paths, hub, http).await?.resolve(reference)?;
+        Ok(Location::Registered(Box::new(resolved)))
+    }
+
+    /// Opens it to fork from it; `reached` is called as stages are done. `name` is what people call it.
+    pub async fn open(
+        &self,
+        paths: &Paths,
+        name: &str,
+        options: OpenOptions,
+        mut reached: impl FnMut(Stage),
+    ) -> Result<Opened, TargetError> {
+        let directory =
+            |dir| Opened { resolved: name.to_owned(), origin: Origin::Directory(dir), cache: None };
+        let http = client::http_client(paths);
+        let (mut resolved, mut head_bytes) = (name.to_owned(), HEAD_BYTES);
+        let registered = match self {
+            Target::Tag(tag) => return Ok(directory(LockedSnapshot::find(paths, tag)?)),
+            Target::File(path) => {
+                self.check_name()?;
+                match snapshot_at(path)? {
+                    Some(dir) => return Ok(directory(dir)),
+                    None => None,
+                }
+            }
+            Target::Url(url) => {
+                http.authorize(url);
+                None
+            }
+            Target::Package { hub, reference } => Some((hub.as_deref(), reference)),
+            // The fork reads the pack itself, without a detour through FUSE.
+            Target::MountFolder { hub, reference, .. } => Some((Some(hub.as_str()), reference)),
+        };
+        let location = match (registered, self) {
+            (Some((hub, reference)), _) => {
+                client::preconnect(hub, &http);
+                let catalogue = client::catalogue(paths, hub, &http).await?;
+                reached(Stage::Registry);
+                let found = client::warn_unpinned(catalogue.resolve(reference)?);
+                resolved = catalogue.settled(&found).to_string();
+                head_bytes = found.entry.head_size.unwrap_or(0).clamp(HEAD_BYTES, HEAD_BYTES_MAX);
+                found.location
+            }
+            (None, target) => target.locate(paths, &http).await?.pack().clone(),
+        };
+        let options = StoreOptions {
+            demand_deadline: OPEN_DEADLINE,
+            head_bytes,
+            observer: options.observer,
+            ..client::store_options(paths, options.cache, &http)
+        };
+        let cache = options.cache.clone();
+        let store = Store::open(location, options).await?;
+        reached(Stage::Index);
+        Ok(Opened { resolved, origin: Origin::Pack(store), cache })
+    }
+}
+
+/// Whether it says that it is a path.
+fn is_explicit(path: &Path) -> bool {
+    path.is_absolute() || path.starts_with("./") || path.starts_with("../")
+}
+
+/// The snapshot in the directory at `path`; `None` where a file is, which may be a pack.
+fn snapshot_at(path: &Path) -> Result<Option<LockedSnapshot>, TargetError> {
+    if path.is_file() {
+        return Ok(None);
+    }
+    if path.join(snapshots::CONFIGURATION).exists() {
+        return Ok(Some(LockedSnapshot::open(path).map_err(file_error("opening", path))?));
+    }
+    Err(TargetError::NoSuchPath { path: path.to_owned() })
+}

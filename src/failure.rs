@@ -1,0 +1,153 @@
+//! What a command can fail with. How each failure is shown is the table of [`crate::error`].
+
+use std::io;
+
+use forkd_engine::build::kernel::KernelError;
+use forkd_engine::build::pack::PackError;
+use forkd_engine::build::pull::PullError;
+use forkd_engine::build::repack::RepackError;
+use forkd_engine::build::snapshot::SnapshotBuildError;
+use forkd_engine::build::trace::RetraceError;
+use forkd_engine::build::unpack::UnpackPackError;
+use forkd_engine::fork::children::ChildrenError;
+use forkd_engine::fork::run::ForkError;
+use forkd_engine::fork::variables::VariablesError;
+use forkd_engine::fork::warm::hold::HoldError;
+use forkd_engine::hub::inspect::InspectError;
+use forkd_engine::hub::publish::PublishError;
+use forkd_engine::hub::registry::{InvalidReference, RegistryError};
+use forkd_engine::hub::serve::ServeError;
+use forkd_engine::local::paths::PathsError;
+use forkd_engine::local::run_dir::RunDirError;
+use forkd_engine::local::snapshots::SnapshotError;
+use forkd_engine::picture::svg::PictureError;
+use forkd_vmm::zygote::SpawnError;
+
+use crate::commands::mount::MountCommandError;
+use crate::detach::DetachError;
+
+/// What a command can fail with.
+#[derive(Debug, thiserror::Error)]
+pub enum CommandError {
+    /// A directory of forkd's own.
+    #[error(transparent)]
+    Paths(#[from] PathsError),
+    /// The guest kernel.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// Children that run.
+    #[error(transparent)]
+    Children(#[from] ChildrenError),
+    /// Run directories.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// Building a snapshot.
+    #[error(transparent)]
+    Build(Box<SnapshotBuildError>),
+    /// A fork.
+    #[error(transparent)]
+    Fork(Box<ForkError>),
+    /// The process that starts a fork's machines.
+    #[error(transparent)]
+    Zygote(#[from] SpawnError),
+    /// `--env` and `--vary`.
+    #[error(transparent)]
+    Variables(#[from] VariablesError),
+    /// `--env` of `forkd exec` without a value.
+    #[error("`{text}` is not NAME=VALUE")]
+    Environment {
+        /// What was given.
+        text: String,
+    },
+    /// Splitting the process.
+    #[error("going to the background failed")]
+    Detach {
+        /// What was to be done there.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: DetachError,
+    },
+    /// A local snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
+    /// A text that names no package.
+    #[error(transparent)]
+    Reference(#[from] InvalidReference),
+    /// The hub's registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// `forkd inspect`.
+    #[error(transparent)]
+    Inspect(#[from] InspectError),
+    /// `forkd hub serve`.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// `forkd hub publish`.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
+    /// `forkd pack`.
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    /// `forkd unpack`.
+    #[error(transparent)]
+    Unpack(#[from] UnpackPackError),
+    /// `forkd pull`.
+    #[error(transparent)]
+    Pull(#[from] PullError),
+    /// `forkd repack`.
+    #[error(transparent)]
+    Repack(#[from] RepackError),
+    /// `forkd trace`.
+    #[error(transparent)]
+    Trace(Box<RetraceError>),
+    /// A picture.
+    #[error(transparent)]
+    Picture(#[from] PictureError),
+    /// `forkd mount` and `forkd umount`.
+    #[error(transparent)]
+    Mount(#[from] MountCommandError),
+    /// `forkd warm`.
+    #[error(transparent)]
+    Warm(Box<HoldError>),
+    /// The async runtime could not be started.
+    #[error("the async runtime does not start")]
+    Runtime(#[source] io::Error),
+}
+
+impl CommandError {
+    /// The failure of going to the background to do `what`.
+    pub fn detaching(what: &'static str) -> impl FnOnce(DetachError) -> CommandError {
+        move |source| CommandError::Detach { what, source }
+    }
+
+    /// Whether the command has printed its report already, and this is said beside it.
+    pub fn follows_a_report(&self) -> bool {
+        matches!(self, CommandError::Warm(error) if matches!(**error, HoldError::Unanswered { .. }))
+    }
+}
+
+// Boxed, so that results without these rare, large errors stay small.
+impl From<ForkError> for CommandError {
+    fn from(error: ForkError) -> CommandError {
+        CommandError::Fork(Box::new(error))
+    }
+}
+
+impl From<HoldError> for CommandError {
+    fn from(error: HoldError) -> CommandError {
+        CommandError::Warm(Box::new(error))
+    }
+}
+
+impl From<RetraceError> for CommandError {
+    fn from(error: RetraceError) -> CommandError {
+        CommandError::Trace(Box::new(error))
+    }
+}
+
+impl From<SnapshotBuildError> for CommandError {
+    fn from(error: SnapshotBuildError) -> CommandError {
+        CommandError::Build(Box::new(error))
+    }
+}
