@@ -79,13 +79,13 @@ pub enum CommandError {
     Registry(#[from] RegistryError),
     /// `forkd inspect`.
     #[error(transparent)]
-    Inspect(#[from] InspectError),
+    Inspect(Box<InspectError>),
     /// `forkd hub serve`.
     #[error(transparent)]
     Serve(#[from] ServeError),
     /// `forkd hub publish`.
     #[error(transparent)]
-    Publish(#[from] PublishError),
+    Publish(Box<PublishError>),
     /// `forkd pack`.
     #[error(transparent)]
     Pack(#[from] PackError),
@@ -94,10 +94,10 @@ pub enum CommandError {
     Unpack(#[from] UnpackPackError),
     /// `forkd pull`.
     #[error(transparent)]
-    Pull(#[from] PullError),
+    Pull(Box<PullError>),
     /// `forkd repack`.
     #[error(transparent)]
-    Repack(#[from] RepackError),
+    Repack(Box<RepackError>),
     /// `forkd trace`.
     #[error(transparent)]
     Trace(Box<RetraceError>),
@@ -127,27 +127,24 @@ impl CommandError {
     }
 }
 
-// Boxed, so that results without these rare, large errors stay small.
-impl From<ForkError> for CommandError {
-    fn from(error: ForkError) -> CommandError {
-        CommandError::Fork(Box::new(error))
-    }
+/// Boxes rare, large errors, so that results stay small.
+macro_rules! boxed {
+    ($($error:ty => $variant:ident),+ $(,)?) => {
+        $(impl From<$error> for CommandError {
+            fn from(error: $error) -> CommandError {
+                CommandError::$variant(Box::new(error))
+            }
+        })+
+    };
 }
 
-impl From<HoldError> for CommandError {
-    fn from(error: HoldError) -> CommandError {
-        CommandError::Warm(Box::new(error))
-    }
-}
-
-impl From<RetraceError> for CommandError {
-    fn from(error: RetraceError) -> CommandError {
-        CommandError::Trace(Box::new(error))
-    }
-}
-
-impl From<SnapshotBuildError> for CommandError {
-    fn from(error: SnapshotBuildError) -> CommandError {
-        CommandError::Build(Box::new(error))
-    }
+boxed! {
+    ForkError => Fork,
+    HoldError => Warm,
+    InspectError => Inspect,
+    PublishError => Publish,
+    PullError => Pull,
+    RepackError => Repack,
+    RetraceError => Trace,
+    SnapshotBuildError => Build,
 }

@@ -262,7 +262,7 @@ pub(super) fn repack(error: &RepackError) -> Row {
         RepackError::Registry(error) => registry(error),
         RepackError::RunDir(error) => super::machine::run_dir(error),
         RepackError::Unpack(error) => Row { what: WHAT, ..unpack(error) },
-        RepackError::Pull(error) => Row { what: WHAT, ..pull(error) },
+        RepackError::Download(error) => download(row, error),
         RepackError::Pack(error) => Row { what: WHAT, ..pack(error) },
         RepackError::Workspace(error) => workspace(row, error),
         RepackError::Place { .. } => row.hint("--out needs an existing directory that can be written to"),
@@ -278,15 +278,18 @@ pub(super) fn pull(error: &PullError) -> Row {
         PullError::Open(error) => open(error),
         PullError::Unpack(error) => unpack(error),
         PullError::Snapshot(error) => snapshot(error),
-        PullError::Download(DownloadError::Source(SourceError::Http(error))) => hint_of_http(row, error),
-        PullError::Download(DownloadError::Digest { .. }) => {
+        PullError::Download(error) => download(row, error),
+    }
+}
+
+fn download(row: Row, error: &DownloadError) -> Row {
+    match error {
+        DownloadError::Source(SourceError::Http(error)) => hint_of_http(row, error),
+        DownloadError::Digest { .. } => {
             row.hint("the pack was changed after it was registered: do not trust it, tell its publisher")
         }
-        PullError::Download(DownloadError::File { .. }) => {
-            row.hint("make room there, or point XDG_CACHE_HOME elsewhere")
-        }
-        PullError::Download(DownloadError::TooLarge { .. }) => row,
-        PullError::BadDigest { .. } => row.hint("the publisher has to mend the registry"),
-        PullError::Download(DownloadError::Source(SourceError::File(_))) => row,
+        DownloadError::File { .. } => row.hint("make room there, or point XDG_CACHE_HOME elsewhere"),
+        DownloadError::BadDigest { .. } => row.hint("the publisher has to mend the registry"),
+        DownloadError::TooLarge { .. } | DownloadError::Source(SourceError::File(_)) => row,
     }
 }

@@ -8,8 +8,8 @@ use forkd_fs::store::{OpenError, Store, StoreOptions};
 
 use crate::build::unpack::{UnpackPackError, Unpacked, from_store, unpack_file};
 use crate::hub::client;
-use crate::hub::download::{Download, DownloadError};
-use crate::hub::registry::{Reference, RegistryError, Resolved, whole_digest};
+use crate::hub::download::{Download, DownloadError, registered_digest};
+use crate::hub::registry::{Reference, RegistryError, Resolved};
 use crate::local::paths::Paths;
 use crate::local::snapshots::SnapshotError;
 use crate::progress::Progress;
@@ -33,12 +33,6 @@ pub enum PullError {
     /// Downloading failed.
     #[error(transparent)]
     Download(#[from] DownloadError),
-    /// The registry's digest is none.
-    #[error("the registry's sha256 of {reference} is no sha256")]
-    BadDigest {
-        /// What was pulled.
-        reference: String,
-    },
 }
 
 /// What is to be pulled.
@@ -72,9 +66,7 @@ pub async fn pull(
     let catalogue = client::catalogue(paths, request.hub.as_deref(), &http).await?;
     let resolved = catalogue.resolve(reference)?;
     let options = client::store_options(paths, request.cache, &http);
-    let whole = whole_digest(&resolved.entry)
-        .transpose()
-        .map_err(|_| PullError::BadDigest { reference: reference.to_string() })?;
+    let whole = registered_digest(&resolved)?;
     if resolved.location.index.is_none() && (whole.is_some() || is_legacy(&resolved, &options).await) {
         let download = Download::fetch(&resolved, whole, paths, &http, progress).await?;
         return Ok(unpack_file(paths, download.path(), Some(tag), *force, progress).await?);

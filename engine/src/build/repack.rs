@@ -20,11 +20,10 @@ use serde::Serialize;
 use tokio::runtime::Handle;
 
 use crate::build::pack::{self, Compression, PackError, PackReport};
-use crate::build::pull::PullError;
 use crate::build::unpack::{LEGACY_LIMIT, UnpackPackError};
 use crate::hub::client;
-use crate::hub::download::Download;
-use crate::hub::registry::{RegistryError, Resolved, whole_digest};
+use crate::hub::download::{Download, DownloadError, registered_digest};
+use crate::hub::registry::RegistryError;
 use crate::interrupt::Interrupt;
 use crate::local::paths::Paths;
 use crate::local::run_dir::{RunDir, RunDirError};
@@ -53,7 +52,7 @@ pub enum RepackError {
     Unpack(#[from] UnpackPackError),
     /// The old pack cannot be downloaded.
     #[error(transparent)]
-    Pull(#[from] PullError),
+    Download(#[from] DownloadError),
     /// The new pack cannot be written.
     #[error(transparent)]
     Pack(#[from] PackError),
@@ -212,10 +211,10 @@ async fn obtain(
     if let Location::Registered(resolved) = &located
         && resolved.location.index.is_none()
     {
-        match digest_of(resolved)? {
+        match registered_digest(resolved)? {
             Some(digest) => {
                 let download = Download::fetch(resolved, Some(digest), paths, &http, progress).await;
-                return downloaded(download.map_err(PullError::from)?, resolved.reference.to_string()).await;
+                return downloaded(download?, resolved.reference.to_string()).await;
             }
             None => progress.note(&format!(
                 "the registry has no digest of {}: it is taken as it comes",
@@ -230,15 +229,10 @@ async fn obtain(
         }
         (Err(OpenError::Legacy { .. }), PackSource::Url(url)) => {
             let download = Download::fetch_unknown(&location, work.path(), &http, progress).await;
-            downloaded(download.map_err(PullError::from)?, redact_url(url)).await
+            downloaded(download?, redact_url(url)).await
         }
         (Err(error), _) => Err(UnpackPackError::from(error).into()),
     }
-}
-
-fn digest_of(resolved: &Resolved) -> Result<Option<forkd_fs::digest::Digest>, PullError> {
-    let bad = |_| PullError::BadDigest { reference: resolved.reference.to_string() };
-    whole_digest(&resolved.entry).transpose().map_err(bad)
 }
 
 async fn downloaded(download: Download, name: String) -> Result<Input, RepackError> {

@@ -14,7 +14,7 @@ use forkd_fs::source::{Class, HttpClient, Source, SourceError};
 use forkd_fs::store::{PackLocation, StoreOptions};
 use rustix::fs::{FlockOperation, flock};
 
-use crate::hub::registry::Resolved;
+use crate::hub::registry::{Resolved, whole_digest};
 use crate::local::paths::Paths;
 use crate::local::work_dir;
 use crate::progress::{Amount, Progress, Task};
@@ -44,6 +44,12 @@ pub enum DownloadError {
         /// What the bytes hash to.
         found: Digest,
     },
+    /// The registry's digest is none.
+    #[error("the registry's sha256 of {reference} is no sha256")]
+    BadDigest {
+        /// What was to be downloaded.
+        reference: String,
+    },
     /// Larger than any pack may be.
     #[error("{location} has {size} bytes, at most {MAX_PACK} are downloaded")]
     TooLarge {
@@ -61,6 +67,12 @@ pub enum DownloadError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What the registry says that the whole pack hashes to, if anything.
+pub fn registered_digest(resolved: &Resolved) -> Result<Option<Digest>, DownloadError> {
+    let bad = |_| DownloadError::BadDigest { reference: resolved.reference.to_string() };
+    whole_digest(&resolved.entry).transpose().map_err(bad)
 }
 
 /// A downloaded pack; removed when dropped.
