@@ -1,0 +1,10 @@
+//! The command line's contract as golden files: help, JSON documents, text and errors, byte for byte. Those of commands
+//! that need a Linux guest are compared by `linux.rs`.
+
+#[path = "support/golden.rs"]
+mod golden;
+#[path = "contract/help.rs"]
+mod help;
+#[path = "contract/program.rs"]
+mod program;
+mod support;
