@@ -10,7 +10,10 @@ fn verbs(help: &str) -> Vec<String> {
     // A long help has an empty line behind every verb, and its description further in.
     let section = list.split("\nOptions:\n").next().unwrap();
     let lines = section.lines().filter_map(|line| line.strip_prefix("  "));
-    lines.filter(|line| !line.starts_with(' ')).filter_map(|line| Some(line.split(' ').next()?.to_owned())).collect()
+    lines
+        .filter(|line| !line.starts_with(' '))
+        .filter_map(|line| Some(line.split(' ').next()?.to_owned()))
+        .collect()
 }
 
 fn walk(lab: &Lab, golden: &mut Golden, path: &[String]) {

@@ -39,7 +39,9 @@ impl Golden {
                 let diff = diff.unified_diff().context_radius(2).header("golden", "now").to_string();
                 self.differences.push(format!("{} differs:\n{diff}", path.display()));
             }
-            Err(error) => self.differences.push(format!("{}: {error}; it would be:\n{actual}", path.display())),
+            Err(error) => {
+                self.differences.push(format!("{}: {error}; it would be:\n{actual}", path.display()))
+            }
         }
     }
 
@@ -79,24 +81,23 @@ impl Names {
         self.name(path.to_str().unwrap(), name);
     }
 
-    /// With the names, and without the times of log lines.
+    /// With the names, and with log lines that tell neither the time nor the module.
     pub fn apply(&self, text: &str) -> String {
         let mut text = text.to_owned();
         for (from, to) in &self.0 {
             text = text.replace(from, to);
         }
-        text.split_inclusive('\n').map(without_time).collect()
+        text.split_inclusive('\n').map(|line| log_line(line).unwrap_or_else(|| line.to_owned())).collect()
     }
 }
 
-/// A log line starts with `2026-01-02T03:04:05.678901Z`.
-fn without_time(line: &str) -> String {
-    match line.split_once(' ') {
-        Some((time, rest)) if time.len() == 27 && time.ends_with('Z') && time.as_bytes()[10] == b'T' => {
-            format!("<time> {rest}")
-        }
-        _ => line.to_owned(),
-    }
+/// A log line is `2026-01-02T03:04:05.678901Z  WARN module: text`.
+fn log_line(line: &str) -> Option<String> {
+    let (time, rest) = line.split_once(' ')?;
+    let is_time = time.len() == 27 && time.ends_with('Z') && time.as_bytes()[10] == b'T';
+    let (level, rest) = rest.trim_start().split_once(' ').filter(|_| is_time)?;
+    let (_module, said) = rest.split_once(": ")?;
+    Some(format!("<time> {level} <module>: {said}"))
 }
 
 /// A JSON document in which the values of some keys, also those in arrays, are placeholders of the same type. Everything
