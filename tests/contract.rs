@@ -3,6 +3,8 @@
 
 #[path = "contract/documents.rs"]
 mod documents;
+#[path = "contract/errors.rs"]
+mod errors;
 #[path = "support/golden.rs"]
 mod golden;
 #[path = "contract/help.rs"]

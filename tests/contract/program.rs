@@ -1,7 +1,9 @@
 //! forkd run where nothing of the user's can be seen in what it prints.
 
+use std::fs::{self, File};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::time::{Duration, UNIX_EPOCH};
 
 use crate::golden::Names;
 use crate::support::{Lab, Run};
@@ -10,7 +12,7 @@ use crate::support::{Lab, Run};
 pub fn command(lab: &Lab, args: &[&str]) -> Command {
     let theirs = lab.command(args);
     let mut command = Command::new(theirs.get_program());
-    command.args(args).current_dir(lab.path("work")).stdin(std::process::Stdio::null()).env_clear();
+    command.args(args).current_dir(lab.path("work")).stdin(Stdio::null()).env_clear();
     command.envs(theirs.get_envs().filter_map(|(name, value)| Some((name, value?))));
     // A width for help: without a terminal it is taken from here.
     command.env("COLUMNS", "100").env("HOME", lab.path("home"));
@@ -20,6 +22,19 @@ pub fn command(lab: &Lab, args: &[&str]) -> Command {
 
 pub fn run(lab: &Lab, args: &[&str]) -> Run {
     command(lab, args).output().unwrap().into()
+}
+
+/// The synthetic snapshot, always with the same pack.
+pub fn dated_snapshot(lab: &Lab, tag: &str) {
+    date(&lab.snapshot(tag, 16));
+}
+
+/// Gives the files of a snapshot a fixed time: a pack has the times of its files.
+pub fn date(snapshot: &Path) {
+    for entry in fs::read_dir(snapshot).unwrap().flatten() {
+        let file = File::options().append(true).open(entry.path()).unwrap();
+        file.set_modified(UNIX_EPOCH + Duration::from_secs(1_767_323_045)).unwrap();
+    }
 }
 
 /// The names of a lab's places.

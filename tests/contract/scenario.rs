@@ -1,16 +1,15 @@
 //! Every command that needs no guest, run once in an order in which each finds what it needs.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::{Duration, UNIX_EPOCH};
 
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use serde_json::Value;
 
 use crate::golden::Names;
-use crate::program::{command, names, run, text};
+use crate::program::{command, date, names, run, text};
 use crate::support::{Hub, Lab, Run, flip, is_running, legacy_pack, noise, wait_until};
 
 const MEMBERS: [&str; 6] =
@@ -96,11 +95,7 @@ impl Stage {
         let dir = self.lab.snapshot("demo", 16);
         fs::write(dir.join("trace"), trace(16)).unwrap();
         fs::write(dir.join(".console"), "the first line\nthe second\n").unwrap();
-        // A pack has the times of its files.
-        for file in fs::read_dir(&dir).unwrap().flatten() {
-            let file = File::options().append(true).open(file.path()).unwrap();
-            file.set_modified(UNIX_EPOCH + Duration::from_secs(1_767_323_045)).unwrap();
-        }
+        date(&dir);
         self.say("snapshots", &["snapshots"]);
         self.say("images", &["images"]);
         self.say("logs-of-snapshot", &["logs", "--tag", "demo"]);
@@ -187,6 +182,8 @@ impl Stage {
     }
 
     fn cache(&mut self) {
+        // Commands end without waiting for chunks that are being written to the cache.
+        run(&self.lab, &["cleanup"]).ok();
         self.say("cache-ls", &["cache", "ls"]);
         self.say("cache-verify", &["cache", "verify"]);
         let folders = fs::read_dir(self.lab.path("cache/forkd/chunks")).unwrap().flatten();
