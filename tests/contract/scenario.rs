@@ -106,7 +106,9 @@ impl Stage {
         self.say("unpack", &["unpack", text(&pack), "--tag", "copy"]);
         self.say("inspect-file", &["inspect", text(&pack)]);
         let picture = self.lab.path("picture.svg");
-        self.say("inspect-heatmap", &["inspect", text(&pack), "--heatmap", text(&picture)]);
+        // The picture is as wide as the path in its title.
+        let relative = "../demo.forkd-snapshot.tar.zst";
+        self.say("inspect-heatmap", &["inspect", relative, "--heatmap", text(&picture)]);
         self.files.push(("heatmap.svg", fs::read_to_string(&picture).unwrap()));
         self.repack("repack", &[text(&pack), "--out", text(&again), "--chunk", "128KiB"]);
         pack
