@@ -38,7 +38,7 @@ impl Documents<'_> {
             self.names.name(fork, "fork");
         }
         let code = output.status.code().unwrap();
-        let shown = self.names.apply(&with_placeholders(&printed, &VOLATILE));
+        let shown = self.names.apply(&with_placeholders(&printed, VOLATILE));
         self.golden.check(&format!("{name}.json"), &format!("exit code {code}\n{shown}"));
         document
     }
