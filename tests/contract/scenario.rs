@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use serde_json::Value;
@@ -169,11 +169,13 @@ impl Stage {
         let unmount = Unmount { lab: &self.lab, mountpoint: &mountpoint };
         let version = mountpoint.join("lab/demo/v9");
         for member in MEMBERS {
-            let _ = fs::read(version.join(member)).unwrap_or_else(|error| panic!("{member}: {error}"));
+            read(&version.join(member));
         }
         for (name, file) in [("mount-stats.json", "stats.json"), ("mount-blocks.txt", "blocks")] {
-            self.files.push((name, fs::read_to_string(version.join(".forkd").join(file)).unwrap()));
+            self.files.push((name, read(&version.join(".forkd").join(file))));
         }
+        // The daemon ends without waiting for chunks that are being written to the cache.
+        wait_until("every chunk is cached", || is_cache_complete(&self.lab));
         let pid = mount_pid(&self.lab);
         std::mem::forget(unmount);
         self.say("umount", &["umount", text(&mountpoint)]);
@@ -184,8 +186,6 @@ impl Stage {
     }
 
     fn cache(&mut self) {
-        // Commands end without waiting for chunks that are being written to the cache.
-        run(&self.lab, &["cleanup"]).ok();
         self.say("cache-ls", &["cache", "ls"]);
         self.say("cache-verify", &["cache", "verify"]);
         let folders = fs::read_dir(self.lab.path("cache/forkd/chunks")).unwrap().flatten();
@@ -220,6 +220,20 @@ impl Drop for Unmount<'_> {
     fn drop(&mut self) {
         run(self.lab, &["umount", "--lazy", text(self.mountpoint)]);
     }
+}
+
+/// What is in a file of the mount. Another program reads it: processes that other tests start inherit for a moment what
+/// this one has open, and the mount is busy then.
+fn read(path: &Path) -> String {
+    let output = Command::new("cat").arg(path).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+fn is_cache_complete(lab: &Lab) -> bool {
+    let cache = run(lab, &["--json", "cache", "ls"]).ok().json();
+    let packs = cache["packs"].as_array().unwrap();
+    cache["unfinished"] == 0 && !packs.is_empty() && packs.iter().all(|pack| pack["complete"] == true)
 }
 
 /// The daemon of the only mount, as its record says.
