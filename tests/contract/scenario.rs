@@ -179,6 +179,9 @@ impl Stage {
         let pid = mount_pid(&self.lab);
         std::mem::forget(unmount);
         self.say("umount", &["umount", text(&mountpoint)]);
+        if self.said.last().unwrap().run.code != Some(0) {
+            run(&self.lab, &["umount", "--lazy", text(&mountpoint)]);
+        }
         wait_until("the mount's daemon has ended", || !is_running(pid));
         self.say("pull", &["pull", "lab/demo", "--tag", "pulled", "--hub", &url]);
         let again = self.lab.path("of-the-hub.tar.zst");
