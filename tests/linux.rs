@@ -4,6 +4,10 @@
 
 #[path = "linux/consoles.rs"]
 mod consoles;
+#[path = "linux/contract.rs"]
+mod contract;
+#[path = "support/golden.rs"]
+mod golden;
 #[path = "linux/harness.rs"]
 mod harness;
 #[path = "linux/hostile_guests.rs"]

@@ -1,9 +1,12 @@
 //! How a fork of the real Linux guest shows what it did: timelines, heatmaps of children, figures of the trace; and a
 //! trace recorded again. Needs what `linux.rs` needs.
 
+#[path = "support/golden.rs"]
+mod golden;
 #[path = "linux/harness.rs"]
 mod harness;
 
+use golden::{Golden, with_placeholders};
 use harness::{Bed, Hub, alive, wait_until};
 use serde_json::Value;
 use std::fs;
@@ -49,9 +52,14 @@ impl Copied {
     }
 
     fn json(&self, arguments: &[&str]) -> Value {
+        serde_json::from_str(&self.document(arguments)).unwrap()
+    }
+
+    /// The document as it is printed.
+    fn document(&self, arguments: &[&str]) -> String {
         let output = self.command(arguments).arg("--json").output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap()
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// One directory a tag: no drafts.
@@ -166,7 +174,14 @@ fn what_a_child_writes_is_dirty_in_its_heatmap_alone() {
 fn a_trace_recorded_again_replaces_the_old_one() {
     let copied = Copied::new();
     fs::write(copied.snapshots().join("python-numpy/.console"), "as it was built\n").unwrap();
-    let report = copied.json(&["trace", "--tag", "python-numpy", "--recipe", RECIPE]);
+    let mut golden = Golden::open("trace");
+    let mut traced = |name: &str, arguments: &[&str]| -> Value {
+        let document = copied.document(arguments);
+        let shown = with_placeholders(&document, &["pages", "bytes", "share", "common_pages"]);
+        golden.check(name, &shown.replace(copied.bed.path("").to_str().unwrap(), "<bed>/"));
+        serde_json::from_str(&document).unwrap()
+    };
+    let report = traced("tag.json", &["trace", "--tag", "python-numpy", "--recipe", RECIPE]);
     assert_eq!(copied.run(&["logs", "--tag", "python-numpy"]), (Some(0), "as it was built\n".to_owned()));
     let (before, after) =
         (report["before"]["pages"].as_u64().unwrap(), report["after"]["pages"].as_u64().unwrap());
@@ -184,7 +199,8 @@ fn a_trace_recorded_again_replaces_the_old_one() {
     let (pack, out) = (pack.to_str().unwrap(), copied.bed.path("new.tar.zst"));
     let out = out.to_str().unwrap();
     assert_eq!(copied.run(&["pack", "--tag", "python-numpy", "--out", pack]).0, Some(0));
-    let report = copied.json(&["trace", pack, "--out", out, "--recipe", RECIPE]);
+    let report = traced("pack.json", &["trace", pack, "--out", out, "--recipe", RECIPE]);
+    golden.finish();
     assert_eq!(report["out"].as_str(), Some(out));
     let inspected = copied.json(&["inspect", out]);
     assert_eq!(inspected["working_set"]["pages"], report["after"]["pages"]);

@@ -1,5 +1,6 @@
 //! What machines print while they are built: kept with a good snapshot, and in the error of one that failed.
 
+use super::golden::{Golden, with_placeholders};
 use super::harness::{Bed, Hub};
 use std::fs;
 use std::path::Path;
@@ -74,8 +75,12 @@ fn the_console_of_a_good_build_is_kept_and_is_not_in_its_pack() {
     let bed = Bed::copied();
     let (_, kernel) = run(&bed, &["kernel", "path"]);
     let warm = "echo spoken by the machine > /dev/console; echo '{\"ready\":true}'; exec sleep 1000000";
-    let built = snapshot(&bed, Path::new(kernel.trim()), &["--memory", "128", "--warm", warm]);
+    let built = snapshot(&bed, Path::new(kernel.trim()), &["--memory", "128", "--warm", warm, "--json"]);
     assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+    let mut golden = Golden::open("build");
+    let volatile = ["path", "memory_stored_bytes", "root_disk_bytes", "seconds"];
+    golden.check("snapshot.json", &with_placeholders(&String::from_utf8(built.stdout).unwrap(), &volatile));
+    golden.finish();
     assert!(!bed.has_run_dirs());
     let (code, console) = run(&bed, &["logs", "--tag", "new"]);
     assert!(code == Some(0) && console.contains("Linux version"), "{console}");
