@@ -9,21 +9,23 @@ use forkd_engine::build::repack::RepackError;
 use forkd_engine::build::snapshot::SnapshotBuildError;
 use forkd_engine::build::trace::RetraceError;
 use forkd_engine::build::unpack::UnpackPackError;
+use forkd_engine::cleanup::CleanupError;
 use forkd_engine::fork::children::ChildrenError;
 use forkd_engine::fork::run::ForkError;
 use forkd_engine::fork::variables::VariablesError;
 use forkd_engine::fork::warm::hold::HoldError;
 use forkd_engine::hub::inspect::InspectError;
+use forkd_engine::hub::mount::MountHubError;
 use forkd_engine::hub::publish::PublishError;
 use forkd_engine::hub::registry::{InvalidReference, RegistryError};
 use forkd_engine::hub::serve::ServeError;
+use forkd_engine::local::mounts::MountsError;
 use forkd_engine::local::paths::PathsError;
 use forkd_engine::local::run_dir::RunDirError;
 use forkd_engine::local::snapshots::SnapshotError;
 use forkd_engine::picture::svg::PictureError;
 use forkd_vmm::zygote::SpawnError;
 
-use crate::commands::mount::MountCommandError;
 use crate::detach::DetachError;
 
 /// What a command can fail with.
@@ -104,9 +106,27 @@ pub enum CommandError {
     /// A picture.
     #[error(transparent)]
     Picture(#[from] PictureError),
-    /// `forkd mount` and `forkd umount`.
+    /// `forkd mount`.
     #[error(transparent)]
-    Mount(#[from] MountCommandError),
+    Mount(Box<MountHubError>),
+    /// A mountpoint, or what is mounted there.
+    #[error(transparent)]
+    Mounts(#[from] MountsError),
+    /// The daemon of a mount, or its watcher.
+    #[error("the {which}")]
+    MountDaemon {
+        /// What does not do what.
+        which: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// `forkd cleanup`.
+    #[error(transparent)]
+    Cleanup(#[from] CleanupError),
+    /// Signals cannot be waited for.
+    #[error("signal handlers")]
+    Signals(#[source] io::Error),
     /// `forkd warm`.
     #[error(transparent)]
     Warm(Box<HoldError>),
@@ -119,6 +139,11 @@ impl CommandError {
     /// The failure of going to the background to do `what`.
     pub fn detaching(what: &'static str) -> impl FnOnce(DetachError) -> CommandError {
         move |source| CommandError::Detach { what, source }
+    }
+
+    /// The failure of a mount's daemon or watcher, which `which` names, with what it does not do.
+    pub fn mount_daemon(which: &'static str) -> impl FnOnce(io::Error) -> CommandError {
+        move |source| CommandError::MountDaemon { which, source }
     }
 
     /// Whether the command has printed its report already, and this is said beside it.
@@ -142,6 +167,7 @@ boxed! {
     ForkError => Fork,
     HoldError => Warm,
     InspectError => Inspect,
+    MountHubError => Mount,
     PublishError => Publish,
     PullError => Pull,
     RepackError => Repack,

@@ -8,6 +8,7 @@
 
 pub mod build;
 pub mod chain;
+pub mod cleanup;
 pub mod fork;
 pub mod hub;
 pub mod interrupt;

@@ -1,20 +1,18 @@
 //! `forkd cache`: what the chunk cache holds, whether it is intact, and making it smaller.
 
-use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::SystemTime;
 
 use forkd_fs::cache::{CacheOptions, ChunkCache, Survey};
-use forkd_fs::index::Index;
 use serde::Serialize;
 
 use crate::cli::CacheGcArgs;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
+use forkd_engine::hub::cached::{self, CachedPack};
 use forkd_engine::hub::client;
 use forkd_engine::hub::download;
-use forkd_engine::hub::registry::{RegistryCopies, Resolved};
 use forkd_engine::local::paths::{Paths, PathsError};
 use forkd_engine::progress::{Amount, Progress};
 
@@ -28,17 +26,7 @@ struct Report {
     unfinished: u64,
     oldest_use: Option<String>,
     /// Packs of the hubs seen so far of which something is here.
-    packs: Vec<Pack>,
-}
-
-#[derive(Debug, Serialize)]
-struct Pack {
-    name: String,
-    chunks: u32,
-    chunks_total: u32,
-    bytes: u64,
-    /// Whether it mounts and forks without its hub.
-    complete: bool,
+    packs: Vec<CachedPack>,
 }
 
 /// What `forkd cache verify` prints.
@@ -63,15 +51,6 @@ pub fn ls(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
     let Survey { entries, bytes, damaged, unfinished, oldest_use } = cache.survey();
-    let mut packs = Vec::new();
-    let mut seen = BTreeSet::new();
-    for catalogue in RegistryCopies::new(&paths).all() {
-        for resolved in catalogue.entries().filter_map(Result::ok) {
-            if let Some(pack) = pack(&cache, &resolved).filter(|pack| seen.insert(pack.name.clone())) {
-                packs.push(pack);
-            }
-        }
-    }
     let report = Report {
         directory: paths.cache.display().to_string(),
         chunks: entries,
@@ -79,25 +58,10 @@ pub fn ls(output: &Output) -> Result<ExitCode, CommandError> {
         damaged,
         unfinished,
         oldest_use: oldest_use.map(|used| humantime::format_rfc3339_seconds(used).to_string()),
-        packs,
+        packs: cached::packs(&paths, &cache),
     };
     output.report(&report, |report| show(report, oldest_use));
     Ok(ExitCode::SUCCESS)
-}
-
-/// What is here of a pack, when its index is.
-fn pack(cache: &ChunkCache, resolved: &Resolved) -> Option<Pack> {
-    let pin = resolved.location.index?;
-    let index = Index::parse(&cache.get(pin.sha256, pin.length)?, resolved.location.size).ok()?;
-    let (chunks, bytes) = cache.coverage(&index);
-    let chunks_total = index.stored_chunk_count();
-    Some(Pack {
-        name: resolved.reference.to_string(),
-        chunks,
-        chunks_total,
-        bytes,
-        complete: chunks == chunks_total,
-    })
 }
 
 fn show(report: &Report, oldest_use: Option<SystemTime>) -> String {
@@ -116,7 +80,7 @@ fn show(report: &Report, oldest_use: Option<SystemTime>) -> String {
     text.push('\n');
     if !report.packs.is_empty() {
         let heading = ["PACK", ">CHUNKS", ">OF", ">SIZE", "OFFLINE"].map(str::to_owned).to_vec();
-        let row = |pack: &Pack| {
+        let row = |pack: &CachedPack| {
             let offline = if pack.complete { "yes" } else { "no" };
             let (chunks, of) = (pack.chunks.to_string(), pack.chunks_total.to_string());
             vec![pack.name.clone(), chunks, of, show_size(pack.bytes), offline.to_owned()]

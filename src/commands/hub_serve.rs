@@ -7,8 +7,9 @@ use serde::Serialize;
 
 use crate::cli::ServeArgs;
 use crate::failure::CommandError;
+use crate::interrupt::stop_signal;
 use crate::output::Output;
-use forkd_engine::hub::serve::{ServeOptions, Server, stop_signal};
+use forkd_engine::hub::serve::{ServeOptions, Server};
 use forkd_engine::hub::shape::Shape;
 
 #[derive(Serialize)]
@@ -27,7 +28,7 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<ExitCode, CommandError> 
             access_log: args.access_log.clone(),
         })
         .await?;
-        let stop = stop_signal().await?;
+        let stop = stop_signal().map_err(CommandError::Signals)?;
         let address = server.address();
         let listening = Listening { address, url: format!("http://{address}") };
         output.report(&listening, |listening| format!("listening on {}", listening.url));

@@ -8,6 +8,7 @@ use crate::cli::ImagesArgs;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
+use forkd_engine::chain::plain;
 use forkd_engine::hub::client;
 use forkd_engine::local::paths::Paths;
 
@@ -66,17 +67,12 @@ fn show(report: &Report) -> String {
     let mut rows = vec![heading];
     for package in &report.packages {
         rows.push(vec![
-            printable(&package.name),
-            printable(&package.versions.join(" ")),
+            plain(&package.name),
+            plain(&package.versions.join(" ")),
             package.memory_mib.map_or_else(|| "-".to_owned(), |mib| format!("{mib} MiB")),
             package.size_bytes.map_or_else(|| "-".to_owned(), show_size),
-            printable(&package.description),
+            plain(&package.description),
         ]);
     }
     table(&rows)
-}
-
-/// Text of a registry without control characters: it goes to a terminal.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }

@@ -6,51 +6,25 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
-use forkd_fs::fuse::{MountError, Mounted};
-use forkd_fs::source::HttpClient;
-use forkd_fs::tree::{Listing, Tree};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
 use super::umount;
 use crate::cli::MountArgs;
 use crate::failure::CommandError;
+use crate::interrupt::stop_signal;
 use crate::output::Output;
-use forkd_engine::hub::client;
-use forkd_engine::hub::registry::{Catalogue, RegistryCopies, Resolved, whole_digest};
-use forkd_engine::hub::serve::stop_signal;
-use forkd_engine::local::mounts::{self, MountsError, Record, SOURCE_PREFIX};
+use forkd_engine::hub::mount::{Hub, MountOptions};
+use forkd_engine::local::mounts;
 use forkd_engine::local::paths::Paths;
-
-/// Why a hub cannot be mounted.
-#[derive(Debug, thiserror::Error)]
-pub enum MountCommandError {
-    /// The mountpoint, or what is mounted there.
-    #[error(transparent)]
-    Mounts(#[from] MountsError),
-    /// FUSE.
-    #[error(transparent)]
-    Fuse(#[from] MountError),
-    /// The daemon does not start.
-    #[error("the daemon does not start")]
-    Spawn(#[source] io::Error),
-    /// The process that unmounts after a killed daemon does not start.
-    #[error("the watcher does not start")]
-    Watcher(#[source] io::Error),
-    /// The daemon's output cannot be moved to its log.
-    #[error("the daemon cannot leave the terminal")]
-    Detach(#[source] io::Error),
-}
 
 /// What `forkd mount` prints.
 #[derive(Debug, Serialize, Deserialize)]
 struct Report {
-    mountpoint: std::path::PathBuf,
+    mountpoint: PathBuf,
     hub: String,
     pid: u32,
 }
@@ -58,17 +32,18 @@ struct Report {
 /// Mounts.
 pub fn run(args: &MountArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
-    let mountpoint = mounts::check_mountpoint(&paths, &args.dir).map_err(MountCommandError::from)?;
+    let mountpoint = mounts::check_mountpoint(&paths, &args.dir)?;
     if args.foreground || args.daemon {
         serve(args, output, &paths, &mountpoint)
     } else {
-        Ok(start_daemon(args, output, &mountpoint)?)
+        start_daemon(args, output, &mountpoint)
     }
 }
 
 /// Starts the daemon and waits for its word.
-fn start_daemon(args: &MountArgs, output: &Output, mountpoint: &Path) -> Result<ExitCode, MountCommandError> {
-    let program = std::env::current_exe().map_err(MountCommandError::Spawn)?;
+fn start_daemon(args: &MountArgs, output: &Output, mountpoint: &Path) -> Result<ExitCode, CommandError> {
+    let failed = || CommandError::mount_daemon("daemon does not start");
+    let program = std::env::current_exe().map_err(failed())?;
     let mut command = Command::new(program);
     command.args(["mount", "--daemon", "--json"]);
     if let Some(hub) = &args.hub.hub {
@@ -83,18 +58,18 @@ fn start_daemon(args: &MountArgs, output: &Output, mountpoint: &Path) -> Result<
     command.arg("--deadline").arg(format!("{}us", args.deadline.as_micros()));
     command.arg("--").arg(mountpoint);
     let spawned = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn();
-    let mut daemon = spawned.map_err(MountCommandError::Spawn)?;
+    let mut daemon = spawned.map_err(failed())?;
     let mut said = Vec::new();
     if let Some(mut stdout) = daemon.stdout.take() {
         // Ends when the daemon lets go of the pipe: ready, or dead.
-        stdout.read_to_end(&mut said).map_err(MountCommandError::Spawn)?;
+        stdout.read_to_end(&mut said).map_err(failed())?;
     }
     if let Ok(report) = serde_json::from_slice::<Report>(&said) {
         output.report(&report, |report| format!("mounted {} on {}", report.hub, report.mountpoint.display()));
         return Ok(ExitCode::SUCCESS);
     }
     // It has said on stderr, which it shares with us, what went wrong.
-    let status = daemon.wait().map_err(MountCommandError::Spawn)?;
+    let status = daemon.wait().map_err(failed())?;
     match (
         status.code().and_then(|code| u8::try_from(code).ok()),
         serde_json::from_slice::<serde_json::Value>(&said),
@@ -105,7 +80,7 @@ fn start_daemon(args: &MountArgs, output: &Output, mountpoint: &Path) -> Result<
             }
             Ok(ExitCode::from(code))
         }
-        _ => Err(MountCommandError::Spawn(io::Error::other(format!("it ended early: {status}")))),
+        _ => Err(failed()(io::Error::other(format!("it ended early: {status}")))),
     }
 }
 
@@ -122,113 +97,26 @@ fn serve(
     }
     let runtime = super::runtime().map_err(CommandError::Runtime)?;
     let _guard = runtime.enter();
-    let http = client::http_client(paths);
-    let catalogue = runtime.block_on(client::catalogue(paths, args.hub.hub.as_deref(), &http))?;
-    let mut options = client::store_options(paths, args.cache.options(), &http);
-    options.demand_deadline = args.deadline;
-    let tree = Arc::new(Tree::new(listings(&catalogue), options));
+    let (hub, cache) = (args.hub.hub.clone(), args.cache.options());
+    let hub = runtime.block_on(Hub::open(paths, &MountOptions { hub, cache, deadline: args.deadline }))?;
     // Before mounting, so that the watcher holds nothing of the mount.
-    let _watcher = umount::start_watcher(mountpoint).map_err(MountCommandError::Watcher)?;
+    let watcher_failed = CommandError::mount_daemon("watcher does not start");
+    let _watcher = umount::start_watcher(mountpoint).map_err(watcher_failed)?;
     // Before mounting, so that no signal finds a mount and no handler.
-    let stop = runtime.block_on(stop_signal())?;
-    let hub = catalogue.location();
-    let source = format!("{SOURCE_PREFIX}{hub}");
-    let mounted = Mounted::new(tree.clone(), mountpoint, &source, Handle::current())
-        .map_err(MountCommandError::from)?;
-    let record = Record {
-        mountpoint: mountpoint.to_owned(),
-        pid: std::process::id(),
-        hub: catalogue.address().spelled_out(),
-    };
-    mounts::write_record(paths, &record).map_err(MountCommandError::from)?;
-    let report = Report { mountpoint: mountpoint.to_owned(), hub, pid: record.pid };
+    let stop = stop_signal().map_err(CommandError::Signals)?;
+    let report = Report { mountpoint: mountpoint.to_owned(), hub: hub.location(), pid: std::process::id() };
+    let mount = hub.mount(paths, mountpoint, Handle::current())?;
     if args.daemon {
-        let log = mounts::log_path(paths, mountpoint).map_err(MountCommandError::from)?;
+        let log = mounts::log_path(paths, mountpoint)?;
         output.report(&report, |_| String::new());
-        leave_terminal(&log).map_err(MountCommandError::Detach)?;
+        leave_terminal(&log).map_err(CommandError::mount_daemon("daemon cannot leave the terminal"))?;
     } else {
         output.report(&report, |report| format!("mounted {} on {}", report.hub, report.mountpoint.display()));
     }
-    let unmounted_by_other = runtime.block_on(async {
-        tokio::select! {
-            () = stop => false,
-            () = mounted.ended() => true,
-            () = keep_current(args.refresh, &catalogue, (paths, &http), (&tree, &mounted)) => true,
-        }
-    });
-    let ours = mounts::is_ours(paths, mountpoint, record.pid);
-    if ours && !unmounted_by_other {
-        // Busy or not, the mount goes: a daemon that is told to stop leaves no dead mount behind.
-        mounts::detach(mountpoint).map_err(MountCommandError::from)?;
-    }
-    if ours {
-        mounts::remove_record(paths, mountpoint);
-        drop(mounted);
-    } else {
-        // Dropped, it would unmount whatever is there now; its own mount ends with this process.
-        std::mem::forget(mounted);
-    }
+    runtime.block_on(mount.serve(args.refresh, stop))?;
     // Reads that wait for a hub must not hold up the end.
     runtime.shutdown_background();
     Ok(ExitCode::SUCCESS)
-}
-
-/// Reads the registry anew every `interval` (0: never), and shows what it lists from then on. Never ends.
-async fn keep_current(
-    interval: Duration,
-    catalogue: &Catalogue,
-    (paths, http): (&Paths, &HttpClient),
-    (tree, mounted): (&Tree, &Mounted),
-) {
-    if interval.is_zero() {
-        return std::future::pending().await;
-    }
-    let copies = RegistryCopies::new(paths);
-    let mut away = false;
-    loop {
-        tokio::time::sleep(interval).await;
-        match catalogue.address().fetch(http, &copies).await {
-            Ok(catalogue) => {
-                mounted.forget(tree.refresh(&listings(&catalogue)));
-                away = false;
-            }
-            // Said once: what was listed before stays.
-            Err(error) if !std::mem::replace(&mut away, true) => {
-                tracing::warn!(error = %forkd_engine::chain::chain(&error), "the registry cannot be read anew");
-            }
-            Err(_) => {}
-        }
-    }
-}
-
-/// The registry as the tree wants it. An entry that cannot be used is left out, with a warning.
-fn listings(catalogue: &Catalogue) -> Vec<Listing> {
-    let listing = |resolved: Resolved| {
-        let sha256 = match whole_digest(&resolved.entry).transpose() {
-            Ok(sha256) => sha256,
-            // The index is pinned: nobody needs the other.
-            Err(_) if resolved.location.index.is_some() => None,
-            Err(error) => {
-                tracing::warn!(pack = %resolved.reference, %error, "an entry with a malformed sha256 is left out");
-                return None;
-            }
-        };
-        let created_at = resolved.entry.created_at.as_deref();
-        Some(Listing {
-            owner: resolved.reference.package.owner,
-            name: resolved.reference.package.name,
-            version: resolved.reference.version,
-            location: resolved.location,
-            sha256,
-            modified: created_at
-                .and_then(|text| humantime::parse_rfc3339_weak(text).ok())
-                .unwrap_or(SystemTime::UNIX_EPOCH),
-        })
-    };
-    let usable = |entry: Result<Resolved, _>| {
-        entry.map_err(|error| tracing::warn!(%error, "an entry is left out")).ok()
-    };
-    catalogue.entries().filter_map(usable).map(client::warn_unpinned).filter_map(listing).collect()
 }
 
 /// Moves stdout and stderr to the log, which closes the pipe to the command that waits.

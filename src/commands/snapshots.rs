@@ -1,10 +1,7 @@
 //! `forkd snapshots`: what is in the snapshot directory.
 
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::process::ExitCode;
 
-use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest};
 use serde::Serialize;
 
 use crate::cli::RmiArgs;
@@ -12,23 +9,12 @@ use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
 use forkd_engine::local::paths::Paths;
-use forkd_engine::local::snapshots::{self, SnapshotError, file_error};
+use forkd_engine::local::snapshot_list::{self, SnapshotDescription};
+use forkd_engine::local::snapshots::{self, SnapshotError};
 
 #[derive(Debug, Serialize)]
 struct Report {
-    snapshots: Vec<Snapshot>,
-}
-
-#[derive(Debug, Serialize)]
-struct Snapshot {
-    tag: String,
-    description: String,
-    base_image: String,
-    created_at: String,
-    memory_mib: Option<u64>,
-    disk_bytes: u64,
-    /// Why it cannot be used; null when it can.
-    broken: Option<String>,
+    snapshots: Vec<SnapshotDescription>,
 }
 
 #[derive(Serialize)]
@@ -38,19 +24,7 @@ struct Removed {
 
 /// Lists.
 pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
-    let directory = Paths::from_env()?.snapshots();
-    let mut snapshots = Vec::new();
-    if directory.is_dir() {
-        for entry in std::fs::read_dir(&directory).map_err(file_error("listing", &directory))? {
-            let entry = entry.map_err(file_error("listing", &directory))?;
-            let Ok(tag) = entry.file_name().into_string() else { continue };
-            // Drafts start with a dot.
-            if forkd_engine::local::paths::checked_tag(&tag).is_ok() && entry.path().is_dir() {
-                snapshots.push(describe(tag, &entry.path()));
-            }
-        }
-    }
-    snapshots.sort_by(|a, b| a.tag.cmp(&b.tag));
+    let snapshots = snapshot_list::list(&Paths::from_env()?)?;
     output.report(&Report { snapshots }, show);
     Ok(ExitCode::SUCCESS)
 }
@@ -72,36 +46,6 @@ pub fn remove(args: &RmiArgs, output: &Output) -> Result<ExitCode, CommandError>
 fn place(paths: &Paths, tag: &str) -> Result<std::path::PathBuf, SnapshotError> {
     let directory = paths.snapshot(tag)?;
     if directory.is_dir() { Ok(directory) } else { Err(SnapshotError::Unknown { tag: tag.to_owned() }) }
-}
-
-fn describe(tag: String, directory: &Path) -> Snapshot {
-    let disk_bytes = std::fs::read_dir(directory).map_or(0, |entries| {
-        entries.filter_map(|entry| entry.ok()?.metadata().ok()).map(|metadata| metadata.blocks() * 512).sum()
-    });
-    let (manifest, broken) = match read_manifest(directory) {
-        Ok(manifest) => (Some(manifest), None),
-        Err(why) => (None, Some(why)),
-    };
-    let text = |field: fn(&Manifest) -> &String| manifest.as_ref().map(field).cloned().unwrap_or_default();
-    Snapshot {
-        tag,
-        description: text(|manifest| &manifest.description),
-        base_image: text(|manifest| &manifest.base_image),
-        created_at: text(|manifest| &manifest.created_at),
-        memory_mib: manifest.as_ref().map(|manifest| manifest.requires.memory_mib),
-        disk_bytes,
-        broken,
-    }
-}
-
-fn read_manifest(directory: &Path) -> Result<Manifest, String> {
-    use std::io::Read;
-    let path = directory.join(forkd_fs::format::MANIFEST);
-    let mut bytes = Vec::new();
-    std::fs::File::open(&path)
-        .and_then(|file| file.take(MAX_MANIFEST_LEN + 1).read_to_end(&mut bytes))
-        .map_err(|error| format!("{}: {error}", path.display()))?;
-    Manifest::parse(&bytes).map_err(|error| error.to_string())
 }
 
 fn show(report: &Report) -> String {

@@ -54,7 +54,7 @@ fn watch(args: &UmountArgs) -> Result<ExitCode, CommandError> {
             break;
         }
         if mount.is_dead() {
-            mounts::take_down(&paths, &args.dir, true).map_err(super::mount::MountCommandError::from)?;
+            mounts::take_down(&paths, &args.dir, true)?;
             break;
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -74,8 +74,7 @@ pub fn run(args: &UmountArgs, output: &Output) -> Result<ExitCode, CommandError>
         let record = records.into_iter().find(|record| record.mountpoint == mount.mountpoint)?;
         pidfd_open(Pid::from_raw(i32::try_from(record.pid).ok()?)?, PidfdFlags::empty()).ok()
     });
-    let mount =
-        mounts::take_down(&paths, &args.dir, args.lazy).map_err(super::mount::MountCommandError::from)?;
+    let mount = mounts::take_down(&paths, &args.dir, args.lazy)?;
     if let Some(daemon) = daemon.filter(|_| !args.lazy) {
         // Readable when the process has ended. Should it not end, it is no longer mounted all the same.
         let _ = poll(&mut [PollFd::new(&daemon, PollFlags::IN)], Some(&PATIENCE));

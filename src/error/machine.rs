@@ -4,6 +4,7 @@ use super::{Row, packs};
 use forkd_engine::build::machine::BuildError;
 use forkd_engine::build::snapshot::SnapshotBuildError;
 use forkd_engine::build::trace::RetraceError;
+use forkd_engine::cleanup::CleanupError;
 use forkd_engine::fork::children::ChildrenError;
 use forkd_engine::fork::run::ForkError;
 use forkd_engine::fork::supervisor::StartError;
@@ -211,5 +212,14 @@ pub(super) fn run_dir(error: &RunDirError) -> Row {
         }
         RunDirError::Dead { .. } => row.hint("`forkd cleanup` removes what it left"),
         RunDirError::File { .. } | RunDirError::Malformed { .. } | RunDirError::Cgroup(_) => row,
+    }
+}
+
+pub(super) fn cleanup(error: &CleanupError) -> Row {
+    match error {
+        CleanupError::Paths(error) => super::describe_paths(error),
+        CleanupError::RunDir(error) => run_dir(error),
+        CleanupError::Mounts(error) => packs::mounts(error),
+        CleanupError::Snapshot(error) => packs::snapshot(error),
     }
 }

@@ -7,13 +7,13 @@ use forkd_fs::unpack::UnpackError;
 use forkd_fs::writer::WriteError;
 
 use super::Row;
-use crate::commands::mount::MountCommandError;
 use forkd_engine::build::pack::PackError;
 use forkd_engine::build::pull::PullError;
 use forkd_engine::build::repack::RepackError;
 use forkd_engine::build::unpack::UnpackPackError;
 use forkd_engine::hub::download::DownloadError;
 use forkd_engine::hub::inspect::InspectError;
+use forkd_engine::hub::mount::MountHubError;
 use forkd_engine::hub::publish::PublishError;
 use forkd_engine::hub::registry::{InvalidReference, RegistryError};
 use forkd_engine::hub::serve::ServeError;
@@ -162,7 +162,7 @@ pub(super) fn serve(error: &ServeError) -> Row {
         ServeError::Listen { .. } => {
             row.hint("choose another address with --listen; port 0 takes a free one")
         }
-        ServeError::AccessLog { .. } | ServeError::Signals(_) => row,
+        ServeError::AccessLog { .. } => row,
     }
 }
 
@@ -180,27 +180,30 @@ pub(super) fn publish(error: &PublishError) -> Row {
     }
 }
 
-pub(super) fn mount(error: &MountCommandError) -> Row {
+pub(super) fn mount(error: &MountHubError) -> Row {
     let row = Row::failed("mount the hub", "");
     match error {
-        MountCommandError::Fuse(MountError::NoFuse(_)) => row
+        MountHubError::Registry(error) => registry(error),
+        MountHubError::Fuse(MountError::NoFuse(_)) => row
             .hint("load the fuse module (modprobe fuse) and run as root or as a user who may open /dev/fuse"),
-        MountCommandError::Fuse(MountError::Mount { .. } | MountError::Threads(_))
-        | MountCommandError::Spawn(_)
-        | MountCommandError::Watcher(_)
-        | MountCommandError::Detach(_) => row,
-        MountCommandError::Mounts(error) => match error {
-            MountsError::Mountpoint { .. } => {
-                row.hint("the mountpoint must be an existing directory: mkdir it first")
-            }
-            MountsError::NotEmpty { .. } => row.hint("choose an empty directory"),
-            MountsError::InUse { .. } => row.hint("use that mount, or `forkd umount` it first"),
-            MountsError::NotMounted { .. } => Row::failed("unmount", ""),
-            MountsError::Busy { .. } => Row::failed("unmount", "").hint("close them, or use --lazy"),
-            MountsError::Unmount { .. } => Row::failed("unmount", ""),
-            MountsError::Paths(error) => super::describe_paths(error),
-            MountsError::MountInfo(_) | MountsError::Record { .. } => row,
-        },
+        MountHubError::Fuse(MountError::Mount { .. } | MountError::Threads(_)) => row,
+        MountHubError::Mounts(error) => mounts(error),
+    }
+}
+
+pub(super) fn mounts(error: &MountsError) -> Row {
+    let row = Row::failed("mount the hub", "");
+    match error {
+        MountsError::Mountpoint { .. } => {
+            row.hint("the mountpoint must be an existing directory: mkdir it first")
+        }
+        MountsError::NotEmpty { .. } => row.hint("choose an empty directory"),
+        MountsError::InUse { .. } => row.hint("use that mount, or `forkd umount` it first"),
+        MountsError::NotMounted { .. } => Row::failed("unmount", ""),
+        MountsError::Busy { .. } => Row::failed("unmount", "").hint("close them, or use --lazy"),
+        MountsError::Unmount { .. } => Row::failed("unmount", ""),
+        MountsError::Paths(error) => super::describe_paths(error),
+        MountsError::MountInfo(_) | MountsError::Record { .. } => row,
     }
 }
 

@@ -1,8 +1,10 @@
 //! Packs of a hub: its registry, and publishing, serving and downloading them.
 
+pub mod cached;
 pub mod client;
 pub mod download;
 pub mod inspect;
+pub mod mount;
 pub mod publish;
 pub mod range;
 pub mod registry;

@@ -77,9 +77,6 @@ pub enum ServeError {
         #[source]
         source: io::Error,
     },
-    /// Signals cannot be waited for.
-    #[error("signal handlers")]
-    Signals(#[source] io::Error),
 }
 
 /// A hub that listens but does not answer yet.
@@ -140,19 +137,6 @@ impl Server {
         // All permits back means that every connection has ended.
         let _ = timeout(GRACE, connections.acquire_many(MAX_CONNECTIONS as u32)).await;
     }
-}
-
-/// Completes on Ctrl-C or SIGTERM.
-pub async fn stop_signal() -> Result<impl Future<Output = ()>, ServeError> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => (),
-            _ = interrupt.recv() => (),
-        }
-    })
 }
 
 fn check_directory(path: &Path) -> io::Result<()> {

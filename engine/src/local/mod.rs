@@ -4,6 +4,7 @@ pub mod host;
 pub mod mounts;
 pub mod paths;
 pub mod run_dir;
+pub mod snapshot_list;
 pub mod snapshots;
 pub mod work_dir;
 pub mod workspace;
