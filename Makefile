@@ -35,16 +35,16 @@ install: build
 
 ## the system packages, when they are missing and we may install them
 deps:
-	@benches/install-packages.sh $(PACKAGES)
+	@scripts/install-packages.sh $(PACKAGES)
 
 ## the guest kernel and the python-numpy snapshot; both are kept and reused
 machine: deps build
 	$(FORKD) kernel build
-	@benches/build-machine.sh $(FORKD)
+	@scripts/build-machine.sh $(FORKD)
 
 ## the main job, end to end: build, publish, serve, mount, fork lazily, compare
 quickstart: machine
-	@benches/quickstart.sh $(FORKD)
+	@scripts/quickstart.sh $(FORKD)
 
 ## every test, the one on a real Linux guest among them
 test: machine
