@@ -137,7 +137,7 @@ fn a_crate_that_imports_upwards_or_sideways_is_found() {
             "fs/Cargo.toml",
             "[package]\nname = \"forkd-fs\"\n[dependencies]\nvm = { package = \"forkd-vmm\" }\n",
         ),
-        ("fs/src/lib.rs", "\nuse forkd_engine::Progress;"),
+        ("fs/src/lib.rs", "\nuse forkd_engine::Progress;\npub use forkd_vmm::Machine;"),
         (
             "vmm/Cargo.toml",
             "[package]\nname = \"forkd-vmm\"\n[dev-dependencies]\nforkd-fs = {}\nserde = \"1\"\n",
@@ -146,7 +146,10 @@ fn a_crate_that_imports_upwards_or_sideways_is_found() {
         ("engine/src/lib.rs", "pub struct Progress;\nuse forkd_fs::Store;\nuse forkd_vmm::Machine;"),
     ]);
     assert_eq!(wrong_dependencies(&house), ["fs's Cargo.toml depends on vmm"]);
-    assert_eq!(wrong_crates(&house, &house.imports()), ["fs/src/lib.rs:2 -> engine/src/lib.rs"]);
+    assert_eq!(
+        wrong_crates(&house, &house.imports()),
+        ["fs/src/lib.rs:2 -> engine/src/lib.rs", "fs/src/lib.rs:3 -> vmm/src/lib.rs"]
+    );
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use super::modules::House;
+use super::modules::{By, House};
 use super::resolve::Target;
 
 /// One file names something of another, or of a crate outside of the workspace.
@@ -30,11 +30,13 @@ impl House {
             for reference in &module.references {
                 let to = match self.resolve(id, &reference.path) {
                     // A lone word that is a module's name is a variable.
-                    Target::Module(_) if reference.path.len() == 1 && !reference.import => continue,
+                    Target::Module(_) if reference.path.len() == 1 && reference.by == By::Code => continue,
                     Target::Module(to) | Target::Item(to) => {
-                        let Some(to) = self.modules.get(to).filter(|to| to.file != module.file) else {
+                        let to = &self.modules[to];
+                        let passed_on = reference.by == By::ReExport && to.package == module.package;
+                        if passed_on || to.file == module.file {
                             continue;
-                        };
+                        }
                         To::File { file: to.file.clone(), package: to.package }
                     }
                     Target::Outside(path) => To::Outside(path),

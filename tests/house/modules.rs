@@ -39,11 +39,19 @@ pub struct Binding {
     pub path: Vec<String>,
 }
 
-/// A path that code names, or that a `use` names which is no re-export.
+/// A path that a module names.
 pub struct Reference {
     pub path: Vec<String>,
     pub line: usize,
-    pub import: bool,
+    pub by: By,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+pub enum By {
+    Code,
+    Use,
+    /// A `use` with a visibility: no import of a file of the same crate, for it only passes a name on.
+    ReExport,
 }
 
 /// Where the files of a module's children are.

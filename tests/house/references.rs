@@ -9,7 +9,7 @@ use syn::spanned::Spanned;
 use syn::visit::{self, Visit};
 use syn::{Attribute, Ident, Item, Meta, Token, UseTree, Visibility};
 
-use super::modules::{Binding, Reference};
+use super::modules::{Binding, By, Reference};
 
 /// What one module names.
 #[derive(Default)]
@@ -29,18 +29,18 @@ impl Collector {
         self.visit_item(item);
     }
 
-    fn refer(&mut self, path: Vec<String>, line: usize, import: bool) {
-        self.references.push(Reference { path, line, import });
+    fn refer(&mut self, path: Vec<String>, line: usize, by: By) {
+        self.references.push(Reference { path, line, by });
     }
 
-    fn import(&mut self, tree: &UseTree, mut path: Vec<String>, exported: bool) {
+    fn import(&mut self, tree: &UseTree, mut path: Vec<String>, by: By) {
         let (name, line) = match tree {
             UseTree::Path(step) => {
                 path.push(step.ident.to_string());
-                return self.import(&step.tree, path, exported);
+                return self.import(&step.tree, path, by);
             }
             UseTree::Group(group) => {
-                return group.items.iter().for_each(|tree| self.import(tree, path.clone(), exported));
+                return group.items.iter().for_each(|tree| self.import(tree, path.clone(), by));
             }
             UseTree::Glob(glob) => (None, glob.span().start().line),
             UseTree::Name(last) => (Some(last.ident.to_string()), last.span().start().line),
@@ -54,9 +54,7 @@ impl Collector {
             UseTree::Glob(_) => None,
             _ => name.or_else(|| path.last().cloned()),
         };
-        if !exported {
-            self.refer(path.clone(), line, true);
-        }
+        self.refer(path.clone(), line, by);
         self.bindings.push(Binding { name: bound, path });
     }
 
@@ -82,7 +80,7 @@ impl Collector {
                     let called = is(at, '!') || matches!(tokens.get(at), Some(TokenTree::Group(_)));
                     let field = start > 0 && is(start - 1, '.') && !(start > 1 && is(start - 2, '.'));
                     if !field && (path.len() > 1 || called || path[0].starts_with(char::is_uppercase)) {
-                        self.refer(path, line, false);
+                        self.refer(path, line, By::Code);
                     }
                 }
                 _ => {}
@@ -122,12 +120,13 @@ impl<'ast> Visit<'ast> for Collector {
     }
 
     fn visit_item_use(&mut self, item: &'ast syn::ItemUse) {
-        self.import(&item.tree, Vec::new(), !matches!(item.vis, Visibility::Inherited));
+        let by = if matches!(item.vis, Visibility::Inherited) { By::Use } else { By::ReExport };
+        self.import(&item.tree, Vec::new(), by);
     }
 
     fn visit_path(&mut self, path: &'ast syn::Path) {
         let names = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
-        self.refer(names, path.span().start().line, false);
+        self.refer(names, path.span().start().line, By::Code);
         visit::visit_path(self, path);
     }
 
@@ -158,7 +157,7 @@ impl Collector {
             let text = literal.to_string();
             let path: Vec<String> = text.trim_matches('"').split("::").map(str::to_owned).collect();
             if path.len() > 1 {
-                self.refer(path, line, false);
+                self.refer(path, line, By::Code);
             }
         }
     }
