@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 
 use proc_macro2::{TokenStream, TokenTree};
 use syn::punctuated::Punctuated;
-use syn::spanned::Spanned;
 use syn::visit::{self, Visit};
 use syn::{Attribute, Ident, Item, Meta, Token, UseTree, Visibility};
 
@@ -42,9 +41,9 @@ impl Collector {
             UseTree::Group(group) => {
                 return group.items.iter().for_each(|tree| self.import(tree, path.clone(), by));
             }
-            UseTree::Glob(glob) => (None, glob.span().start().line),
-            UseTree::Name(last) => (Some(last.ident.to_string()), last.span().start().line),
-            UseTree::Rename(last) => (Some(last.ident.to_string()), last.span().start().line),
+            UseTree::Glob(glob) => (None, glob.star_token.spans[0].start().line),
+            UseTree::Name(last) => (Some(last.ident.to_string()), last.ident.span().start().line),
+            UseTree::Rename(last) => (Some(last.ident.to_string()), last.ident.span().start().line),
         };
         // `use a::{self}` and `use a::{self as b}` import `a`.
         let name = name.filter(|name| name != "self" || path.is_empty());
@@ -126,7 +125,8 @@ impl<'ast> Visit<'ast> for Collector {
 
     fn visit_path(&mut self, path: &'ast syn::Path) {
         let names = path.segments.iter().map(|segment| segment.ident.to_string()).collect();
-        self.refer(names, path.span().start().line, By::Code);
+        let line = path.segments.first().map_or(0, |first| first.ident.span().start().line);
+        self.refer(names, line, By::Code);
         visit::visit_path(self, path);
     }
 
