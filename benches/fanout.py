@@ -128,6 +128,7 @@ def draw(table, counts, path):
 
 class Fanout(Bench):
     names = ("children", "way", "what")
+    settles = True
 
     def options(self, parser):
         parser.add_argument("--counts", type=numbers, default=[1, 10, 100, 300])
