@@ -1,4 +1,5 @@
-# `make quickstart` and `make test` set a fresh Debian machine up by themselves (as root).
+# `make help` lists the targets. `make quickstart` and `make test` set a fresh Debian machine up by themselves (as root).
+# What stands behind `##` is what `make help` says of the target below it.
 
 .DEFAULT_GOAL := build
 SHELL := /bin/bash
@@ -11,12 +12,17 @@ PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse
 	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils git rsync attr python3 \
 	qemu-system-x86 busybox-static cpio
 
-.PHONY: build install deps machine quickstart test lint clean bench-ttfi bench-fanout bench-fault bench-criterion bench-mount bench-machines \
-	fuzz soak test-hwvirt
+.PHONY: help build install deps machine quickstart test test-hwvirt lint doc deny bench-machines bench-ttfi bench-fanout \
+	bench-fault bench-mount bench-criterion soak fuzz clean
 
-## forkd and, beside it, the guest's agent (it runs as the only program of a root disk), both static, as copies without debug
-## information: cargo builds the dynamic ones of its tests over its own, and a file that was written in one go starts 0.15 ms
-## faster than what a linker wrote piece by piece.
+## this list
+help:
+	@awk '/^## /{said = substr($$0, 4)} /^[a-z-]+:/{if (said) printf "%-17s%s\n", $$1, said; said = ""}' $(MAKEFILE_LIST)
+
+# The agent runs as the only program of a root disk. Both are copies without debug information: cargo builds the dynamic
+# ones of its tests over its own, and a file that was written in one go starts 0.15 ms faster than what a linker wrote
+# piece by piece.
+## forkd and, beside it, the guest's agent, both static, in target/static
 build:
 	RUSTFLAGS="$(STATIC) -C relocation-model=static -C strip=symbols" cargo build --release -p forkd-guest --target $(TRIPLE) \
 		--target-dir $(TARGET)/guest
@@ -27,52 +33,82 @@ build:
 	install -m 755 $(TARGET)/forkd.stripped $(SHIPPED)/forkd
 	install -m 755 $(TARGET)/release/forkd-agent $(SHIPPED)/forkd-agent
 
-## forkd and the agent that it puts into the machines it builds
+## puts forkd and the agent into PREFIX/bin (/usr/local/bin)
 PREFIX ?= /usr/local
 install: build
 	install -d $(DESTDIR)$(PREFIX)/bin
 	install -m 755 $(FORKD) $(SHIPPED)/forkd-agent $(DESTDIR)$(PREFIX)/bin
 
-## the system packages, when they are missing and we may install them
+## installs the system packages that are missing
 deps:
-	@benches/install-packages.sh $(PACKAGES)
+	@scripts/install-packages.sh $(PACKAGES)
 
 ## the guest kernel and the python-numpy snapshot; both are kept and reused
 machine: deps build
 	$(FORKD) kernel build
-	@benches/build-machine.sh $(FORKD)
+	@scripts/build-machine.sh $(FORKD)
 
 ## the main job, end to end: build, publish, serve, mount, fork lazily, compare
 quickstart: machine
-	@benches/quickstart.sh $(FORKD)
+	@scripts/quickstart.sh $(FORKD)
 
 ## every test, the one on a real Linux guest among them
 test: machine
 	FORKD_UNDER_TEST=$(FORKD) cargo nextest run --workspace --release --no-fail-fast
 
-## forkd on hardware virtualisation: kvm_amd of Debian's stock kernel on an emulated processor (tests/hwvirt/README.md)
-## The forkd of these is dynamic: a library that mends the emulator is loaded before its own.
+# tests/hwvirt/README.md says more. Their forkd is dynamic: a library that mends the emulator is loaded before its own.
+## forkd on hardware virtualisation: kvm_amd of Debian's stock kernel on an emulated processor
 test-hwvirt: deps build
 	$(FORKD) kernel build
 	cargo build --release -p forkd
 	tests/hwvirt/run.sh $(TARGET)/release/forkd $(TARGET)/hwvirt
 
-## benches/README.md says what each of these measures; BENCH passes options on, e.g. BENCH="--quick --runs 3"
+# In the release profile, as the tests are: macros and build scripts are compiled once for all.
+## format and clippy, without warnings
+lint:
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets -- -D warnings
+
+## the documentation of all crates, without warnings, in target/doc
+doc:
+	RUSTDOCFLAGS="-D warnings" cargo doc --release --workspace --no-deps
+
+# Its list of advisories is not to be had without the net, which the gate lacks: deny.toml.
+## licences, sources and versions of the dependencies
+deny:
+	scripts/cargo-deny.sh $(TARGET)/cargo-deny check --hide-inclusion-graph bans licenses sources
+
+# benches/README.md says more. BENCH passes options on, e.g. BENCH="--quick --runs 3".
 bench-machines: deps build
 	cargo build --release --example synthetic_machine
 
-bench-ttfi bench-fanout bench-fault: bench-%: bench-machines
-	benches/$*.py $(FORKD) --csv $(TARGET)/bench-$*.csv --svg $(TARGET)/bench-$*.svg $(BENCH)
+define bench
+benches/$(@:bench-%=%).py $(FORKD) --csv $(TARGET)/$@.csv --svg $(TARGET)/$@.svg $(BENCH)
+endef
 
+## first instruction, ready and answer of one fork, over links (an hour; BENCH=--quick some minutes)
+bench-ttfi: bench-machines
+	$(bench)
+
+## 1 to 300 children of one fork
+bench-fanout: bench-machines
+	$(bench)
+
+## what a guest waits for a page
+bench-fault: bench-machines
+	$(bench)
+
+## reads through the mount beside zstd -d, tar and ratarmount (which pip fetches)
+bench-mount: deps build
+	$(bench)
+
+## chunks, index and pager, in process
 bench-criterion:
 	cargo bench -p forkd-fs --bench chunks --bench index $(BENCH)
 	cargo bench -p forkd-vmm --bench faults $(BENCH)
 
-## sequential and random reads through the mount beside zstd -d, tar and ratarmount (which pip fetches)
-bench-mount: deps build
-	benches/mount.py $(FORKD) --csv $(TARGET)/bench-mount.csv --svg $(TARGET)/bench-mount.svg $(BENCH)
-
-## the soaks at full size, one after the other: 1000 kills, 10 minutes of readers with faults at 5 %, 5 of replaced tags
+# 1000 kills, 10 minutes of readers with faults at 5 %, 5 of replaced tags.
+## the soaks at full size, one after the other
 soak:
 	FORKD_SOAK=full cargo test --release --workspace --test soak -- --nocapture --test-threads 1
 	FORKD_SOAK=full cargo test --release --test linux_copies -- --nocapture --test-threads 1
@@ -80,7 +116,8 @@ soak:
 	FORKD_SOAK=full cargo test --release --test linux remains -- --nocapture
 	FORKD_SOAK=full cargo test --release --test linux_registers -- --nocapture --test-threads 1
 
-## every parser of outside input under libFuzzer, SECONDS each; finds land in fuzz/artifacts (needs a nightly toolchain)
+# Finds land in fuzz/artifacts.
+## every parser of outside input under libFuzzer, SECONDS each (needs a nightly toolchain)
 SECONDS ?= 60
 FUZZ_TARGETS := index manifest registry trace vmstate legacy pack erofs xsave
 fuzz:
@@ -89,9 +126,6 @@ fuzz:
 		found/$$target corpus/$$target -- -max_total_time=$(SECONDS) -rss_limit_mb=2048 -malloc_limit_mb=512 -timeout=10 \
 		-max_len=65536 -print_final_stats=1 || exit 1; done
 
-lint:
-	cargo fmt --all --check
-	cargo clippy --workspace --all-targets -- -D warnings
-
+## removes all that was built
 clean:
 	cargo clean

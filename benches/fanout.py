@@ -17,35 +17,21 @@ spread. PSS and private memory, which is what a child has written (Anonymous), a
 live: the mean from forkd's report in every run, and every child's own of one detached fork a count (`PSS of each`).
 
 A synthetic machine (--synthetic, 64 MiB, 4 of them read) has no answer, and its guests do not idle once they are ready.
+
+Needs: /dev/kvm, cc, and the snapshot of --tag (`make machine`), or with --synthetic the example synthetic_machine (`make
+bench-fanout` builds it).
 """
 
 import contextlib
-import sys
 
-from common import ForkFailed, Place, Table, arguments, dots_svg, note, numbers, percentile, print_table, ratio, settle, write_csv
+from common import TIMES, ForkFailed, Machine, note
+from harness import Bench, device, main, numbers, settle, snapshot, synthetic_machines, tools
+from samples import percentile, print_table, ratio
+from svg import dots_svg
 
-CODE = "numpy.zeros(5).tolist()"
-ANSWER = "[0.0, 0.0, 0.0, 0.0, 0.0]"
 RTT_MS, RATE_MB = 20, 50
 WAYS = ["floor", "local", "warm", "eager"]
-TIMES = {"first instruction": "first_instruction_ms", "ready": "ready_ms", "answered": "answered_ms"}
 WALL = "last first instruction"
-
-
-class Machine:
-    """What is forked, and how it is asked."""
-
-    def __init__(self, place, args):
-        self.tag, self.memory_mib, self.ask = args.tag, 512, ["--eval", CODE]
-        if args.synthetic:
-            self.tag, self.memory_mib, self.ask = "synthetic", 64, []
-            place.synthetic(self.tag, self.memory_mib, 4, 0, "hot")
-        elif not place.link_snapshot(self.tag):
-            sys.exit(f"there is no snapshot {self.tag}: `make machine` builds python-numpy, --synthetic needs none")
-        place.publish(self.tag)
-
-    def is_right(self, child):
-        return not child["error"] and (not self.ask or child["answer"] == ANSWER)
 
 
 def rollup(pid):
@@ -109,19 +95,6 @@ def local_round(table, place, machine, count, way, first):
                 table.add((count, way, name), "KiB", value)
 
 
-def bench_round(table, place, machine, args, count, first):
-    floor_round(table, place, machine, count)
-    local_round(table, place, machine, count, "local", first)
-    if args.warm:
-        with place.warm("--tag", machine.tag):
-            local_round(table, place, machine, count, "warm", first)
-    if count <= args.eager_count:
-        place.drop_cache()
-        with place.serve(RTT_MS, RATE_MB) as url:
-            what = (f"bench/{machine.tag}", "--hub", url, "--eager")
-            note_children(table, (count, "eager"), machine, count, fork(place, machine, count, *what))
-
-
 def show(table, counts):
     headings = ["children, way", f"{WALL}, ms", "to floor", "p50", "p99", "ready p50", "p99", "answered p50", "p99", "failed"]
     rows, memory = [], []
@@ -153,27 +126,52 @@ def draw(table, counts, path):
     dots_svg(path, "milliseconds from process start, median and spread over the runs", rows)
 
 
-def main():
-    parser = arguments(__doc__)
-    parser.add_argument("--counts", type=numbers, default=[1, 10, 100, 300])
-    parser.add_argument("--tag", default="python-numpy", help="a snapshot whose worker answers as python-numpy does")
-    parser.add_argument("--synthetic", action="store_true", help="a machine of a few instructions instead")
-    parser.add_argument("--eager-count", type=int, default=10, help="most children of an eager fork")
-    args = parser.parse_args()
-    table = Table()
-    with Place(args.forkd) as place:
-        machine = Machine(place, args)
-        args.warm = place.can("warm")
-        for number in range(args.runs):
-            for count in args.counts:
-                note(f"run {number + 1} of {args.runs}, {count} children")
-                bench_round(table, place, machine, args, count, number == 0)
-    show(table, args.counts)
-    if args.csv:
-        write_csv(table, args.csv, ("children", "way", "what"))
-    if args.svg:
-        draw(table, args.counts, args.svg)
+class Fanout(Bench):
+    names = ("children", "way", "what")
+    settles = True
+
+    def options(self, parser):
+        parser.add_argument("--counts", type=numbers, default=[1, 10, 100, 300])
+        parser.add_argument("--tag", default="python-numpy", help="a snapshot whose worker answers as python-numpy does")
+        parser.add_argument("--synthetic", action="store_true", help="a machine of a few instructions instead")
+        parser.add_argument("--eager-count", type=int, default=10, help="most children of an eager fork")
+
+    def needs(self):
+        args = self.args
+        machine = synthetic_machines(args.forkd) if args.synthetic else snapshot(args.tag)
+        return [device("/dev/kvm"), *tools(cc="build-essential"), machine]
+
+    def prepare(self):
+        if self.args.synthetic:
+            self.machine = Machine.synthetic(self.place, "synthetic", 64, 4, 0)
+        else:
+            self.machine = Machine.of_user(self.place, self.args.tag)
+        self.warm = self.place.can("warm")
+
+    def round(self, number):
+        for count in self.args.counts:
+            note(f"  {count} children")
+            self.count_round(count, number == 0)
+
+    def count_round(self, count, first):
+        table, place, machine = self.table, self.place, self.machine
+        floor_round(table, place, machine, count)
+        local_round(table, place, machine, count, "local", first)
+        if self.warm:
+            with place.warm("--tag", machine.tag):
+                local_round(table, place, machine, count, "warm", first)
+        if count <= self.args.eager_count:
+            place.drop_cache()
+            with place.serve(RTT_MS, RATE_MB) as url:
+                what = (f"bench/{machine.tag}", "--hub", url, "--eager")
+                note_children(table, (count, "eager"), machine, count, fork(place, machine, count, *what))
+
+    def show(self):
+        show(self.table, self.args.counts)
+
+    def draw(self, path):
+        draw(self.table, self.args.counts, path)
 
 
 if __name__ == "__main__":
-    main()
+    main(Fanout(), __doc__)

@@ -15,17 +15,21 @@ figure is a median with its spread (smallest to largest) over the runs; the stat
 Random reads are 4 KiB at page-aligned offsets that hold data, the same offsets for all, each offset read once.
 ratarmount (PyPI, in a venv of its own under the work directory unless --ratarmount names one) mounts the same pack
 as a local file: over HTTP it fetches all of it first.
+
+Needs: root, /dev/fuse, zstd, tar, fusermount3; the net for ratarmount, unless --ratarmount or --no-ratarmount is given.
 """
 
 import mmap
 import os
 import random
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from common import MIB, PAGE, Place, Table, arguments, bars_svg, note, percentile, run, write_csv
+from common import MIB, PAGE, drop_page_cache, run
+from harness import Bench, device, main, root, tools
+from samples import percentile, print_table, ratio
+from svg import bars_svg
 
 SIZE_MIB = 512
 
@@ -123,11 +127,6 @@ def timed(*args):
     return time.perf_counter() - started
 
 
-def drop_page_cache():
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3\n")
-
-
 class ForkdMount:
     def __init__(self, place, url):
         self.place, self.url, self.mountpoint = place, url, place.work / "mnt"
@@ -205,10 +204,8 @@ def ratarmount_round(table, program, pack, work, offsets, size):
         add_random(table, "ratarmount", random_reads(mount.file, offsets))
 
 
-def tools_round(table, pack, alone, size, work):
+def tools_round(table, pack, alone, size):
     """`zstd -d` of memory.bin compressed alone at level 3 in one frame, and tar taking it out of the pack."""
-    output = work / "out"
-    output.unlink(missing_ok=True)
     mib = size / MIB
     table.add("sequential, zstd -d", "MiB/s", mib / timed("sh", "-c", f"zstd -qdc '{alone}' >/dev/null"))
     table.add("sequential, zstd -d | cat", "MiB/s", mib / timed("sh", "-c", f"zstd -qdc '{alone}' | cat >/dev/null"))
@@ -243,19 +240,19 @@ def data_offsets(memory, count):
 
 
 def show(table):
-    base = table.median("sequential, zstd -d", "MiB/s")
-    print(f"\n{'what':44} {'median':>9} {'smallest':>9} {'largest':>9} unit   speed to zstd -d / to ratarmount's first")
-    for row, unit, median, low, high, _ in table.rows():
-        ratios = []
+    rows, base = [], table.median("sequential, zstd -d", "MiB/s")
+    for row, unit, *spread, _ in table.rows():
+        ratios = ["-", "-"]
         if unit == "MiB/s":
-            ratios.append(f"{median / base:.2f}")
+            median = table.median(row, unit)
             other = table.median("sequential, ratarmount first", unit)
-            ratios.append(f"{median / other:.2f}" if other else "-")
+            ratios = [ratio(median, base, 2), ratio(median, other, 2)]
         elif row.startswith("random"):
             other = table.median(f"random 4 KiB, ratarmount, {row.rsplit(' ', 1)[1]}", unit)
-            ratios = ["-", f"{other / median:.1f}" if other else "-"]
+            ratios[1] = ratio(other, table.median(row, unit))
         digits = 0 if unit == "MiB/s" else 3
-        print(f"{row:44} {median:9.{digits}f} {low:9.{digits}f} {high:9.{digits}f} {unit:6} {' / '.join(ratios)}")
+        rows.append([row, *(f"{value:.{digits}f}" for value in spread), unit, *ratios])
+    print_table(["what", "median", "smallest", "largest", "unit", "speed to zstd -d", "to ratarmount's"], rows)
 
 
 def draw(table, path):
@@ -265,46 +262,46 @@ def draw(table, path):
     bars_svg(path, "sequential read of memory.bin, MiB/s", rows, lambda name: "forkd" in name)
 
 
-def main():
-    parser = arguments(__doc__)
-    parser.add_argument("--pack", type=Path)
-    parser.add_argument("--reads", type=int, default=400, help="random reads a run")
-    parser.add_argument("--ratarmount", type=Path, help="an installed ratarmount")
-    parser.add_argument("--no-ratarmount", action="store_true")
-    args = parser.parse_args()
-    with Place(args.forkd) as place:
-        table = bench(args, place)
-    show(table)
-    if args.csv:
-        write_csv(table, args.csv)
-    if args.svg:
-        draw(table, args.svg)
+class Mount(Bench):
+    def options(self, parser):
+        parser.add_argument("--pack", type=Path)
+        parser.add_argument("--reads", type=int, default=400, help="random reads a run")
+        parser.add_argument("--ratarmount", type=Path, help="an installed ratarmount")
+        parser.add_argument("--no-ratarmount", action="store_true")
 
+    def needs(self):
+        packages = {"zstd": "zstd", "tar": "tar", "fusermount3": "fuse3"}
+        return [root("it drops the kernel's page cache"), device("/dev/fuse"), *tools(**packages)]
 
-def bench(args, place):
-    work = place.work
-    program = ratarmount_program(args, work)
-    pack = args.pack.resolve() if args.pack else synthetic_pack(place)
-    place.publish_pack(pack, "bench")
-    memory, alone = work / "memory.bin", work / "memory.bin.zst"
-    with open(memory, "wb") as out:
-        run("tar", "--zstd", "-xOf", pack, "memory.bin", stdout=out)
-    size = memory.stat().st_size
-    run("zstd", "-q", "-3", "-T0", memory, "-o", alone)
-    offsets = data_offsets(memory, args.reads)
-    sizes = {name: path.stat().st_size / MIB for name, path in (("pack", pack), ("alone", alone))}
-    print(f"memory.bin {size / MIB:.0f} MiB; pack {sizes['pack']:.1f} MiB; memory.bin alone at zstd 3 {sizes['alone']:.1f} MiB")
-    memory.unlink()
-    table = Table()
-    with place.serve() as url:
-        for number in range(args.runs):
-            note(f"run {number + 1} of {args.runs}")
-            tools_round(table, pack, alone, size, work)
-            forkd_round(table, place, url, offsets, size)
-            if program:
-                ratarmount_round(table, program, pack, work, offsets, size)
-    return table
+    def prepare(self):
+        place, work = self.place, self.place.work
+        self.ratarmount = ratarmount_program(self.args, work)
+        self.pack = self.args.pack.resolve() if self.args.pack else synthetic_pack(place)
+        place.publish_pack(self.pack, "bench")
+        memory, self.alone = work / "memory.bin", work / "memory.bin.zst"
+        with open(memory, "wb") as out:
+            run("tar", "--zstd", "-xOf", self.pack, "memory.bin", stdout=out)
+        self.size = memory.stat().st_size
+        run("zstd", "-q", "-3", "-T0", memory, "-o", self.alone)
+        self.offsets = data_offsets(memory, self.args.reads)
+        memory.unlink()
+        pack, alone = (path.stat().st_size / MIB for path in (self.pack, self.alone))
+        print(f"memory.bin {self.size / MIB:.0f} MiB; pack {pack:.1f} MiB; memory.bin alone at zstd 3 {alone:.1f} MiB")
+
+    def round(self, number):
+        place, offsets, size = self.place, self.offsets, self.size
+        with place.serve() as url:
+            tools_round(self.table, self.pack, self.alone, size)
+            forkd_round(self.table, place, url, offsets, size)
+            if self.ratarmount:
+                ratarmount_round(self.table, self.ratarmount, self.pack, place.work, offsets, size)
+
+    def show(self):
+        show(self.table)
+
+    def draw(self, path):
+        draw(self.table, path)
 
 
 if __name__ == "__main__":
-    main()
+    main(Mount(), __doc__)

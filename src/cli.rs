@@ -1,6 +1,7 @@
 //! The command line: every verb and flag of DESIGN section 9. The only file that uses clap.
 //!
 //! Commands receive the plain structs below; they never see clap's types.
+#![allow(rustdoc::broken_intra_doc_links, reason = "help texts have brackets that are no links")]
 
 use std::ffi::OsString;
 use std::path::PathBuf;

@@ -15,11 +15,29 @@ fn done(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
+const SCRIPTS: [&str; 4] = ["ttfi", "fanout", "fault", "mount"];
+
 #[test]
-fn every_script_says_what_it_measures() {
-    for script in ["ttfi", "fanout", "fault", "mount"] {
+fn every_script_says_what_it_measures_and_needs() {
+    for script in SCRIPTS {
         let help = done(Command::new("python3").arg(format!("{HERE}/{script}.py")).arg("--help"));
-        assert!(help.contains("--runs") && help.contains("--csv"), "{help}");
+        for part in ["--runs", "--csv", "\nNeeds: "] {
+            assert!(help.contains(part), "{part}: {help}");
+        }
+    }
+}
+
+#[test]
+fn every_script_says_what_is_missing_before_it_starts() {
+    for script in SCRIPTS {
+        let mut command = Command::new("python3");
+        let output = command.arg(format!("{HERE}/{script}.py")).arg("/absent/forkd").output().unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{errors}");
+        assert!(
+            errors.starts_with(&format!("{script}.py cannot run here:\n  /absent/forkd is no program")),
+            "{errors}"
+        );
     }
 }
 

@@ -1,6 +1,6 @@
 //! Every command's failure in one table: exit code, the line that says what failed on what and why, and a hint.
 //!
-//! [`CommandError`] has one variant per error type a command can end with; [`describe`] is the exhaustive table over
+//! `CommandError` has one variant per error type a command can end with; `describe` is the exhaustive table over
 //! them. A new command adds its variant and its row; nothing else prints errors.
 
 use std::borrow::Cow;

@@ -42,7 +42,7 @@ pub enum ClientError {
     Handshake {
         /// The machine's vsock socket.
         path: PathBuf,
-        /// What came, at most [`HANDSHAKE_MAX`] bytes.
+        /// What came, at most `HANDSHAKE_MAX` bytes.
         reply: String,
     },
     /// The deadline has passed.

@@ -5,10 +5,17 @@ forkd=$1
 here=$(cd "$(dirname "$0")/.." && pwd)
 state=${XDG_DATA_HOME:-$HOME/.local/share}/forkd
 stamp=$state/python-numpy.inputs
-# What a snapshot is made of, and by: the order of the list must not depend on the file system.
-inputs=$(cd "$here" && {
+
+# The files that a snapshot is made of, and by. Crates count whole: where a part was left out, a stale snapshot passed.
+sources() {
+    shopt -s nullglob
+    # The order must not depend on the file system.
+    find recipes/python-numpy {abi,engine,vmm}/src/* src/machine_build* src/recipe* src/snapshot* -type f -print0 |
+        LC_ALL=C sort -z
+}
+inputs=$({
     cat "$("$forkd" kernel path)" "$(dirname "$(readlink -f "$forkd")")/forkd-agent"
-    find recipes/python-numpy vmm/src src/machine_build* src/recipe* src/snapshot* -type f -print0 | LC_ALL=C sort -z | xargs -0 cat
+    cd "$here" && sources | xargs -0 cat
 } | sha256sum)
 if [ -f "$state/snapshots/python-numpy/manifest.toml" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$inputs" ]; then
     echo "snapshot python-numpy is up to date"
