@@ -1,5 +1,4 @@
 //! Going to the background: the process splits in two; the one in front waits until the other has reported.
-//! Callers: `commands/{fork,warm}.rs`, before any thread exists.
 
 use forkd_vmm::sys::{self, ForkError, Forked, Lifetime};
 use rustix::event::{PollFd, PollFlags};

@@ -11,6 +11,7 @@ pub mod failure;
 pub mod interrupt;
 pub mod output;
 pub mod progress;
+pub mod runtime;
 pub mod units;
 
 use std::ffi::{OsStr, OsString};

@@ -1,10 +1,11 @@
 //! What a user may name, and what it leads to: an opened pack or a snapshot's directory.
 
 use crate::hub::client;
-use crate::hub::registry::{InvalidReference, Reference, RegistryError, Resolved};
+use crate::hub::registry::{RegistryError, Resolved};
 use crate::local::mounts;
 use crate::local::paths::Paths;
 use crate::local::snapshots::{self, LockedSnapshot, SnapshotError, file_error};
+use crate::reference::{InvalidReference, Reference};
 use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::observe::Observer;
 use forkd_fs::source::HttpClient;

@@ -1,4 +1,4 @@
-//! Arguments of the commands that start copies and deal with those that run. Callers: `cli.rs`.
+//! Arguments of the commands that start copies and deal with those that run.
 
 use super::{CacheArgs, HubSource};
 use crate::units;

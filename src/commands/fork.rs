@@ -4,10 +4,10 @@
 //! does the engine fork, which starts threads.
 
 use crate::cli::ForkArgs;
-use crate::commands::{end_on_signal, runtime};
 use crate::detach::{Detached, Handover, split};
 use crate::failure::CommandError;
 use crate::output::{Output, table};
+use crate::runtime::{end_on_signal, runtime};
 use crate::units::{show_since, show_size};
 use forkd_engine::chain::chain;
 use forkd_engine::fork::report::ForkReport;

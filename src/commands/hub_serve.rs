@@ -9,6 +9,7 @@ use crate::cli::ServeArgs;
 use crate::failure::CommandError;
 use crate::interrupt::stop_signal;
 use crate::output::Output;
+use crate::runtime::runtime;
 use forkd_engine::hub::serve::{ServeOptions, Server};
 use forkd_engine::hub::shape::Shape;
 
@@ -20,7 +21,7 @@ struct Listening {
 
 /// Serves until Ctrl-C or SIGTERM.
 pub fn run(args: &ServeArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    super::runtime().map_err(CommandError::Runtime)?.block_on(async {
+    runtime().map_err(CommandError::Runtime)?.block_on(async {
         let server = Server::bind(ServeOptions {
             root: args.dir.clone(),
             listen: args.listen,

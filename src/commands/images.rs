@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::cli::ImagesArgs;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
+use crate::runtime::runtime;
 use crate::units::show_size;
 use forkd_engine::chain::plain;
 use forkd_engine::hub::client;
@@ -35,16 +36,14 @@ pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError>
     let from_env = std::env::var("FORKD_HUB_URL").ok();
     let hub = hub.as_deref().or(from_env.as_deref());
     let paths = Paths::from_env()?;
-    let catalogue = super::runtime().map_err(CommandError::Runtime)?.block_on(client::catalogue(
+    let catalogue = runtime().map_err(CommandError::Runtime)?.block_on(client::catalogue(
         &paths,
         hub,
         &client::http_client(&paths),
     ))?;
     let packages = catalogue.registry().packages.iter().map(|(name, package)| {
-        let latest = package
-            .versions
-            .get(forkd_engine::hub::registry::LATEST)
-            .or(package.versions.values().next_back());
+        let latest =
+            package.versions.get(forkd_engine::reference::LATEST).or(package.versions.values().next_back());
         Package {
             name: name.clone(),
             description: package.description.clone(),

@@ -7,11 +7,12 @@ use std::process::ExitCode;
 use crate::cli::InspectArgs;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
+use crate::runtime::runtime;
 use crate::units::{show_share, show_size};
 use forkd_engine::chain::plain;
-use forkd_engine::fork::child_memory::{self, ChildMemory};
-use forkd_engine::hub::inspect::working_set::WorkingSetWeight;
-use forkd_engine::hub::inspect::{PackDescription, inspect};
+use forkd_engine::inspect::child_memory::{self, ChildMemory};
+use forkd_engine::inspect::pack::{PackDescription, inspect};
+use forkd_engine::inspect::working_set::WorkingSetWeight;
 use forkd_engine::local::paths::Paths;
 use forkd_engine::picture::svg::check_place;
 use forkd_engine::target::Target;
@@ -26,7 +27,7 @@ pub fn run(args: &InspectArgs, output: &Output) -> Result<ExitCode, CommandError
         return look_at_child(&paths, id, heatmap, output);
     }
     let target = Target::parse(&paths, args.target.as_deref().unwrap_or_default(), args.hub.hub.as_deref());
-    let runtime = super::runtime().map_err(CommandError::Runtime)?;
+    let runtime = runtime().map_err(CommandError::Runtime)?;
     let report = runtime.block_on(inspect(&paths, &target, heatmap))?;
     output.report(&report, show);
     Ok(ExitCode::SUCCESS)

@@ -2,11 +2,7 @@
 //!
 //! Dispatch happens in a process with a single thread. A command that needs tokio asks [`runtime`] for it.
 
-use std::io;
 use std::process::ExitCode;
-
-use tokio::runtime::Runtime;
-use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{CacheVerb, HubVerb, KernelVerb, Verb};
 use crate::failure::CommandError;
@@ -72,26 +68,4 @@ pub fn dispatch(
         Verb::Kill(args) => children::kill(&args, output),
         Verb::Cleanup => cleanup::run(output),
     }
-}
-
-/// Has Ctrl-C, SIGTERM and SIGHUP clean up and end the process with the status that shells give to that signal, from when
-/// this returns. Where signals cannot be had they end the process by themselves.
-fn end_on_signal(runtime: &Runtime, clean_up: impl FnOnce() + Send + 'static) {
-    let _context = runtime.enter();
-    let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
-    let [Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)] = kinds.map(signal) else { return };
-    runtime.spawn(async move {
-        let code = tokio::select! {
-            _ = interrupt.recv() => 130,
-            _ = terminate.recv() => 143,
-            _ = hangup.recv() => 129,
-        };
-        clean_up();
-        std::process::exit(code);
-    });
-}
-
-/// A tokio runtime for a command that does I/O; its threads start here and end with it.
-pub fn runtime() -> io::Result<Runtime> {
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }

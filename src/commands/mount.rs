@@ -17,6 +17,7 @@ use crate::cli::MountArgs;
 use crate::failure::CommandError;
 use crate::interrupt::stop_signal;
 use crate::output::Output;
+use crate::runtime::runtime;
 use forkd_engine::hub::mount::{Hub, MountOptions};
 use forkd_engine::local::mounts;
 use forkd_engine::local::paths::Paths;
@@ -95,7 +96,7 @@ fn serve(
         // No longer part of the terminal's session: Ctrl-C there does not reach it.
         let _ = rustix::process::setsid();
     }
-    let runtime = super::runtime().map_err(CommandError::Runtime)?;
+    let runtime = runtime().map_err(CommandError::Runtime)?;
     let _guard = runtime.enter();
     let (hub, cache) = (args.hub.hub.clone(), args.cache.options());
     let hub = runtime.block_on(Hub::open(paths, &MountOptions { hub, cache, deadline: args.deadline }))?;

@@ -6,9 +6,10 @@ use super::unpack::line;
 use crate::cli::PullArgs;
 use crate::failure::CommandError;
 use crate::output::Output;
+use crate::runtime::runtime;
 use forkd_engine::build::pull::{PullRequest, pull};
-use forkd_engine::hub::registry::Reference;
 use forkd_engine::local::paths::Paths;
+use forkd_engine::reference::Reference;
 
 /// Pulls.
 pub fn run(args: &PullArgs, output: &Output) -> Result<ExitCode, CommandError> {
@@ -21,8 +22,7 @@ pub fn run(args: &PullArgs, output: &Output) -> Result<ExitCode, CommandError> {
         force: args.force,
         cache: args.cache.options(),
     };
-    let unpacked =
-        super::runtime().map_err(CommandError::Runtime)?.block_on(pull(&paths, &request, output))?;
+    let unpacked = runtime().map_err(CommandError::Runtime)?.block_on(pull(&paths, &request, output))?;
     output.report(&unpacked, |unpacked| format!("pulled {reference} as {}", line(unpacked)));
     Ok(ExitCode::SUCCESS)
 }

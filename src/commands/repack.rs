@@ -7,6 +7,7 @@ use crate::cli::RepackArgs;
 use crate::failure::CommandError;
 use crate::interrupt;
 use crate::output::Output;
+use crate::runtime::runtime;
 use forkd_engine::build::pack::Compression;
 use forkd_engine::build::repack::{RepackRequest, repack};
 use forkd_engine::local::paths::Paths;
@@ -23,7 +24,7 @@ pub fn run(args: &RepackArgs, output: &Output) -> Result<ExitCode, CommandError>
         compression: Compression { chunk_bytes: args.chunk, level: args.level },
         cache: args.cache.options(),
     };
-    let runtime = super::runtime().map_err(CommandError::Runtime)?;
+    let runtime = runtime().map_err(CommandError::Runtime)?;
     let report = repack(&paths, &request, runtime.handle(), &interrupt::watch(), output)?;
     for note in &report.notes {
         output.note(format!("note: {note}"));

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use crate::cli::UnpackArgs;
 use crate::failure::CommandError;
 use crate::output::Output;
+use crate::runtime::runtime;
 use crate::units::show_size;
 use forkd_engine::build::unpack::{Unpacked, unpack_file};
 use forkd_engine::local::paths::Paths;
@@ -14,7 +15,7 @@ use forkd_fs::format::PACK_VERSION;
 pub fn run(args: &UnpackArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     let unpacking = unpack_file(&paths, &args.file, args.tag.as_deref(), args.force, output);
-    let unpacked = super::runtime().map_err(CommandError::Runtime)?.block_on(unpacking)?;
+    let unpacked = runtime().map_err(CommandError::Runtime)?.block_on(unpacking)?;
     output.report(&unpacked, |unpacked| format!("unpacked {}", line(unpacked)));
     Ok(ExitCode::SUCCESS)
 }

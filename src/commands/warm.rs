@@ -1,10 +1,10 @@
 //! `forkd warm`: keeps an image in memory, so that forks of it open no pack, decode nothing and wait for no page.
 
 use crate::cli::WarmArgs;
-use crate::commands::{end_on_signal, runtime};
 use crate::detach::{Detached, split};
 use crate::failure::CommandError;
 use crate::output::{Output, table};
+use crate::runtime::{end_on_signal, runtime};
 use crate::units::{show_since, show_size};
 use forkd_engine::fork::warm::hold::{self, Answers, HoldError, load};
 use forkd_engine::fork::warm::{Daemon, WarmError, WarmSocket, WarmStatus};

@@ -12,15 +12,16 @@ use forkd_engine::build::pull::PullError;
 use forkd_engine::build::repack::RepackError;
 use forkd_engine::build::unpack::UnpackPackError;
 use forkd_engine::hub::download::DownloadError;
-use forkd_engine::hub::inspect::InspectError;
 use forkd_engine::hub::mount::MountHubError;
 use forkd_engine::hub::publish::PublishError;
-use forkd_engine::hub::registry::{InvalidReference, RegistryError};
+use forkd_engine::hub::registry::RegistryError;
 use forkd_engine::hub::serve::ServeError;
+use forkd_engine::inspect::pack::InspectError;
 use forkd_engine::local::mounts::MountsError;
 use forkd_engine::local::run_dir::RunDirError;
 use forkd_engine::local::snapshots::SnapshotError;
 use forkd_engine::local::workspace::WorkspaceError;
+use forkd_engine::reference::InvalidReference;
 
 pub(super) fn snapshot(error: &SnapshotError) -> Row {
     let row = Row::failed("use the snapshot", "");

@@ -9,10 +9,11 @@ use forkd_fs::store::{OpenError, Store, StoreOptions};
 use crate::build::unpack::{UnpackPackError, Unpacked, from_store, unpack_file};
 use crate::hub::client;
 use crate::hub::download::{Download, DownloadError, registered_digest};
-use crate::hub::registry::{Reference, RegistryError, Resolved};
+use crate::hub::registry::{RegistryError, Resolved};
 use crate::local::paths::Paths;
 use crate::local::snapshots::SnapshotError;
 use crate::progress::Progress;
+use crate::reference::Reference;
 use forkd_fs::cache::CacheOptions;
 
 /// Why a pack cannot be pulled.

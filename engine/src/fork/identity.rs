@@ -1,5 +1,4 @@
-//! What makes a copy someone of its own: the generation record that a fork reads first. Callers: `supervisor.rs`, and
-//! `machine_build.rs`, whose trial restore must touch what real ones touch.
+//! What makes a copy someone of its own: the generation record that a fork reads first.
 
 use forkd_abi::generation::{Generation, GenerationError, NetworkIdentity};
 use std::collections::BTreeMap;

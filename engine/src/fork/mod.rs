@@ -2,7 +2,6 @@
 
 pub mod agent;
 pub mod ask;
-pub mod child_memory;
 pub mod children;
 pub mod identity;
 pub mod pagemap;

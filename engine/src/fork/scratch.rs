@@ -1,6 +1,6 @@
 //! Scratch disks: one sparse file a machine, without a name, in forkd's cache directory (the run directory is often in
 //! memory, and a scratch disk is there for what memory does not hold). The file is gone when its machine is, however that
-//! ends. Callers: `machine_build.rs`, `supervisor.rs`.
+//! ends.
 
 use crate::local::snapshots::{SnapshotError, file_error};
 use rustix::fs::SeekFrom;

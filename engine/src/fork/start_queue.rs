@@ -1,4 +1,4 @@
-//! Whose turn it is among the children of a fork that are more than the processors. Callers: `supervisor.rs`.
+//! Whose turn it is among the children of a fork that are more than the processors.
 //!
 //! Each waits at its first instruction until all have got there: guests that run already would take the time of those that
 //! start. Then they go on; where KVM emulates the guests' kernels, only as many at once as there are processors: a guest that

@@ -1,28 +1,28 @@
 //! The children of one fork: their processes, their progress, what is left of them. One supervisor is one process of
-//! `forkd fork`; it is also the pager of its children. Callers: `commands/fork.rs`.
+//! `forkd fork`; it is also the pager of its children.
 
+mod error;
 mod reports;
 mod spec;
 
+pub use error::StartError;
 pub use spec::{ChildrenSpec, ResourceLimits};
 
 use crate::chain::chain;
-use crate::fork::identity::{self, IdentityError};
+use crate::fork::identity;
 use crate::fork::scratch::Scratch;
 use crate::fork::start_queue::StartQueue;
 use crate::fork::template::Template;
-use crate::local::paths::{Paths, PathsError};
-use crate::local::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir, RunDirError};
-use crate::local::snapshots::SnapshotError;
-use crate::network::wire::{ChildNetwork, NetworkError, NetworkStatus, Networks};
+use crate::local::paths::Paths;
+use crate::local::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir};
+use crate::network::wire::{ChildNetwork, NetworkStatus, Networks};
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::kvm::KvmKind;
-use forkd_vmm::pager::{ClientId, PagerError};
+use forkd_vmm::pager::ClientId;
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, monotonic_ns};
-use forkd_vmm::zygote::{SpawnError, Zygote};
+use forkd_vmm::zygote::Zygote;
 use rustix::fd::AsFd;
 use std::fs::File;
-use std::io;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -33,56 +33,6 @@ use std::time::Duration;
 const PAUSE: Duration = Duration::from_millis(200);
 /// A child that waits longer than this for one chunk counts as stalled.
 const STALLED_AFTER: Duration = Duration::from_secs(1);
-
-/// A fork could not be started.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// forkd's directories.
-    #[error(transparent)]
-    Paths(#[from] PathsError),
-    /// The run directory.
-    #[error(transparent)]
-    RunDir(#[from] RunDirError),
-    /// A process.
-    #[error(transparent)]
-    Spawn(#[from] SpawnError),
-    /// The pager.
-    #[error(transparent)]
-    Pager(#[from] PagerError),
-    /// A file of a child.
-    #[error("{operation} {} failed", path.display())]
-    File {
-        /// What was tried.
-        operation: &'static str,
-        /// On what.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// A thread of its own.
-    #[error("a thread that looks after the children cannot be started")]
-    Thread(#[source] io::Error),
-    /// A scratch disk.
-    #[error(transparent)]
-    Scratch(#[from] SnapshotError),
-    /// The children's networks.
-    #[error(transparent)]
-    Network(#[from] NetworkError),
-    /// The children's identities.
-    #[error(transparent)]
-    Identity(#[from] IdentityError),
-    /// A limit was asked for that this host cannot set.
-    #[error(
-        "{option} cannot be kept: this host has no cgroup (version 2) with a {controller} limit to hand on"
-    )]
-    NoLimit {
-        /// What was asked for.
-        option: &'static str,
-        /// What is missing.
-        controller: &'static str,
-    },
-}
 
 /// When something happened, and how much of the pack was there.
 #[derive(Debug, Clone, Copy)]

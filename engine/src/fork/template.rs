@@ -1,14 +1,14 @@
 //! The one place where packs and machines meet: a pack's files become the images that machines map.
 //!
 //! A *lazy* template reads machine state from an opened pack and lets a pager fill the images while machines run; a
-//! *local* one maps the files of a snapshot on disk. Callers: `supervisor.rs`, `commands/fork.rs`.
+//! *local* one maps the files of a snapshot on disk.
 
 use crate::local::host::{self, HostError};
 use crate::local::snapshots::{
     self, CONFIGURATION_MAX, Configuration, FOREIGN_MACHINE, SnapshotError, file_error,
 };
 use crate::picture::timeline::Recorder;
-use forkd_fs::index::{ChunkId as PackChunk, FileId};
+use forkd_fs::index::ChunkId as PackChunk;
 use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
 use forkd_fs::prefetch;
 use forkd_fs::source::Class;
@@ -16,9 +16,7 @@ use forkd_fs::store::{ChunkData, OnChunk, Progress, ReadError, Store};
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryError, create_image, longest_runs};
-use forkd_vmm::pager::{
-    ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, PagerError, PagerStats, SourceFailure,
-};
+use forkd_vmm::pager::{ChunkId, ImageShape, Pager, PagerError, PagerStats};
 use forkd_vmm::process::Start;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::fs::File;
@@ -26,12 +24,13 @@ use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::runtime::Handle;
 
 mod hot_pages;
 mod quality;
 mod resident;
+mod store_pages;
 
 use hot_pages::HotPages;
 use quality::FaultCounts;
@@ -39,6 +38,8 @@ pub use quality::{FaultFigures, PrefetchFigures};
 #[cfg(test)]
 pub(crate) use resident::empty_template;
 pub use resident::{Resident, ResidentError};
+pub use store_pages::Unavailable;
+use store_pages::{IMAGE_FILES, StorePages};
 
 /// Largest small file that is read whole: vmstate and trace stay well below.
 const SMALL_FILE_MAX: u64 = 8 << 20;
@@ -81,95 +82,6 @@ pub enum TemplateError {
         /// The image's size.
         allowed: u64,
     },
-}
-
-/// A chunk that machines wait for and that will not come.
-#[derive(Debug, Clone)]
-pub struct Unavailable {
-    /// The chunk.
-    pub chunk: ChunkId,
-    /// The machines that wait for it.
-    pub waiters: Vec<ClientId>,
-    /// Why, with causes.
-    pub error: String,
-}
-
-/// The file of a pack behind each image.
-const IMAGE_FILES: [&str; 2] = [snapshots::MEMORY, snapshots::ROOT_DISK];
-
-/// Supplies a pack's chunks to the pager.
-struct StorePages {
-    store: Arc<Store>,
-    runtime: Handle,
-    files: Vec<Option<FileId>>,
-    shapes: Vec<ImageShape>,
-    unavailable: Mutex<Vec<Unavailable>>,
-    recorder: OnceLock<Arc<Recorder>>,
-    faults: FaultCounts,
-}
-
-impl StorePages {
-    fn pack_chunk(&self, chunk: ChunkId) -> Option<PackChunk> {
-        let file = self.files[chunk.image.index()]?;
-        let number = u32::try_from(chunk.chunk).ok()?;
-        // The image may be longer than the file: its rest is zero.
-        (number < self.store.index().chunk_count(file)).then_some(PackChunk { file, chunk: number })
-    }
-
-    fn is_zero(&self, chunk: ChunkId) -> bool {
-        self.pack_chunk(chunk).is_none_or(|chunk| self.store.index().is_zero(chunk))
-    }
-
-    /// A pack's chunk as the image has it. A file that ends in the middle of a chunk is followed by zeros: the image is
-    /// as long as the device needs.
-    fn content(&self, chunk: ChunkId, data: ChunkData) -> ChunkContent {
-        let ChunkData::Data(bytes) = data else { return ChunkContent::Zero };
-        let expected = self.shapes[chunk.image.index()].range(chunk.chunk);
-        let expected = (expected.end - expected.start) as usize;
-        let last = self
-            .pack_chunk(chunk)
-            .is_some_and(|chunk| chunk.chunk + 1 == self.store.index().chunk_count(chunk.file));
-        if bytes.len() >= expected || !last {
-            return ChunkContent::Data(bytes);
-        }
-        let mut whole = Vec::with_capacity(expected);
-        whole.extend_from_slice(&bytes);
-        whole.resize(expected, 0);
-        ChunkContent::Data(whole.into())
-    }
-
-    fn image_chunk(&self, chunk: PackChunk) -> Option<ChunkId> {
-        let position = self.files.iter().position(|file| *file == Some(chunk.file))?;
-        Some(ChunkId { image: ImageId::ALL[position], chunk: chunk.chunk.into() })
-    }
-}
-
-impl PageSource for StorePages {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
-        let Some(wanted) = self.pack_chunk(chunk) else { return Ok(ChunkContent::Zero) };
-        Ok(self.content(chunk, self.runtime.block_on(self.store.chunk(wanted))?))
-    }
-
-    fn unavailable(&self, chunk: ChunkId, waiters: &[ClientId], failure: SourceFailure) {
-        if matches!(failure.downcast_ref(), Some(ReadError::Stopped)) {
-            // forkd is ending, and its machines with it.
-            return;
-        }
-        let error = crate::chain::chain(&*failure);
-        tracing::error!(?chunk, error, "a chunk that machines wait for cannot be had");
-        let mut list = self.unavailable.lock().unwrap_or_else(PoisonError::into_inner);
-        list.push(Unavailable { chunk, waiters: waiters.to_vec(), error });
-    }
-
-    fn faulted(&self, _client: ClientId, image: ImageId, offset: u64) {
-        self.faults.count(image, offset);
-    }
-
-    fn served(&self, chunk: ChunkId, since: Instant, waiters: &[ClientId]) {
-        if let Some(recorder) = self.recorder.get() {
-            recorder.served(IMAGE_FILES[chunk.image.index()], chunk.chunk, since, waiters.len());
-        }
-    }
 }
 
 /// Where the images of a template are.

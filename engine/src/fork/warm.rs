@@ -5,7 +5,7 @@
 //! <runtime>/warm/<family>-<key>.sock    SOCK_SEQPACKET; the family says what was named, the key what it was then
 //! ```
 //! A daemon's own directory is private, but who asks may find one that somebody else made first (in a shared temporary
-//! directory): what answers must be a process of the same user. Callers: `commands/{warm,fork,cleanup}.rs`.
+//! directory): what answers must be a process of the same user.
 
 use crate::fork::template::Resident;
 use crate::local::paths::{Paths, PathsError};

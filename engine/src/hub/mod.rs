@@ -3,7 +3,6 @@
 pub mod cached;
 pub mod client;
 pub mod download;
-pub mod inspect;
 pub mod mount;
 pub mod publish;
 pub mod range;

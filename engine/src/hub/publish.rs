@@ -20,7 +20,8 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
-use crate::hub::registry::{self, LATEST, PackageName, Registry, RegistryError, SCHEMA_VERSION, Version};
+use crate::hub::registry::{self, Registry, RegistryError, SCHEMA_VERSION, Version};
+use crate::reference::{LATEST, PackageName};
 
 /// The file whose lock orders publications into one folder.
 const LOCK: &str = ".registry.lock";

@@ -3,7 +3,9 @@
 use forkd_fs::store::PackSource;
 
 use super::*;
+use crate::reference::{LATEST, PackageName, Reference};
 use proptest::prelude::*;
+use std::path::Path;
 
 fn catalogue(address: HubAddress, json: &str) -> Catalogue {
     let registry = Registry::parse(json.as_bytes(), "test").unwrap();

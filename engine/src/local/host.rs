@@ -1,5 +1,5 @@
 //! Whether this host's processor can go on with a snapshot, which was warmed on another: programs in it chose their code by
-//! what CPUID showed them. Callers: `template.rs`, `commands/build.rs`.
+//! what CPUID showed them.
 
 use forkd_fs::manifest::Requires;
 use forkd_vmm::cpuid::HostCpu;

@@ -13,8 +13,8 @@ use rustix::io::Errno;
 use rustix::mount::{UnmountFlags, unmount};
 use serde::{Deserialize, Serialize};
 
-use crate::hub::registry::Reference;
 use crate::local::paths::{Paths, PathsError};
+use crate::reference::Reference;
 
 /// How the source of our mounts starts in /proc/self/mountinfo; the hub's address follows.
 pub const SOURCE_PREFIX: &str = "forkd:";

@@ -9,7 +9,6 @@
 //!                        cgroups         path of the directory with the children's cgroups, where they have any
 //!                        workspace_parent path of the directory in which its workspace lies (`workspace.rs`)
 //! ```
-//! Callers: `supervisor.rs`, `machine_build.rs`, `workspace.rs`, and the commands that look at running children.
 
 use crate::local::paths::{Paths, PathsError};
 use crate::network::wire::NetworkStatus;

@@ -12,7 +12,7 @@
 //! | `.console` | what its machine printed while it was built; not in packs, as all names that start with a dot |
 //!
 //! A snapshot comes into being in a temporary directory beside its final place and is renamed, so a tag is either
-//! whole or absent. Callers: `machine_build.rs`, `template.rs`, commands.
+//! whole or absent.
 
 use crate::local::paths::{Paths, PathsError};
 use crate::local::work_dir::{self, WorkDir};

@@ -1,6 +1,5 @@
 //! Directories and files that a process works on and that end with it: each is locked (flock(2)) as long as its maker
-//! lives, so that whoever comes next can tell what the dead have left, and remove it. Callers: `snapshot.rs` (drafts),
-//! `kernel.rs`, `recipe/root_disk.rs`, `workspace.rs`, `download.rs`, `commands/cleanup.rs`.
+//! lives, so that whoever comes next can tell what the dead have left, and remove it.
 
 use crate::local::mounts;
 use rustix::fs::{FlockOperation, Mode, OFlags, flock, open};

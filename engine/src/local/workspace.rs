@@ -1,7 +1,6 @@
 //! The directory beside `--out` in which a pack is put together, and taken apart before. It goes when the command ends,
 //! fails or is interrupted; what a killed one left goes when the next one works in the same place, or with
-//! `forkd cleanup`, which learns of the place from the command's run directory. Callers: `commands/pack.rs`,
-//! `repack.rs`, `trace.rs` and `cleanup.rs`.
+//! `forkd cleanup`, which learns of the place from the command's run directory.
 
 use std::fs::{self, File};
 use std::io;

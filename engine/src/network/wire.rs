@@ -2,7 +2,7 @@
 //!
 //! Nothing has a name outside of the namespace, and the namespace has none either: it lives as long as the tap's
 //! descriptor, which the machine's process holds, or the supervisor's. So nothing is left however they end. There is no
-//! way out of the namespace unless somebody adds one. Callers: `supervisor.rs`.
+//! way out of the namespace unless somebody adds one.
 
 use forkd_abi::generation::NetworkIdentity;
 use forkd_abi::netlink::{self, NetlinkError, Requests};

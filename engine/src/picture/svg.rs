@@ -1,5 +1,5 @@
 //! Pictures as SVG files: bars, texts, legends, and how such a file comes into its place. What is in a picture is its
-//! caller's business. Callers: `timeline.rs`, `heatmap.rs`, commands.
+//! caller's business.
 
 use std::fs::Permissions;
 use std::io::{self, Write};

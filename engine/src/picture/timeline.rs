@@ -1,5 +1,5 @@
 //! What happened when during one fork, for `forkd fork --timeline`: a [`Recorder`] hears of requests, decodings and
-//! faults, and `draw` makes a picture of it. Callers: `commands/fork.rs`, `sandbox.rs` (which reports faults).
+//! faults, and `draw` makes a picture of it.
 //!
 //! Without `--timeline` there is no recorder, and nothing is measured for one.
 

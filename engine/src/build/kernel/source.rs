@@ -7,7 +7,7 @@ use crate::build::tools::{self, Tool};
 use crate::interrupt::Interrupt;
 use crate::progress::{Amount, Progress};
 
-use super::KernelError;
+use super::error::KernelError;
 
 /// Where Debian's and Ubuntu's source packages put their archives.
 const SOURCE_DIR: &str = "/usr/src";

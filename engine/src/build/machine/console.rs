@@ -1,5 +1,5 @@
 //! What the console of a machine that is built holds, in a file that its guest fills: its end for an error, its beginning
-//! to keep. Callers: `machine_build.rs`.
+//! to keep.
 
 use crate::local::snapshots::{SnapshotError, file_error};
 use forkd_vmm::devices::serial::CONSOLE_MAX;

@@ -1,7 +1,8 @@
 //! Recording a trace: a snapshot is restored a few times, page by page, and what is touched until its probe is answered is
-//! written down, with the pages themselves. Callers: `machine_build.rs` for a new snapshot, `commands/trace.rs` for an old one.
+//! written down, with the pages themselves.
 
-use super::{BuildError, Failure, INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, Rig, open, run_probe};
+use super::error::{BuildError, Failure};
+use super::rig::{BuildMachine, INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, open, run_probe};
 use crate::build::recipe::Probe;
 use crate::fork::agent::AgentClient;
 use crate::fork::identity;
@@ -100,14 +101,14 @@ pub struct Trial {
 }
 
 /// Serves pages of a snapshot's files one by one and notes which were asked for, and when.
-struct Recorder {
+struct PageRecorder {
     files: Vec<File>,
     page_delay: Duration,
     /// Image, moment on CLOCK_MONOTONIC (ns), page.
     touched: Mutex<Vec<(ImageId, u64, u32)>>,
 }
 
-impl PageSource for Recorder {
+impl PageSource for PageRecorder {
     fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
         let touch = (chunk.image, monotonic_ns(), chunk.chunk as u32);
         self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(touch);
@@ -157,7 +158,10 @@ fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), us
 }
 
 /// Connects before the machine is ready, as a fork does that is asked something: after its first instruction.
-fn connect_early(machine: &Rig<'_>, doing: &'static str) -> Receiver<Result<AgentClient, BuildError>> {
+fn connect_early(
+    machine: &BuildMachine<'_>,
+    doing: &'static str,
+) -> Receiver<Result<AgentClient, BuildError>> {
     let (sender, connected) = mpsc::channel();
     let socket = machine.socket.clone();
     std::thread::spawn(move || {
@@ -181,7 +185,7 @@ fn record_touches(
     let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
     let files = paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
     let page_delay = trial.page_delay;
-    let recorder = Arc::new(Recorder { files, page_delay, touched: Mutex::default() });
+    let recorder = Arc::new(PageRecorder { files, page_delay, touched: Mutex::default() });
     let shape = |id: &ImageId| ImageShape { bytes: layout.image_bytes(*id), chunk_bytes: PAGE };
     let shapes: Vec<_> = ids.iter().map(|id| (*id, shape(id))).collect();
     let pager = Pager::new(&shapes, recorder.clone(), 1)?;
@@ -196,7 +200,8 @@ fn record_touches(
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
     let images: Vec<_> = images.iter().collect();
-    let machine = Rig::spawn(machines, &spec, &images, &vmstate, None, (&trials.scratch, trials.interrupt))?;
+    let machine =
+        BuildMachine::spawn(machines, &spec, &images, &vmstate, None, (&trials.scratch, trials.interrupt))?;
     let moments = run_trial(&machine, &pager, trials, trial).map_err(|error| machine.failed(error))?;
     drop(machine);
     let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
@@ -207,7 +212,7 @@ fn record_touches(
 /// Serves a trial's machine until its probe is answered; returns when it had resumed and was ready, which is when the
 /// second and third phase begin (CLOCK_MONOTONIC, ns).
 fn run_trial(
-    machine: &Rig<'_>,
+    machine: &BuildMachine<'_>,
     pager: &Pager,
     trials: &Trials<'_>,
     trial: &Trial,
@@ -228,7 +233,7 @@ fn run_trial(
 
 /// Asks the probe. The user can end it, which takes the machine's end: an answer may be minutes away.
 fn ask(
-    machine: &Rig<'_>,
+    machine: &BuildMachine<'_>,
     trials: &Trials<'_>,
     early: Option<Receiver<Result<AgentClient, BuildError>>>,
     doing: &'static str,

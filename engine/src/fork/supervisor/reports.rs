@@ -1,4 +1,4 @@
-//! What children report, and what follows from it: their states, their turns, their ends. Callers: `supervisor.rs`.
+//! What children report, and what follows from it: their states, their turns, their ends.
 
 use super::{Child, Milestone, Supervisor};
 use crate::chain::chain;

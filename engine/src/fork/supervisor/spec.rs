@@ -1,6 +1,6 @@
-//! What the children of a fork are to be. Callers: `supervisor.rs` and whoever has one made.
+//! What the children of a fork are to be.
 
-use super::StartError;
+use super::error::StartError;
 use crate::fork::variables::Variables;
 use crate::network::wire::NetworkMode;
 use forkd_vmm::cgroup::Limits;

@@ -1,6 +1,6 @@
-//! The working set's pages that a pack stores by themselves, and how they get into images. Callers: `template.rs`.
+//! The working set's pages that a pack stores by themselves, and how they get into images.
 
-use super::{IMAGE_FILES, StorePages};
+use super::store_pages::{IMAGE_FILES, StorePages};
 use crate::local::snapshots;
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
 use forkd_fs::prefetch;

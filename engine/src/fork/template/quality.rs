@@ -1,5 +1,5 @@
 //! How good a pack's trace was for a fork: which faults it has not spared, and what of the pages fetched ahead was of any
-//! use. Callers: `template.rs`, whose figures `commands/fork_report.rs` prints.
+//! use.
 
 use crate::fork::pagemap::{self, PAGE, PageState, Pagemap};
 use forkd_fs::trace::Trace;

@@ -1,5 +1,4 @@
-//! A template whose images are whole and in memory, on its way from one process to another. Callers: `warm.rs`,
-//! `commands/{warm,fork}.rs`.
+//! A template whose images are whole and in memory, on its way from one process to another.
 
 use super::{Images, Template, TemplateError, images_of};
 use crate::local::snapshots::{Configuration, SnapshotError, file_error};

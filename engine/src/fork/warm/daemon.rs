@@ -1,4 +1,4 @@
-//! The daemon's side of an image that stays in memory. Callers: `commands/warm.rs`.
+//! The daemon's side of an image that stays in memory.
 
 use super::{Request, WarmError, WarmImage, WarmSocket, WarmStatus, seqpacket};
 use crate::fork::template::Template;

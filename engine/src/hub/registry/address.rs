@@ -1,16 +1,12 @@
-//! Where a hub's registry is, and reading it. Used through [`super::Catalogue`].
+//! Where a hub's registry is.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use forkd_fs::source::{HttpClient, HttpError, redact_url};
+use forkd_fs::source::redact_url;
 use forkd_fs::store::PackSource;
 use url::Url;
 
-use super::{Catalogue, FILE_NAME, MAX_LEN, Registry, RegistryCopies, RegistryError, read_capped};
-
-/// How long a hub may refuse before the copy of its registry serves.
-const PATIENCE_WITH_COPY: Duration = Duration::from_millis(500);
+use super::format::{FILE_NAME, RegistryError};
 
 /// Where a registry is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,56 +58,6 @@ impl HubAddress {
         }
     }
 
-    /// Fetches and checks the registry: one GET. While the hub cannot be reached, the copy kept of it when it was last
-    /// read serves instead, with a warning.
-    pub async fn load(self, http: &HttpClient, copies: &RegistryCopies) -> Result<Catalogue, RegistryError> {
-        let Some(copy) = copies.find(&self) else { return self.fetch(http, copies).await };
-        let error = match self.fetch_within(Some(PATIENCE_WITH_COPY), http, copies).await {
-            Err(RegistryError::Fetch(error)) if is_away(&error) => error,
-            // It is there, and may only want a moment.
-            Err(RegistryError::Fetch(HttpError::Deadline { .. })) => return self.fetch(http, copies).await,
-            fetched => return fetched,
-        };
-        let registry = Registry::parse(&copy.bytes, &self.to_string())?;
-        tracing::warn!(
-            hub = %self,
-            error = %crate::chain::chain(&error),
-            "the hub cannot be reached: using its registry as it was {} ago",
-            humantime::format_duration(Duration::from_secs(copy.age.as_secs()))
-        );
-        Ok(Catalogue { registry, address: self })
-    }
-
-    /// Fetches and checks the registry as it is now, and keeps a copy for when the hub is away.
-    pub async fn fetch(
-        &self,
-        http: &HttpClient,
-        copies: &RegistryCopies,
-    ) -> Result<Catalogue, RegistryError> {
-        self.fetch_within(None, http, copies).await
-    }
-
-    async fn fetch_within(
-        &self,
-        patience: Option<Duration>,
-        http: &HttpClient,
-        copies: &RegistryCopies,
-    ) -> Result<Catalogue, RegistryError> {
-        let bytes = match self {
-            HubAddress::Url(url) => {
-                http.authorize(url.as_str());
-                match patience {
-                    Some(patience) => http.get_within(url.as_str(), MAX_LEN, patience).await?,
-                    None => http.get(url.as_str(), MAX_LEN).await?,
-                }
-            }
-            HubAddress::Path(path) => read_capped(path)?.into(),
-        };
-        let registry = Registry::parse(&bytes, &self.to_string())?;
-        copies.keep(self, &bytes);
-        Ok(Catalogue { registry, address: self.clone() })
-    }
-
     /// Where `url`, as an entry of the registry at this address spells it, leads. A registry on the web cannot point
     /// at local files; a local one can point at both.
     pub(super) fn join(&self, url: &str) -> Result<PackSource, &'static str> {
@@ -134,15 +80,6 @@ impl HubAddress {
                 Err(_) => Ok(PackSource::Path(path.parent().unwrap_or(Path::new(".")).join(url))),
             },
         }
-    }
-}
-
-/// Whether a host is away, rather than there and saying no.
-fn is_away(error: &HttpError) -> bool {
-    match error {
-        HttpError::Deadline { last, .. } => is_away(last),
-        HttpError::Connect { .. } | HttpError::Transfer { .. } | HttpError::Stalled { .. } => true,
-        _ => false,
     }
 }
 

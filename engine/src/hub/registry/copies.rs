@@ -1,5 +1,5 @@
 //! The registry last read from each hub on the web, kept so that packs which are complete in the cache mount and fork
-//! while the hub is away. Read by [`super::HubAddress::load`] and `forkd cache`.
+//! while the hub is away. Read by `HubAddress::load`.
 
 use std::fs;
 use std::io::{self, Write};
@@ -9,7 +9,9 @@ use std::time::{Duration, SystemTime};
 use forkd_fs::digest::Digest;
 use rustix::fs::{FlockOperation, flock};
 
-use super::{Catalogue, HubAddress, Registry, read_capped};
+use super::address::HubAddress;
+use super::catalogue::Catalogue;
+use super::format::{Registry, read_capped};
 use crate::local::paths::Paths;
 use crate::local::work_dir;
 

@@ -1,5 +1,5 @@
 //! The picture of a [`super::Recorder`]'s events and of the children's moments. Pure: it gets numbers and makes
-//! shapes. Callers: `commands/fork.rs`.
+//! shapes.
 
 use super::{Events, Span};
 use crate::picture::sizes::show_size;

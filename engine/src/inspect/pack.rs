@@ -14,14 +14,12 @@ use serde::Serialize;
 use crate::build::unpack::LEGACY_LIMIT;
 use crate::hub::client;
 use crate::hub::registry::RegistryError;
+use crate::inspect::heatmap;
+use crate::inspect::working_set::{WorkingSet, WorkingSetWeight, share};
 use crate::local::paths::Paths;
 use crate::local::snapshots::FOREIGN_MACHINE;
 use crate::picture::svg::PictureError;
 use crate::target::Target;
-
-mod heatmap;
-pub mod working_set;
-use working_set::{WorkingSet, share};
 
 /// A pack as `forkd inspect --json` shows it. Of the predecessor's packs only the first half is known.
 #[derive(Debug, Serialize)]
@@ -55,7 +53,7 @@ pub struct PackDescription {
     /// Its chunks.
     pub chunks: Option<Chunks>,
     /// What a fork touches, as recorded; null without a trace.
-    pub working_set: Option<working_set::WorkingSetWeight>,
+    pub working_set: Option<WorkingSetWeight>,
     /// Its index.
     pub index: Option<Pin>,
     /// What was fetched to say all this.

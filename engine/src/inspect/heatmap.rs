@@ -6,7 +6,7 @@ use forkd_fs::index::{ChunkId, FileId};
 use forkd_fs::store::Store;
 use forkd_fs::trace::bucket_name;
 
-use super::working_set::WorkingSet;
+use crate::inspect::working_set::WorkingSet;
 use crate::local::paths::Paths;
 use crate::picture::heatmap::{Cell, Heatmap, ImageCells};
 use crate::picture::svg::{Key, PALE};
