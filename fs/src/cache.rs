@@ -10,7 +10,6 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::SystemTime;
 
 use bytes::Bytes;
 
@@ -20,60 +19,10 @@ use crate::index::Index;
 mod disk;
 
 use disk::Disk;
+pub use disk::{CacheOptions, Collected, Survey, Verified};
 
 /// Frames waiting to be written; more are written by whoever has them.
 const QUEUE: usize = 256;
-
-/// How large a cache may grow.
-#[derive(Debug, Clone, Copy)]
-pub struct CacheOptions {
-    /// Bytes of frames kept at most; the longest unused go first. One process may exceed it by a sixteenth before it looks.
-    pub max_bytes: u64,
-    /// Bytes of the disk to leave to others: the cache shrinks, down to nothing, rather than take them. `None` is a
-    /// twentieth of the disk and 1 GiB at most.
-    pub min_free_bytes: Option<u64>,
-}
-
-impl Default for CacheOptions {
-    fn default() -> Self {
-        Self { max_bytes: 10 << 30, min_free_bytes: None }
-    }
-}
-
-/// What a cache holds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Survey {
-    /// Frames.
-    pub entries: u64,
-    /// Their bytes.
-    pub bytes: u64,
-    /// Frames that failed their digest and were put aside.
-    pub damaged: u64,
-    /// Files that are being written, or were when their process died.
-    pub unfinished: u64,
-    /// When the longest unused entry was last used, to about ten minutes.
-    pub oldest_use: Option<SystemTime>,
-}
-
-/// What [`ChunkCache::verify`] found.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Verified {
-    /// Frames read and hashed.
-    pub entries: u64,
-    /// Their bytes.
-    pub bytes: u64,
-    /// How many of them failed, and are put aside now.
-    pub damaged: u64,
-}
-
-/// What [`ChunkCache::collect`] removed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Collected {
-    /// Files.
-    pub files: u64,
-    /// Their bytes.
-    pub bytes: u64,
-}
 
 /// Verified frames on disk. Reads happen on the calling thread, writes on a thread of its own.
 #[derive(Debug)]
@@ -116,7 +65,7 @@ impl ChunkCache {
     pub fn put(&self, digest: Digest, frame: Bytes) {
         let Some(disk) = &self.disk else { return };
         match self.sender(disk).map(|jobs| jobs.try_send(Job::Put(digest, frame))) {
-            Some(Err(TrySendError::Full(job) | TrySendError::Disconnected(job))) => disk.run(job),
+            Some(Err(TrySendError::Full(job) | TrySendError::Disconnected(job))) => job.run(disk),
             Some(Ok(())) | None => {}
         }
     }
@@ -163,6 +112,15 @@ impl ChunkCache {
     }
 }
 
+impl Job {
+    fn run(self, disk: &Disk) {
+        match self {
+            Job::Flush(done) => drop(done.send(())),
+            Job::Put(digest, frame) => disk.put(digest, &frame),
+        }
+    }
+}
+
 impl Drop for ChunkCache {
     fn drop(&mut self) {
         let Some(writer) = self.writer.get() else { return };
@@ -177,7 +135,7 @@ impl Drop for ChunkCache {
 impl Writer {
     fn start(disk: Arc<Disk>) -> Self {
         let (jobs, queue): (_, Receiver<Job>) = sync_channel(QUEUE);
-        let work = move || queue.into_iter().for_each(|job| disk.run(job));
+        let work = move || queue.into_iter().for_each(|job: Job| job.run(&disk));
         // Without a thread the queue is disconnected and callers write by themselves.
         let thread = std::thread::Builder::new().name("forkd-cache".into()).spawn(work).ok();
         Self { jobs: Mutex::new(Some(jobs)), thread: Mutex::new(thread) }

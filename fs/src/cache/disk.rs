@@ -1,4 +1,4 @@
-//! The cache's directory: entries, their bounds, and what is put aside. Used by [`super::ChunkCache`] alone.
+//! The cache's directory: entries, their bounds, and what is put aside.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -10,7 +10,6 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use rustix::fs::{Access, FlockOperation, access, flock, statvfs};
 
-use super::{CacheOptions, Collected, Job, Survey, Verified};
 use crate::digest::Digest;
 
 /// An entry's time of last use is this exact, to spare a write on every read.
@@ -25,6 +24,57 @@ const MOST_RESERVED: u64 = 1 << 30;
 const LARGEST_FRAME: u64 = 64 << 20;
 /// How the names of unfinished files start.
 const TEMPORARY: &str = ".tmp-";
+
+/// How large a cache may grow.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheOptions {
+    /// Bytes of frames kept at most; the longest unused go first. One process may exceed it by a sixteenth before it looks.
+    pub max_bytes: u64,
+    /// Bytes of the disk to leave to others: the cache shrinks, down to nothing, rather than take them. `None` is a
+    /// twentieth of the disk and 1 GiB at most.
+    pub min_free_bytes: Option<u64>,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        Self { max_bytes: 10 << 30, min_free_bytes: None }
+    }
+}
+
+/// What a cache holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Survey {
+    /// Frames.
+    pub entries: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Frames that failed their digest and were put aside.
+    pub damaged: u64,
+    /// Files that are being written, or were when their process died.
+    pub unfinished: u64,
+    /// When the longest unused entry was last used, to about ten minutes.
+    pub oldest_use: Option<SystemTime>,
+}
+
+/// What [`super::ChunkCache::verify`] found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Frames read and hashed.
+    pub entries: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// How many of them failed, and are put aside now.
+    pub damaged: u64,
+}
+
+/// What [`super::ChunkCache::collect`] removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Collected {
+    /// Files.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
 
 #[derive(Debug)]
 pub(super) struct Disk {
@@ -135,24 +185,20 @@ impl Disk {
         tracing::warn!(path = %path.display(), "a damaged cache entry is put aside");
     }
 
-    pub(super) fn run(&self, job: Job) {
-        match job {
-            Job::Flush(done) => drop(done.send(())),
-            Job::Put(digest, frame) => {
-                let len = frame.len() as u64;
-                if !self.has_room(len) {
-                    return;
-                }
-                if let Err(error) = self.write(digest, &frame) {
-                    self.warn(&error);
-                    return;
-                }
-                let unchecked = self.unchecked.fetch_add(len, Relaxed) + len;
-                if unchecked > self.max_bytes / 16 {
-                    self.unchecked.store(0, Relaxed);
-                    self.evict(0);
-                }
-            }
+    /// Writes a frame that hashes to `digest`, if there is room for it.
+    pub(super) fn put(&self, digest: Digest, frame: &[u8]) {
+        let len = frame.len() as u64;
+        if !self.has_room(len) {
+            return;
+        }
+        if let Err(error) = self.write(digest, frame) {
+            self.warn(&error);
+            return;
+        }
+        let unchecked = self.unchecked.fetch_add(len, Relaxed) + len;
+        if unchecked > self.max_bytes / 16 {
+            self.unchecked.store(0, Relaxed);
+            self.evict(0);
         }
     }
 

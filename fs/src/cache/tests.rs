@@ -1,7 +1,7 @@
 //! Tests of the cache: sharing, damage, bounds and disks that refuse.
 
 use std::fs::{self, File};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::*;
 use rustix::fs::{FlockOperation, flock};
