@@ -13,14 +13,16 @@
 //! pack's digests vouch for the bytes.
 
 use std::future::Future;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::{Bytes, BytesMut};
 
 mod directory;
+mod fields;
 mod inode;
 
 pub use directory::DirEntry;
+use fields::{time, u16_at, u32_at, u64_at};
 use inode::Data;
 pub use inode::{Node, mode};
 
@@ -226,28 +228,4 @@ impl<R: ReadImage> Image<R> {
         }
         Ok(target)
     }
-}
-
-/// Seconds and nanoseconds since 1970 as a time; before it when the seconds are negative.
-fn time(seconds: u64, nanoseconds: u32) -> SystemTime {
-    let seconds = seconds as i64;
-    let whole = Duration::from_secs(seconds.unsigned_abs());
-    let time = match seconds < 0 {
-        true => SystemTime::UNIX_EPOCH.checked_sub(whole),
-        false => SystemTime::UNIX_EPOCH.checked_add(whole),
-    };
-    let within = Duration::from_nanos(u64::from(nanoseconds.min(999_999_999)));
-    time.and_then(|time| time.checked_add(within)).unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([bytes[at], bytes[at + 1]])
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }

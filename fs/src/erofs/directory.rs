@@ -12,7 +12,9 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use super::{ErofsError, Image, Node, ReadImage, u16_at, u64_at};
+use super::fields::{u16_at, u64_at};
+use super::inode::Node;
+use super::{ErofsError, Image, ReadImage};
 
 const ENTRY_LEN: usize = 12;
 /// EROFS_NAME_LEN.

@@ -3,7 +3,7 @@
 
 use std::time::SystemTime;
 
-use super::{time, u16_at, u32_at, u64_at};
+use super::fields::{time, u16_at, u32_at, u64_at};
 
 /// Bytes of an extended inode; a compact one has half.
 pub(super) const EXTENDED_LEN: u64 = 64;
