@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::source::Class;
+use crate::source::class::Class;
 
 /// Hears of what one store does. Called from its tasks and threads: an observer that blocks holds them up.
 pub trait Observer: Debug + Send + Sync {

@@ -19,7 +19,7 @@ use crate::format::MANIFEST;
 use crate::index::{ChunkId, ChunkSpan, FileId, Index};
 use crate::manifest::{MAX_MANIFEST_LEN, Manifest};
 use crate::observe::Observer;
-use crate::source::{Class, Deadlines, FileSource, HttpClient, Source, SourceError, redact_url};
+use crate::source::{Class, Deadlines, FileSource, HttpClient, HttpSource, Source, SourceError, redact_url};
 
 mod error;
 mod flight;
@@ -77,7 +77,7 @@ impl PackLocation {
         let deadlines = Deadlines { demand: options.demand_deadline, prefetch: options.prefetch_deadline };
         match &self.source {
             PackSource::Url(url) => {
-                let source = options.http.source(url, self.size, deadlines)?;
+                let source = HttpSource::new(&options.http, url, self.size, deadlines)?;
                 Ok(Source::Http(source.observed_by(options.observer.clone())))
             }
             PackSource::Path(path) => {

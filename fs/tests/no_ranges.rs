@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use forkd_fs::source::{Class, Deadlines, HttpClient, HttpError, HttpOptions, Source, SourceError};
+use forkd_fs::source::{
+    Class, Deadlines, HttpClient, HttpError, HttpOptions, HttpSource, Source, SourceError,
+};
 use forkd_fs::store::{PackLocation, PackSource, ReadError, Store};
 use forkd_fs::tree::of_read_error;
 use rustix::io::Errno;
@@ -287,7 +289,7 @@ async fn a_download_nobody_needs_any_more_ends() {
     server.set_bandwidth(1 << 20);
     let deadline = Duration::from_secs(1);
     let deadlines = Deadlines { demand: deadline, prefetch: deadline };
-    let whole = Source::Http(http().source(&server.url(), None, deadlines).unwrap());
+    let whole = Source::Http(HttpSource::new(&http(), &server.url(), None, deadlines).unwrap());
     whole.read_at(0, 100, Class::Demand).await.unwrap();
     drop(whole);
     tokio::time::sleep(Duration::from_millis(300)).await;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use forkd_fs::source::{Class, Deadlines, HttpClient, HttpOptions, Source};
+use forkd_fs::source::{Class, Deadlines, HttpClient, HttpOptions, HttpSource, Source};
 
 mod support;
 use support::noise;
@@ -35,7 +35,7 @@ async fn measure(bandwidth: u64, streams: usize, pause: Duration, rtt: Duration)
     server.set_latency(rtt);
     let http = HttpClient::new(HttpOptions::default());
     let deadlines = Deadlines { demand: Duration::from_secs(30), prefetch: Duration::from_secs(30) };
-    let source = Arc::new(Source::Http(http.source(&server.url(), None, deadlines).unwrap()));
+    let source = Arc::new(Source::Http(HttpSource::new(&http, &server.url(), None, deadlines).unwrap()));
     // The connection demand uses is there already.
     source.read_at(0, 10, Class::Demand).await.unwrap();
     let stop = Arc::new(AtomicBool::new(false));

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytes::Bytes;
 
-use super::{Class, Counters};
+use super::class::Class;
+use super::counters::Counters;
 use crate::observe::{Observer, Watched};
 
 /// Bytes handed over at a time.

@@ -17,32 +17,32 @@ use bytes::Bytes;
 use reqwest::Response;
 use tokio::time::timeout_at;
 
-use super::{Class, Counters, Deadlines, Trouble};
+use super::class::{Class, Deadlines};
+use super::counters::{Counters, Trouble};
 use crate::observe::{Observer, Watched};
 
 mod address;
 mod client;
-mod credentials;
+mod credential;
 mod error;
+mod keyring;
 mod lanes;
 mod names;
 mod object;
 mod redirect;
 mod retry;
 mod spool;
+mod transport;
 
 pub use address::redact_url;
-pub use client::{HttpClient, HttpOptions};
-pub use credentials::{Credentials, TOKEN_VARIABLE};
+pub use client::HttpClient;
 pub use error::HttpError;
+pub use keyring::{Credentials, TOKEN_VARIABLE};
 use lanes::{Permit, Timing};
 use object::{Answer, Object};
-use redirect::Route;
-use retry::Retries;
+use retry::{PROGRESS, Retries};
 use spool::Spool;
-
-/// Bytes that must arrive within one deadline: a server that drips is treated like one that is silent.
-const PROGRESS: u64 = 64 << 10;
+pub use transport::HttpOptions;
 
 /// One object on an HTTP server.
 #[derive(Debug, Clone)]
@@ -56,9 +56,16 @@ struct SourceShared {
 }
 
 impl HttpSource {
-    fn new(client: HttpClient, route: Route, size: Option<u64>, deadlines: Deadlines) -> Self {
-        let object = Arc::new(Object::new(client, route, size, deadlines));
-        Self(Arc::new(SourceShared { object, spool: Mutex::default() }), None)
+    /// An object to read ranges of. `size` is what a registry says about it; an object of another size is refused.
+    pub fn new(
+        client: &HttpClient,
+        url: &str,
+        size: Option<u64>,
+        deadlines: Deadlines,
+    ) -> Result<Self, HttpError> {
+        let route = client.route(url)?;
+        let object = Arc::new(Object::new(client.clone(), route, size, deadlines));
+        Ok(Self(Arc::new(SourceShared { object, spool: Mutex::default() }), None))
     }
 
     /// The same, with somebody who hears of its requests.

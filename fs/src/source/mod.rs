@@ -1,44 +1,19 @@
-//! Where a pack's bytes come from: an HTTP server or a local file. Used by [`crate::store`] alone; nothing here knows
-//! what the bytes mean, and nothing here is trusted to return the right ones.
+//! Where a pack's bytes come from: an HTTP server or a local file. Nothing here knows what the bytes mean, and
+//! nothing here is trusted to return the right ones.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 
+pub(crate) mod class;
+mod counters;
 pub mod file;
 pub mod http;
 
+pub use class::{Class, Deadlines};
+pub use counters::{Counters, Trouble};
 pub use file::{FileError, FileSource};
 pub use http::{Credentials, HttpClient, HttpError, HttpOptions, HttpSource, redact_url};
-
-/// Why bytes are wanted. Each class has its own budget of requests, so demand never waits behind prefetch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Class {
-    /// Someone is waiting for them now.
-    Demand,
-    /// A machine that starts will want them before it answers. Does not make way for demand, which would be for the same
-    /// bytes a moment later; otherwise as prefetch.
-    WorkingSet,
-    /// Someone may want them soon.
-    Prefetch,
-}
-
-impl Class {
-    /// Whether nobody waits for the bytes yet.
-    pub fn is_ahead(self) -> bool {
-        self != Class::Demand
-    }
-}
-
-/// How long a read may fail and be retried before it ends in an error. Counts from the last sign of progress; one silent
-/// attempt may add the HTTP idle timeout.
-#[derive(Debug, Clone, Copy)]
-pub struct Deadlines {
-    /// For [`Class::Demand`].
-    pub demand: Duration,
-    /// For the others.
-    pub prefetch: Duration,
-}
 
 /// One object bytes are read from.
 #[derive(Debug)]
@@ -58,24 +33,6 @@ pub enum SourceError {
     /// From a local file.
     #[error(transparent)]
     File(#[from] FileError),
-}
-
-/// What went over the wire (or came from the file) so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Requests sent, repeated ones included.
-    pub requests: u64,
-    /// Body bytes received, useless ones included.
-    pub bytes: u64,
-}
-
-/// A source that does not deliver at the moment and is being retried.
-#[derive(Debug, Clone)]
-pub struct Trouble {
-    /// Since when nothing has arrived on the oldest failing read.
-    pub since: Instant,
-    /// What the last attempt met.
-    pub last_error: String,
 }
 
 /// A byte range on its way, delivered piece by piece; retries and resumes by itself.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use forkd_fs::digest::Digest;
 use forkd_fs::format::PACK_VERSION;
 use forkd_fs::manifest::{KvmKind, Manifest, Requires};
-use forkd_fs::source::{Deadlines, HttpClient, HttpOptions, Source};
+use forkd_fs::source::{Deadlines, HttpClient, HttpOptions, HttpSource, Source};
 use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
 use forkd_fs::writer::{PackOptions, PackSummary, PackWriter};
 
@@ -159,7 +159,9 @@ pub fn http() -> HttpClient {
 /// An object to read ranges of.
 pub fn source(http: &HttpClient, url: &str, size: Option<u64>) -> Source {
     let deadline = options().demand_deadline;
-    Source::Http(http.source(url, size, Deadlines { demand: deadline, prefetch: deadline }).unwrap())
+    Source::Http(
+        HttpSource::new(http, url, size, Deadlines { demand: deadline, prefetch: deadline }).unwrap(),
+    )
 }
 
 pub fn options() -> StoreOptions {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use crate::source::Class;
+use crate::source::class::Class;
 
 /// For so long after demand and prefetch last met, prefetch keeps its requests small.
 const CONTENTION: Duration = Duration::from_secs(2);

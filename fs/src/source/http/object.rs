@@ -9,11 +9,13 @@ use bytes::Bytes;
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Response, StatusCode};
 
-use super::HttpError;
-use super::client::{HttpClient, check_encoding, next_piece, own_connection};
+use super::client::HttpClient;
+use super::error::HttpError;
 use super::redirect::Route;
 use super::retry::bad_status;
-use crate::source::{Class, Counters, Deadlines, Trouble};
+use super::transport::{check_encoding, next_piece, own_connection};
+use crate::source::class::{Class, Deadlines};
+use crate::source::counters::{Counters, Trouble};
 
 /// One object on a server.
 #[derive(Debug)]
@@ -188,7 +190,7 @@ impl Object {
         }
         let etag = self.learnt().etag.clone().flatten().and_then(|etag| HeaderValue::from_str(&etag).ok());
         headers.extend(etag.map(|etag| (header::IF_MATCH, etag)));
-        self.route.send(&self.client, idle, &headers).await
+        self.route.send(self.client.transport(), idle, &headers).await
     }
 
     fn refusal(&self, response: &Response) -> HttpError {

@@ -15,10 +15,10 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::timeout_at;
 
+use super::error::HttpError;
 use super::object::Object;
-use super::retry::Retries;
-use super::{HttpError, PROGRESS};
-use crate::source::Class;
+use super::retry::{PROGRESS, Retries};
+use crate::source::class::Class;
 
 /// Most bytes handed to a reader at a time.
 const PIECE: u64 = 512 << 10;
@@ -65,7 +65,7 @@ enum End {
 impl Spool {
     /// Goes on with `first`, an answer with the whole object.
     pub(super) fn start(object: Arc<Object>, first: Response) -> Result<Self, HttpError> {
-        let directory = object.client.options().spool_dir.clone().unwrap_or_else(std::env::temp_dir);
+        let directory = object.client.spool_dir();
         let file = std::fs::create_dir_all(&directory).and_then(|()| tempfile::tempfile_in(&directory));
         let file = file.map_err(|source| HttpError::Spool {
             url: object.route.label(),

@@ -1,0 +1,32 @@
+//! Why bytes are wanted, and how long it may take to get them.
+
+use std::time::Duration;
+
+/// Why bytes are wanted. Each class has its own budget of requests, so demand never waits behind prefetch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// Someone is waiting for them now.
+    Demand,
+    /// A machine that starts will want them before it answers. Does not make way for demand, which would be for the same
+    /// bytes a moment later; otherwise as prefetch.
+    WorkingSet,
+    /// Someone may want them soon.
+    Prefetch,
+}
+
+impl Class {
+    /// Whether nobody waits for the bytes yet.
+    pub fn is_ahead(self) -> bool {
+        self != Class::Demand
+    }
+}
+
+/// How long a read may fail and be retried before it ends in an error. Counts from the last sign of progress; one silent
+/// attempt may add the HTTP idle timeout.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadlines {
+    /// For [`Class::Demand`].
+    pub demand: Duration,
+    /// For the others.
+    pub prefetch: Duration,
+}
