@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{LegacyError, LegacyMember, LegacyPack, Limits, unpack_into};
+use super::{LegacyError, LegacyMember, LegacyPack, Limits, room, unpack_into};
 use crate::digest::{Digest, Hasher};
 use crate::source::{Class, Source, SourceError};
 use crate::store::{PackLocation, StoreOptions};
@@ -19,9 +19,6 @@ use crate::store::{PackLocation, StoreOptions};
 const MAX_PACK: u64 = 64 << 30;
 /// Most plain bytes of one pack, zeros included.
 const MAX_PLAIN: u64 = 256 << 30;
-/// Bytes of the disk left to others.
-const RESERVE: u64 = 256 << 20;
-
 /// Why a pack cannot be had whole.
 #[derive(Debug, thiserror::Error)]
 pub enum WholeError {
@@ -186,10 +183,4 @@ pub(super) fn source(
         Ok(source) => Ok((source, name)),
         Err(source) => Err(WholeError::Source { location: name, source }),
     }
-}
-
-/// Bytes that may be written to a directory's disk.
-pub(super) fn room(directory: &Path) -> io::Result<u64> {
-    let disk = rustix::fs::statvfs(directory)?;
-    Ok(disk.f_bavail.saturating_mul(disk.f_frsize).saturating_sub(RESERVE))
 }

@@ -1,5 +1,4 @@
 //! Single flight: who is fetching which frame, so that everyone else who wants it waits for that instead of asking again.
-//! Used by the store's read paths alone.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -7,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use super::ReadError;
+use super::error::ReadError;
 use crate::source::Class;
 
 /// What a flight ends in.

@@ -1,14 +1,18 @@
 //! Opening a pack: finding its index, checking it, and telling other things apart from packs.
 
+use std::io::Read;
+
 use bytes::Bytes;
 
+use super::error::OpenError;
 use super::head::Head;
-use super::{IndexPin, OpenError, PackLocation, StoreOptions};
+use super::location::{IndexPin, PackLocation};
+use super::options::StoreOptions;
 use crate::cache::ChunkCache;
 use crate::digest::Digest;
-use crate::format::{self, MAX_INDEX_LEN, PACK_VERSION, SEEK_FOOTER_LEN};
+use crate::format::{self, MANIFEST, MAX_INDEX_LEN, PACK_VERSION, SEEK_FOOTER_LEN};
 use crate::index::{Index, TRAILER_LEN};
-use crate::legacy;
+use crate::manifest::{self, MAX_MANIFEST_LEN};
 use crate::source::{Class, Source, SourceError};
 
 /// Bytes read at the end of a pack whose index is not pinned: holds seek table and index of packs up to about 4000
@@ -117,7 +121,7 @@ impl Opening {
             Ok(start) => start,
             Err(error) => return error,
         };
-        match legacy::sniff(&start) {
+        match layout_of(&start) {
             Some(PACK_VERSION) => OpenError::Truncated { location, size },
             Some(version) => OpenError::Legacy { location, version },
             None => OpenError::NotAPack { location },
@@ -151,4 +155,16 @@ fn remember(cache: Option<&ChunkCache>, digest: Digest, bytes: &Bytes) {
     if let Some(cache) = cache {
         cache.put(digest, bytes.clone());
     }
+}
+
+/// The layout a file has, judged by its first bytes: the `forkd_pack_version` of the manifest it begins with.
+fn layout_of(start: &[u8]) -> Option<u32> {
+    let mut archive = tar::Archive::new(zstd::Decoder::new(start).ok()?);
+    let mut entry = archive.entries().ok()?.raw(true).next()?.ok()?;
+    if !entry.path_bytes().ends_with(MANIFEST.as_bytes()) {
+        return None;
+    }
+    let mut text = String::new();
+    entry.by_ref().take(MAX_MANIFEST_LEN).read_to_string(&mut text).ok()?;
+    manifest::pack_version(&text).ok()
 }
