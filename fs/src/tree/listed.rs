@@ -1,4 +1,4 @@
-//! The part of the tree above the packs, as the registry lists them, and its changes. Used by [`super::Tree`] alone.
+//! The part of the tree above the packs, as the registry lists them, and its changes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -6,8 +6,9 @@ use std::time::SystemTime;
 
 use rustix::io::Errno;
 
+use super::inode::{Entry, Inode, Kind, PACK_SHIFT, ROOT};
+use super::listing::Listing;
 use super::pack::PackNode;
-use super::{Entry, Inode, Kind, Listing, PACK_SHIFT, ROOT};
 use crate::format::is_plain_name;
 use crate::store::StoreOptions;
 
