@@ -2,7 +2,7 @@
 //! itself is a read-only memory slot, so there are no block requests; only flushes arrive here, and succeed, as
 //! there is nothing to flush. Callers: `machine.rs`.
 
-use super::{VirtioDevice, VirtioError, read_config_bytes};
+use super::device::{VirtioDevice, VirtioError, read_config_bytes};
 use std::ops::Range;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};

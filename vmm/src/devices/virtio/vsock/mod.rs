@@ -9,7 +9,7 @@ mod connection;
 mod device;
 mod packet;
 
-pub use device::{Vsock, VsockSnapshot};
+pub use device::Vsock;
 
 /// The guest's context ID. Every machine has its own device, so all can be the same.
 pub const GUEST_CID: u64 = 3;
