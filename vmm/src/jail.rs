@@ -8,9 +8,9 @@
 pub mod filter;
 mod program;
 
+use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
 use crate::kvm::{Hypervisor, KvmError, KvmKind};
-use crate::process::describe;
 use crate::sys::{self, ForkError, Forked, Lifetime};
 use crate::uffd::{Uffd, UffdDevice, UffdError};
 use filter::{Filter, FilterError};
@@ -86,7 +86,7 @@ pub fn try_out() -> Result<Isolation, JailError> {
     match sys::fork_process(Lifetime::BoundToParent)? {
         Forked::Child => {
             let built = Jail::build().map(|jail| jail.isolation());
-            let _ = theirs.send(&built.map_err(|error| describe(&error)), &[]);
+            let _ = theirs.send(&built.map_err(|error| chain(&error)), &[]);
             sys::exit_now(0)
         }
         Forked::Parent(child) => {

@@ -4,6 +4,7 @@
 
 use crate::boot::BootFiles;
 use crate::cgroup::Limits;
+use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
 use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
@@ -141,12 +142,6 @@ impl MachineProcess {
     }
 }
 
-/// An error with its causes.
-pub(crate) fn describe(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
-}
-
 /// What a machine's process does, from its birth to its end. Nothing that a guest or a pack has a say in is looked at before
 /// it is in its jail; the images' sizes, which are, the owner has checked.
 pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, cell: &Cell) -> ! {
@@ -156,12 +151,13 @@ pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, cell
     end_on_panic(&channel);
     // Lives until the process ends, which no destructor survives: the vsock thread uses guest memory to the last, and
     // closing a VM takes tens of milliseconds.
-    let mut machine =
-        confined.map_err(RunError::from).and_then(|confined| MachineRun::new(spec, confined, fds, &channel));
+    let mut machine = confined
+        .map_err(ProcessError::from)
+        .and_then(|confined| MachineRun::new(spec, confined, fds, &channel));
     let failure = machine.as_mut().map_or(None, |machine| machine.run(&channel).err());
     let (report, code) = match failure.as_ref().or(machine.as_ref().err()) {
         None => (Report::Ended, 0),
-        Some(error) => (Report::Failed { error: describe(error) }, 1),
+        Some(error) => (Report::Failed { error: chain(error) }, 1),
     };
     let _ = channel.send(&report, &[]);
     sys::exit_now(code)
@@ -178,7 +174,7 @@ fn end_on_panic(channel: &Channel) {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum RunError {
+enum ProcessError {
     #[error(transparent)]
     Jail(#[from] JailError),
     #[error("the message that started this machine lacks a file")]
@@ -217,8 +213,8 @@ impl MachineRun {
         (opened, filter): (Opened, Filter),
         mut fds: impl Iterator<Item = OwnedFd>,
         channel: &Channel,
-    ) -> Result<MachineRun, RunError> {
-        let mut next = || fds.next().ok_or(RunError::Files);
+    ) -> Result<MachineRun, ProcessError> {
+        let mut next = || fds.next().ok_or(ProcessError::Files);
         let start = File::from(next()?);
         let console = File::from(next()?);
         let vsock = UnixListener::from(next()?);
@@ -252,12 +248,12 @@ impl MachineRun {
             }
             Start::Restore { .. } => {
                 let mut bytes = Vec::new();
-                read_shared(&start, &mut bytes).map_err(RunError::ReadState)?;
+                read_shared(&start, &mut bytes).map_err(ProcessError::ReadState)?;
                 // Closed before it is understood, for the reason that images are.
                 drop(start);
                 let state = MachineState::decode(&bytes)?;
                 if state.layout != spec.layout {
-                    return Err(RunError::Layout);
+                    return Err(ProcessError::Layout);
                 }
                 let machine = Machine::restore(hypervisor, &state, memory, peripherals)?;
                 machine.renew_generation()?;
@@ -267,8 +263,8 @@ impl MachineRun {
         Ok(MachineRun { machine, vsock, held: spec.held, _uffd: uffd })
     }
 
-    fn run(&mut self, channel: &Channel) -> Result<(), RunError> {
-        let listener = self.vsock.try_clone().map_err(RunError::Listener)?;
+    fn run(&mut self, channel: &Channel) -> Result<(), ProcessError> {
+        let listener = self.vsock.try_clone().map_err(ProcessError::Listener)?;
         if let Some(backend) = self.machine.vsock_backend(listener)? {
             std::thread::spawn(move || backend.run());
         }
@@ -299,7 +295,7 @@ impl MachineRun {
             }
             let state = self.machine.save()?.encode()?;
             let mut file = File::from(create_image("vmstate", state.len() as u64)?);
-            file.write_all(&state).map_err(RunError::WriteState)?;
+            file.write_all(&state).map_err(ProcessError::WriteState)?;
             channel.send(&Report::Snapshot, &[file.as_fd()])?;
             let (Order::Resume, _) = channel.receive()?;
         }
@@ -318,12 +314,12 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-fn scratch_disk(spec: &MachineSpec, fds: &mut Vec<OwnedFd>) -> Result<Option<ScratchDisk>, RunError> {
+fn scratch_disk(spec: &MachineSpec, fds: &mut Vec<OwnedFd>) -> Result<Option<ScratchDisk>, ProcessError> {
     let bytes = spec.scratch_bytes;
     if bytes == 0 {
         return Ok(None);
     }
-    let file = File::from(fds.pop().ok_or(RunError::Files)?);
+    let file = File::from(fds.pop().ok_or(ProcessError::Files)?);
     Ok(Some(ScratchDisk { file, bytes }))
 }
 
@@ -332,10 +328,10 @@ fn map_images(
     spec: &MachineSpec,
     files: Vec<OwnedFd>,
     uffd: Option<&Uffd>,
-) -> Result<Vec<Mapping>, RunError> {
+) -> Result<Vec<Mapping>, ProcessError> {
     let wanted: Vec<_> = ImageId::ALL.into_iter().filter(|id| spec.layout.image_bytes(*id) > 0).collect();
     if files.len() != wanted.len() {
-        return Err(RunError::Files);
+        return Err(ProcessError::Files);
     }
     let (sharing, zero_runs) = match &spec.start {
         Start::Boot { .. } => (Sharing::Shared, &[][..]),

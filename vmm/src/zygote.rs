@@ -5,9 +5,10 @@
 //! is killed itself, the kernel kills the machines.
 
 use crate::cgroup::{CgroupError, Group, Groups};
+use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
 use crate::jail::{Cell, FILE_BYTES, Jail};
-use crate::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, describe, run_machine};
+use crate::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, run_machine};
 use crate::sys::{self, Confined, ForkError, Forked, Lifetime};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fd::{AsFd, OwnedFd};
@@ -162,7 +163,7 @@ fn serve(owner: Channel, groups: Option<Groups>) {
     }
     let (jail, epoll) = match Jail::build() {
         Ok(jail) => (jail, epoll::create(epoll::CreateFlags::CLOEXEC)),
-        Err(error) => return refuse_all(&owner, &describe(&error)),
+        Err(error) => return refuse_all(&owner, &chain(&error)),
     };
     let Ok(epoll) = epoll else { return };
     if epoll::add(&epoll, &owner, EventData::new_u64(OWNER), EventFlags::IN).is_ok() {
@@ -251,7 +252,7 @@ impl Nursery {
     }
 
     fn refuse(&self, error: &dyn std::error::Error) -> Option<Newborn> {
-        let _ = self.owner.send(&Spawned::Failed(describe(error)), &[]);
+        let _ = self.owner.send(&Spawned::Failed(chain(error)), &[]);
         None
     }
 
