@@ -10,10 +10,11 @@ use crate::devices::virtio::net;
 use crate::devices::virtio::vsock::backend::Backend;
 use crate::kvm::{Hypervisor, KvmError, KvmKind, ioctl};
 use crate::memory::{GuestMemory, MemoryError, MemoryLayout};
-use crate::pvm::{self, PvmError};
+use crate::pvm;
 use crate::snapshot::MachineState;
 use crate::vcpu::{VcpuError, VcpuState};
 use crate::vcpu_loop;
+pub use crate::vcpu_loop::{Flow, RunError, Stop};
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };
@@ -46,18 +47,15 @@ pub enum MachineError {
     /// The machine's description.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
-    /// kvm_pvm.
+    /// Its vCPUs stopped.
     #[error(transparent)]
-    Pvm(#[from] PvmError),
+    Run(#[from] RunError),
     /// The thread for vsock's host side.
     #[error("vsock cannot be served")]
     Vsock(#[source] io::Error),
     /// The thread for the network's host side.
     #[error("the network cannot be served")]
     Net(#[source] io::Error),
-    /// The signal that stops vCPUs.
-    #[error("the signal that stops vCPUs cannot be set up")]
-    Kicks(#[source] io::Error),
     /// A number of vCPUs that no machine has.
     #[error("{vcpus} vCPUs are not possible: a machine has 1 to {}", arch::VCPUS_MAX)]
     Vcpus {
@@ -86,36 +84,6 @@ pub enum MachineError {
         /// Of this host.
         here: KvmKind,
     },
-    /// The vCPU stopped in a way that nobody knows.
-    #[error("the vCPU stopped with {exit}")]
-    Exit {
-        /// How.
-        exit: String,
-    },
-    /// A vCPU does not come to the end of an instruction.
-    #[error("a vCPU could not be stopped between two instructions")]
-    Unfinished,
-    /// KVM_RUN failed.
-    #[error("KVM_RUN failed")]
-    Run(#[source] vmm_sys_util::errno::Error),
-}
-
-/// Why [`Machine::run`] returned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stop {
-    /// The callback asked for it.
-    Asked,
-    /// The guest reset itself or crashed so hard that its CPU did.
-    Reset,
-}
-
-/// Whether to go on after a ring of the doorbell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flow {
-    /// Run on.
-    Continue,
-    /// Leave [`Machine::run`], the instruction done.
-    Stop,
 }
 
 /// See the module's description.
@@ -255,7 +223,7 @@ impl Machine {
         let stopped = vcpu_loop::run(&mut self.vcpus, &self.vm, &self.bus, ram, kind, on_ring);
         // Devices' own threads go on, but may not touch memory that is about to be saved.
         self.bus.freeze(true);
-        stopped
+        Ok(stopped?)
     }
 
     /// Everything about the stopped machine except its memory.

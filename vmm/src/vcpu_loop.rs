@@ -3,10 +3,10 @@
 use crate::devices::bus::{Bus, PortWrite};
 use crate::devices::doorbell::Ring;
 use crate::kvm::KvmKind;
-use crate::machine::{Flow, MachineError, Stop};
-use crate::pvm;
+use crate::pvm::{self, PvmError};
 use crate::sys::{self, ThreadId};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -17,6 +17,47 @@ const KICK_PAUSE: Duration = Duration::from_micros(200);
 /// Most entries that completing one instruction takes (a page-crossing access has two parts).
 const COMPLETIONS_MAX: usize = 16;
 
+/// A machine's vCPUs cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// kvm_pvm.
+    #[error(transparent)]
+    Pvm(#[from] PvmError),
+    /// The signal that stops vCPUs.
+    #[error("the signal that stops vCPUs cannot be set up")]
+    Kicks(#[source] io::Error),
+    /// The vCPU stopped in a way that nobody knows.
+    #[error("the vCPU stopped with {exit}")]
+    Exit {
+        /// How.
+        exit: String,
+    },
+    /// A vCPU does not come to the end of an instruction.
+    #[error("a vCPU could not be stopped between two instructions")]
+    Unfinished,
+    /// KVM_RUN failed.
+    #[error("KVM_RUN failed")]
+    Run(#[source] vmm_sys_util::errno::Error),
+}
+
+/// Why [`crate::machine::Machine::run`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The callback asked for it.
+    Asked,
+    /// The guest reset itself or crashed so hard that its CPU did.
+    Reset,
+}
+
+/// Whether to go on after a ring of the doorbell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    /// Run on.
+    Continue,
+    /// Leave [`crate::machine::Machine::run`], the instruction done.
+    Stop,
+}
+
 /// What the vCPUs of one run share.
 struct Run<'a, F> {
     vm: &'a VmFd,
@@ -25,7 +66,7 @@ struct Run<'a, F> {
     kind: KvmKind,
     on_ring: Mutex<F>,
     stopping: AtomicBool,
-    outcome: Mutex<Option<Result<Stop, MachineError>>>,
+    outcome: Mutex<Option<Result<Stop, RunError>>>,
     threads: Vec<Mutex<Option<ThreadId>>>,
 }
 
@@ -44,7 +85,7 @@ pub fn run<F: FnMut(Ring) -> Flow + Send>(
     ram: &GuestMemoryMmap,
     kind: KvmKind,
     on_ring: F,
-) -> Result<Stop, MachineError> {
+) -> Result<Stop, RunError> {
     let run = Run {
         vm,
         bus,
@@ -56,7 +97,7 @@ pub fn run<F: FnMut(Ring) -> Flow + Send>(
         threads: vcpus.iter().map(|_| Mutex::new(None)).collect(),
     };
     if vcpus.len() > 1 {
-        sys::prepare_kicks().map_err(MachineError::Kicks)?;
+        sys::prepare_kicks().map_err(RunError::Kicks)?;
     }
     std::thread::scope(|scope| {
         let mut numbered = vcpus.iter_mut().enumerate();
@@ -92,7 +133,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
 
     /// The first outcome counts, as what other vCPUs run into while they stop is a consequence; but a machine that could not
     /// be stopped in good order has not stopped.
-    fn conclude(&self, outcome: Result<Stop, MachineError>) {
+    fn conclude(&self, outcome: Result<Stop, RunError>) {
         let mut known = lock(&self.outcome);
         match (&*known, &outcome) {
             (None, _) | (Some(Ok(_)), Err(_)) => *known = Some(outcome),
@@ -114,7 +155,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
         }
     }
 
-    fn step(&self, vcpu: &mut VcpuFd) -> Result<Step, MachineError> {
+    fn step(&self, vcpu: &mut VcpuFd) -> Result<Step, RunError> {
         let exit = vcpu.run();
         self.bus.resume_devices();
         match exit {
@@ -139,17 +180,17 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
                 pvm::mend_instruction(self.vm, vcpu, self.ram)?;
             }
             Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Step::Stop(Stop::Reset)),
-            Ok(exit) => return Err(MachineError::Exit { exit: format!("{exit:?}") }),
+            Ok(exit) => return Err(RunError::Exit { exit: format!("{exit:?}") }),
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
-            Err(error) => return Err(MachineError::Run(error)),
+            Err(error) => return Err(RunError::Run(error)),
         }
         Ok(Step::Continue)
     }
 
     /// KVM completes an I/O instruction only when it is entered again; this enters it until nothing is left to complete.
-    fn finish_instruction(&self, vcpu: &mut VcpuFd) -> Result<(), MachineError> {
+    fn finish_instruction(&self, vcpu: &mut VcpuFd) -> Result<(), RunError> {
         vcpu.set_kvm_immediate_exit(1);
-        let mut finished = Err(MachineError::Unfinished);
+        let mut finished = Err(RunError::Unfinished);
         for _ in 0..COMPLETIONS_MAX {
             match vcpu.run() {
                 Err(_) => {
@@ -161,7 +202,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
                 Ok(VcpuExit::MmioWrite(address, bytes)) => self.bus.mmio_write(address, bytes),
                 Ok(VcpuExit::IoOut(port, bytes)) => drop(self.bus.port_write(port, bytes)),
                 Ok(exit) => {
-                    finished = Err(MachineError::Exit { exit: format!("{exit:?}") });
+                    finished = Err(RunError::Exit { exit: format!("{exit:?}") });
                     break;
                 }
             }
