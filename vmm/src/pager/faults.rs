@@ -1,9 +1,10 @@
 //! Reading what machines wait for. One thread reads all userfaultfds where a read cannot block, and otherwise one a
-//! machine. Callers: `pager.rs`.
+//! machine.
 
-use super::client::Misconduct;
+use super::error::{Misconduct, PagerError, PagerFailure};
 use super::image::Image;
-use super::{ChunkId, ClientId, PagerError, PagerFailure, STOP_EVENT, Shared};
+use super::shared::Shared;
+use super::source::{ChunkId, ClientId};
 use crate::memory::ImageId;
 use crate::uffd::{Message, Reading, Uffd};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
@@ -13,6 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+/// Epoll token of the pipe that ends the reader; machines have their ids.
+pub(super) const STOP_EVENT: u64 = u64::MAX;
 /// How often a thread that reads one machine's faults looks whether it is still needed.
 const LOOK_AROUND: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
@@ -128,7 +131,7 @@ impl Shared {
         true
     }
 
-    /// Leaves a machine asleep. Its descriptor is kept: see [`super::Client::ended`].
+    /// Leaves a machine asleep. Its descriptor is kept: see [`super::client::Client::ended`].
     fn refuse(&self, id: ClientId, uffd: &Uffd, misconduct: Misconduct) {
         tracing::error!(?id, error = %misconduct, "a machine is not served any more");
         let _ = epoll::delete(&self.epoll, uffd);
