@@ -1,5 +1,4 @@
-//! Verified frames on disk, named by their digests, so that versions of a pack and processes share them. Used by
-//! [`crate::store`]; `forkd` opens one per process.
+//! Verified frames on disk, named by their digests, so that versions of a pack and processes share them.
 //!
 //! Layout: `DIR/chunks/ab/abcdef...`, each file one frame exactly as in the pack. Entries are written to a temporary name and
 //! renamed, without fsync: whatever a crash leaves behind fails its digest when read, is moved to `DIR/damaged/` for the

@@ -1,5 +1,5 @@
 //! EROFS images as `mkfs.erofs` makes them without compression, read in user space through whatever can read a range of
-//! bytes. Used by the mount to show a pack's root disk as files: a hostile image must not reach the kernel's parser.
+//! bytes. The mount shows a pack's root disk as files through it: a hostile image must not reach the kernel's parser.
 //!
 //! ```text
 //! 1024                      superblock, 128 bytes

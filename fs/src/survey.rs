@@ -1,5 +1,4 @@
-//! Going through a file once: its digest, and which of its chunks hold anything but zeros. Used by the writer and to
-//! check what unpack wrote.
+//! Going through a file once: its digest, and which of its chunks hold anything but zeros.
 
 use std::fs::File;
 use std::io;

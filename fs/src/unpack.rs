@@ -1,4 +1,4 @@
-//! Unpacking a v3 pack into plain files through the verified index. Used by `forkd unpack` and `forkd pull`.
+//! Unpacking a v3 pack into plain files through the verified index.
 
 use std::fs::File;
 use std::io;

@@ -1,4 +1,4 @@
-//! Building packs: a directory of files becomes one `.tar.zst` with an index. Used by `forkd pack`.
+//! Building packs: a directory of files becomes one `.tar.zst` with an index.
 //!
 //! Two passes: the first digests every file and finds its zero chunks (the manifest, which comes first in the pack, needs
 //! the digests, and tar needs the sparse map before the data); the second compresses the rest on all cores. Memory stays at a few

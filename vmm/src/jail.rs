@@ -3,7 +3,6 @@
 //! The zygote builds it once (a root directory with nothing in it, an empty network, open devices, the compiled filter);
 //! every machine's process then enters it: namespaces of its own, a user of its own, no capabilities, small limits, none
 //! but its own descriptors and, last, the system call filter. Everything a guest can influence is read after that.
-//! Callers: `zygote.rs` (building), `process.rs` (entering), the root crate's `doctor.rs`, tests.
 
 pub mod filter;
 mod program;

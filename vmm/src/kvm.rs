@@ -1,5 +1,4 @@
 //! The edge to /dev/kvm: opening it, telling its kind, memory slots, and the few ioctls that kvm-ioctls marks unsafe.
-//! Callers: `vcpu.rs`, `machine.rs`, `pvm.rs`, `process.rs`.
 
 use crate::memory::{GuestMemory, MemoryLayout};
 use kvm_bindings::{

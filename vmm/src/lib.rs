@@ -2,7 +2,6 @@
 //!
 //! Lower half of forkd: it maps lazily filled guest memory, builds and restores machines, and runs each in a
 //! process of its own. It knows nothing of packs or HTTP: whoever forks a machine supplies a [`pager::PageSource`].
-//! Callers are the root crate's `sandbox.rs`, `machine_build.rs` and `supervisor.rs`.
 #![deny(unsafe_code)]
 
 pub mod acpi;

@@ -1,4 +1,4 @@
-//! One machine: its VM, vCPUs, memory and devices; booting, restoring, running, saving. Callers: `process.rs`, tests.
+//! One machine: its VM, vCPUs, memory and devices; booting, restoring, running, saving.
 
 use crate::acpi::{self, AcpiError};
 use crate::arch::{self, EnterError};

@@ -7,8 +7,7 @@
 //! 16  sha256     32 bytes of the body
 //! 48  body       postcard encoding of MachineState
 //! ```
-//! KVM structures are stored as the kernel defines them (arch/x86/include/uapi/asm/kvm.h). Callers: `machine.rs`,
-//! `process.rs`, the root crate.
+//! KVM structures are stored as the kernel defines them (arch/x86/include/uapi/asm/kvm.h).
 
 use crate::devices::serial::SerialSnapshot;
 use crate::devices::virtio::DeviceKind;

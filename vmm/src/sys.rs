@@ -1,6 +1,4 @@
-//! The few process primitives that safe crates do not offer. Callers: `zygote.rs`, `jail.rs` and the root crate's
-//! `--detach`, always before the first thread is started; `vcpu_loop.rs`; the root crate's `tools.rs`; and of networks: its
-//! `network.rs`.
+//! The few process primitives that safe crates do not offer.
 
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};

@@ -1,5 +1,4 @@
-//! userfaultfd as outcomes instead of errnos. Callers: `pager.rs` (filling and waking), `process.rs`
-//! (registering a child's mappings), `jail.rs` (the device, while it can be opened). Semantics: ioctl_userfaultfd(2).
+//! userfaultfd as outcomes instead of errnos. Semantics: ioctl_userfaultfd(2).
 
 use crate::memory::{Mapping, PAGE_BYTES};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -1,4 +1,4 @@
-//! A vCPU's state, taken and given back in the order that the kernel needs. Callers: `machine.rs`.
+//! A vCPU's state, taken and given back in the order that the kernel needs.
 //!
 //! Order matters: SET_REGS clears the pending exceptions that VCPU_EVENTS restores; SREGS carries the APIC base that the
 //! LAPIC needs; a TSC deadline set before the TSC never fires. See Documentation/virt/kvm/api.rst of Linux.

@@ -1,4 +1,4 @@
-//! Running a machine's vCPUs, each on a thread of its own, until one of them ends the run. Callers: `machine.rs`.
+//! Running a machine's vCPUs, each on a thread of its own, until one of them ends the run.
 
 use crate::devices::bus::{Bus, PortWrite};
 use crate::devices::doorbell::Ring;

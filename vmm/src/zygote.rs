@@ -1,5 +1,5 @@
 //! The zygote: a process forked while forkd has no threads yet, which forks one process a machine into its jail, and
-//! sees how each ends. Callers: the root crate's `supervisor.rs` and `machine_build.rs`.
+//! sees how each ends.
 //!
 //! It ends when its owner does: it then kills the machines that are left, waits for them and removes their cgroups. If it
 //! is killed itself, the kernel kills the machines.

@@ -1,5 +1,4 @@
-//! The manifest of a predecessor's pack without the rest of it: it comes first, so the first bytes are enough. Used by
-//! `forkd inspect` for packs on HTTP servers.
+//! The manifest of a predecessor's pack without the rest of it: it comes first, so the first bytes are enough.
 
 use std::io::Read;
 use std::path::Path;

@@ -1,5 +1,5 @@
 //! What a vCPU reaches through I/O ports and device windows. One bus serves all vCPUs of a machine, each on its own
-//! thread: every device has a lock of its own. Callers: `machine.rs`, `vcpu_loop.rs`.
+//! thread: every device has a lock of its own.
 
 use crate::arch;
 use crate::devices::cmos::{self, Cmos};

@@ -1,4 +1,4 @@
-//! The first serial port: the guest's console, written to a file of bounded size. Callers: `bus.rs`, `virtio/console.rs`.
+//! The first serial port: the guest's console, written to a file of bounded size.
 
 use std::fs::File;
 use std::io::{self, Write};

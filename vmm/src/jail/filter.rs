@@ -1,5 +1,5 @@
 //! The system calls that a machine's process may make; any other ends it with SIGSYS. One filter for all of its threads:
-//! it is installed while there is one. Callers: `jail.rs`, tests.
+//! it is installed while there is one.
 //!
 //! Whatever is opened, bound or connected was so before: there is no call here that takes the name of anything.
 

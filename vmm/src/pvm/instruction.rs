@@ -1,5 +1,5 @@
 //! XSAVE and XRSTOR as bytes: which of them it is, where its operand lies, how long it is (Intel SDM volume 2,
-//! "Instruction Format"). For `pvm.rs`. Written by hand, because a complete decoder's tables would be built in every
+//! "Instruction Format"). Written by hand, because a complete decoder's tables would be built in every
 //! child before its first use; the tests compare it with a complete one.
 
 use kvm_bindings::kvm_regs;

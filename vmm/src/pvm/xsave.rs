@@ -1,6 +1,5 @@
 //! XSAVE and XRSTOR of the guest's kernel, carried out on its registers and memory. KVM's emulator, which runs that
-//! kernel on `kvm_pvm`, does not know them, and without them two tasks of a guest share their vector registers. For
-//! `pvm.rs`.
+//! kernel on `kvm_pvm`, does not know them, and without them two tasks of a guest share their vector registers.
 
 use super::exception::Exception;
 use super::instruction::{Operation, XsaveInstruction};

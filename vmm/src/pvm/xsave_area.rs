@@ -1,6 +1,6 @@
 //! The memory image of a processor's x87, SSE, AVX and further state, as XSAVE writes and XRSTOR reads it in the
 //! standard format, and as KVM_GET_XSAVE and KVM_SET_XSAVE pass it (Intel SDM volume 1, chapter "Managing State Using
-//! the XSAVE Feature Set"; Documentation/virt/kvm/api.rst of Linux). For `xsave.rs`.
+//! the XSAVE Feature Set"; Documentation/virt/kvm/api.rst of Linux).
 //!
 //! ```text
 //!   0..24   x87 control, status, pointers        24..32  MXCSR and its mask

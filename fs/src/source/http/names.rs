@@ -1,4 +1,4 @@
-//! Addresses of host names, by the system's own resolver. Callers: `client.rs`.
+//! Addresses of host names, by the system's own resolver.
 //!
 //! forkd is linked statically, and the C library of a static program cannot safely load what `/etc/nsswitch.conf`
 //! names. getent(1), which comes with the system's C library, can; where it is missing, the C library's built-in files

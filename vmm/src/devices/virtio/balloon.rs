@@ -1,5 +1,5 @@
 //! virtio-balloon (virtio 1.2, section 5.5) with free page reporting: a guest tells which of its memory holds nothing, and
-//! while a snapshot is being built that memory is given back, so that it does not travel in packs. Callers: `bus.rs`.
+//! while a snapshot is being built that memory is given back, so that it does not travel in packs.
 //!
 //! Only a machine that was booted gives memory back: its RAM is an image of its own, mapped shared, and a hole in it reads
 //! as zero. In a fork the page would be another copy of what the snapshot has there, or a fault to the pager; reports are

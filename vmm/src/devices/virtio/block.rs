@@ -1,5 +1,5 @@
 //! virtio-blk (virtio 1.2, section 5.2): a scratch disk of the machine's own, for workloads that write more than memory
-//! holds. It is a sparse file without a name: empty in every machine, and gone with it. Callers: `bus.rs`.
+//! holds. It is a sparse file without a name: empty in every machine, and gone with it.
 //!
 //! Requests are served in the vCPU's own thread by pread(2) and pwrite(2): data mostly goes to and from the host's page
 //! cache, and a guest that waits for its disk needs no second thread to wait with. One notification serves the requests

@@ -1,4 +1,4 @@
-//! The register window of a virtio-mmio device (virtio 1.2, section 4.2.2, version 2). Callers: `machine.rs`.
+//! The register window of a virtio-mmio device (virtio 1.2, section 4.2.2, version 2).
 
 use super::device::{DeviceState, VirtioDevice};
 use serde::{Deserialize, Serialize};

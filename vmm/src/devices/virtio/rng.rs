@@ -1,4 +1,4 @@
-//! virtio-rng (virtio 1.2, section 5.4): the host's random bytes. Callers: `machine.rs`.
+//! virtio-rng (virtio 1.2, section 5.4): the host's random bytes.
 
 use super::device::{VirtioDevice, VirtioError};
 use rustix::rand::{GetRandomFlags, getrandom};

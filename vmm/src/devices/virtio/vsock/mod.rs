@@ -2,7 +2,7 @@
 //! `CONNECT <port>\n`, reads `OK <host port>\n`, and then talks to whoever listens on that port in the guest.
 //!
 //! `device` is the virtqueue side (called with the transport's lock held), `connection` the state of one stream, and
-//! `backend` the thread that waits for the host's sockets. Callers: `machine.rs`.
+//! `backend` the thread that waits for the host's sockets.
 
 pub mod backend;
 mod connection;
