@@ -1,7 +1,6 @@
 //! The part of the tree below one VERSION: the pack's members, and the reports about it.
 
 use std::ffi::{OsStr, OsString};
-use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
@@ -17,6 +16,7 @@ use super::listing::Listing;
 use super::report::{self, Stats, Trouble, as_json};
 use super::rootfs::{Refusal, RootDisk, errno_of};
 use super::slot::Slot;
+use crate::chain::chain;
 use crate::digest::Digest;
 use crate::format::ROOTFS;
 use crate::index::{ChunkId, FileId, Index};
@@ -410,14 +410,4 @@ fn browsable(index: &Index) -> Option<FileId> {
 fn member(index: &Index, position: u32) -> Result<(FileId, u64), Errno> {
     let file = FileId(position);
     Ok((file, index.entry(file).ok_or(Errno::STALE)?.size))
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        let _ = write!(text, ": {cause}");
-        next = cause.source();
-    }
-    text
 }
