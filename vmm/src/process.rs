@@ -1,6 +1,10 @@
 //! A machine's process, from both sides: what its owner tells it and hears from it, and what it does. Everything a machine
 //! needs comes as file descriptors; its process opens no path.
-//! Callers: `zygote.rs`, which forks it; the root crate's `supervisor.rs` and `machine_build.rs`.
+
+mod files;
+
+pub(crate) use files::take_channel;
+pub use files::{Files, MachineFiles};
 
 use crate::boot::BootFiles;
 use crate::cgroup::Limits;
@@ -19,7 +23,8 @@ use crate::pvm;
 use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
 use crate::sys;
 use crate::uffd::{Uffd, UffdError};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use files::Expected;
+use rustix::fd::{AsFd, OwnedFd};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Write};
@@ -63,29 +68,26 @@ pub struct MachineSpec {
     pub mac: Option<[u8; 6]>,
     /// How it starts.
     pub start: Start,
-    /// Size of its scratch disk, whose file comes last; 0 without one.
+    /// Size of its scratch disk; 0 without one.
     pub scratch_bytes: u64,
     /// After its first instruction it waits for [`Order::Resume`].
     pub held: bool,
 }
 
-/// The files of a machine.
-#[derive(Debug)]
-pub struct MachineFiles<'a> {
-    /// RAM and, if the layout has one, root disk.
-    pub images: Vec<BorrowedFd<'a>>,
-    /// Kernel (to boot) or vmstate (to restore).
-    pub start: BorrowedFd<'a>,
-    /// Console output.
-    pub console: BorrowedFd<'a>,
-    /// Listening Unix socket for the guest's vsock.
-    pub vsock: BorrowedFd<'a>,
-    /// Scratch disk, if [`MachineSpec::scratch_bytes`] says so.
-    pub scratch: Option<BorrowedFd<'a>>,
-    /// Initramfs, if [`Start::Boot`] says that there is one.
-    pub initrd: Option<BorrowedFd<'a>>,
-    /// The tap, if the machine's specification has a MAC.
-    pub tap: Option<BorrowedFd<'a>>,
+impl MachineSpec {
+    /// The images that the machine has.
+    fn images(&self) -> impl Iterator<Item = ImageId> {
+        ImageId::ALL.into_iter().filter(|id| self.layout.image_bytes(*id) > 0)
+    }
+
+    fn expected_files(&self) -> Expected {
+        Expected {
+            images: self.images().count(),
+            scratch: self.scratch_bytes > 0,
+            initrd: matches!(self.start, Start::Boot { initrd: true, .. }),
+            tap: self.mac.is_some(),
+        }
+    }
 }
 
 /// What a machine's process says.
@@ -147,7 +149,7 @@ impl MachineProcess {
 pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, cell: &Cell) -> ! {
     let confined = jail.confine(cell, &fds.iter().map(AsFd::as_fd).collect::<Vec<_>>());
     let mut fds = fds.into_iter();
-    let Some(channel) = fds.next().map(Channel::from_fd) else { sys::exit_now(1) };
+    let Some(channel) = take_channel(&mut fds) else { sys::exit_now(1) };
     end_on_panic(&channel);
     // Lives until the process ends, which no destructor survives: the vsock thread uses guest memory to the last, and
     // closing a VM takes tens of milliseconds.
@@ -211,22 +213,12 @@ impl MachineRun {
     fn new(
         spec: MachineSpec,
         (opened, filter): (Opened, Filter),
-        mut fds: impl Iterator<Item = OwnedFd>,
+        fds: impl Iterator<Item = OwnedFd>,
         channel: &Channel,
     ) -> Result<MachineRun, ProcessError> {
-        let mut next = || fds.next().ok_or(ProcessError::Files);
-        let start = File::from(next()?);
-        let console = File::from(next()?);
-        let vsock = UnixListener::from(next()?);
-        let initrd = match spec.start {
-            Start::Boot { initrd: true, .. } => Some(File::from(next()?)),
-            Start::Boot { initrd: false, .. } | Start::Restore { .. } => None,
-        };
-        let link = spec.mac.map(|mac| next().map(|tap| Link { tap, mac })).transpose()?;
-        let mut images: Vec<OwnedFd> = fds.collect();
-        let scratch = scratch_disk(&spec, &mut images)?;
+        let files = Files::decode(spec.expected_files(), fds).ok_or(ProcessError::Files)?;
         let Opened { hypervisor, uffd } = opened;
-        let mappings = map_images(&spec, images, uffd.as_ref())?;
+        let mappings = map_images(&spec, files.images, uffd.as_ref())?;
         if hypervisor.kind() == KvmKind::Pvm {
             pvm::lengthen_turns();
         }
@@ -238,16 +230,20 @@ impl MachineRun {
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
         let second_console = matches!(spec.start, Start::Boot { second_console: true, .. });
-        let (console, record) = (Some(console), spec.record);
+        let (console, record) = (Some(File::from(files.console)), spec.record);
+        let link = spec.mac.zip(files.tap).map(|(mac, tap)| Link { tap, mac });
+        let scratch =
+            files.scratch.map(|file| ScratchDisk { file: File::from(file), bytes: spec.scratch_bytes });
         let peripherals = Peripherals { console, record, scratch, link, second_console };
         let machine = match &spec.start {
             Start::Boot { command_line, vcpus, .. } => {
                 let shape = Shape { layout: spec.layout, vcpus: *vcpus };
-                let mut files = BootFiles { kernel: start, initrd };
-                Machine::boot(hypervisor, shape, memory, &mut files, command_line, peripherals)?
+                let (kernel, initrd) = (File::from(files.start), files.initrd.map(File::from));
+                let mut boot = BootFiles { kernel, initrd };
+                Machine::boot(hypervisor, shape, memory, &mut boot, command_line, peripherals)?
             }
             Start::Restore { .. } => {
-                let mut bytes = Vec::new();
+                let (start, mut bytes) = (File::from(files.start), Vec::new());
                 read_shared(&start, &mut bytes).map_err(ProcessError::ReadState)?;
                 // Closed before it is understood, for the reason that images are.
                 drop(start);
@@ -260,7 +256,7 @@ impl MachineRun {
                 machine
             }
         };
-        Ok(MachineRun { machine, vsock, held: spec.held, _uffd: uffd })
+        Ok(MachineRun { machine, vsock: UnixListener::from(files.vsock), held: spec.held, _uffd: uffd })
     }
 
     fn run(&mut self, channel: &Channel) -> Result<(), ProcessError> {
@@ -314,31 +310,18 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-fn scratch_disk(spec: &MachineSpec, fds: &mut Vec<OwnedFd>) -> Result<Option<ScratchDisk>, ProcessError> {
-    let bytes = spec.scratch_bytes;
-    if bytes == 0 {
-        return Ok(None);
-    }
-    let file = File::from(fds.pop().ok_or(ProcessError::Files)?);
-    Ok(Some(ScratchDisk { file, bytes }))
-}
-
 /// Maps a machine's images and closes them: its siblings have the same, and it must not be able to write to them.
 fn map_images(
     spec: &MachineSpec,
     files: Vec<OwnedFd>,
     uffd: Option<&Uffd>,
 ) -> Result<Vec<Mapping>, ProcessError> {
-    let wanted: Vec<_> = ImageId::ALL.into_iter().filter(|id| spec.layout.image_bytes(*id) > 0).collect();
-    if files.len() != wanted.len() {
-        return Err(ProcessError::Files);
-    }
     let (sharing, zero_runs) = match &spec.start {
         Start::Boot { .. } => (Sharing::Shared, &[][..]),
         Start::Restore { zero_runs, .. } => (Sharing::Private, &zero_runs[..]),
     };
     let mut mappings = Vec::new();
-    for (position, (id, file)) in wanted.into_iter().zip(&files).enumerate() {
+    for (position, (id, file)) in spec.images().zip(&files).enumerate() {
         // No machine writes to a root disk, and its file may be one that must not change.
         let sharing = if id == ImageId::RootDisk { Sharing::Private } else { sharing };
         let mapping = Mapping::of_file(file, spec.layout.image_bytes(id), sharing)?;

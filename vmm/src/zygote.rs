@@ -8,7 +8,7 @@ use crate::cgroup::{CgroupError, Group, Groups};
 use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
 use crate::jail::{Cell, FILE_BYTES, Jail};
-use crate::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, run_machine};
+use crate::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, run_machine, take_channel};
 use crate::sys::{self, Confined, ForkError, Forked, Lifetime};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fd::{AsFd, OwnedFd};
@@ -89,11 +89,7 @@ impl Zygote {
     /// Starts a machine.
     pub fn spawn(&self, spec: &MachineSpec, files: &MachineFiles<'_>) -> Result<MachineProcess, SpawnError> {
         let (ours, theirs) = Channel::pair()?;
-        let mut fds = vec![theirs.as_fd(), files.start, files.console, files.vsock];
-        fds.extend(&files.initrd);
-        fds.extend(files.tap);
-        fds.extend(&files.images);
-        fds.extend(files.scratch);
+        let fds = files.encode(theirs.as_fd());
         let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
         channel.send(spec, &fds)?;
         match channel.receive()? {
@@ -234,7 +230,7 @@ impl Nursery {
                 let token = self.next_token;
                 self.next_token += 1;
                 let watched = epoll::add(&self.epoll, &pidfd, EventData::new_u64(token), EventFlags::IN);
-                if let Some(channel) = fds.into_iter().next().map(Channel::from_fd) {
+                if let Some(channel) = take_channel(&mut fds.into_iter()) {
                     self.kept.insert(token, Kept { pidfd, channel, group });
                 }
                 if watched.is_err() {
