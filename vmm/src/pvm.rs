@@ -8,7 +8,7 @@
 //! - SYSCALL from user mode arrives at LSTAR still in user mode, so that fetching its first instruction faults: a stub
 //!   before the guest's page fault handler recognises that fault and goes on at LSTAR.
 
-use crate::kvm::{KvmError, internal_suberror, ioctl, restore_xsave, save_xsave};
+use crate::kvm::{KvmError, XsaveBuffer, internal_suberror, ioctl};
 use crate::memory::PAGE_BYTES;
 use crate::sys;
 use exception::Exception;
@@ -140,59 +140,72 @@ pub fn write_msr(vcpu: &VcpuFd, ram: &GuestMemoryMmap, index: u32, value: u64) -
     if index == MSR_LSTAR { install_syscall_stub(vcpu, ram, value) } else { Ok(()) }
 }
 
-/// Mends the instruction that KVM_EXIT_INTERNAL_ERROR stopped at, or says why not.
-pub fn mend_instruction(vm: &VmFd, vcpu: &mut VcpuFd, ram: &GuestMemoryMmap) -> Result<(), PvmError> {
-    let suberror = internal_suberror(vcpu);
-    let mut regs = vcpu.get_regs().map_err(ioctl("KVM_GET_REGS"))?;
-    let address = regs.rip;
-    if suberror != EMULATION_FAILED {
-        return Err(PvmError::Internal { suberror, address });
-    }
-    let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
-    let bytes = match fetch(&AddressSpace::new(ram, &regs, &sregs), ram, address) {
-        // It is executed again.
-        Err(Untranslated::Changed) => return Ok(vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?),
-        Ok(bytes) if !bytes.is_empty() => bytes,
-        _ => return Err(PvmError::Unreadable { address }),
-    };
-    let (length, exception) = match bytes[0] {
-        FWAIT => (1, None),
-        INT3 => (1, Some(Exception::Breakpoint)),
-        _ => {
-            let decoded = XsaveInstruction::decode(&bytes, &regs).filter(|_| sregs.cs.l != 0);
-            let instruction = decoded.ok_or(PvmError::Instruction { address, bytes })?;
-            carry_out(&instruction, vm, vcpu, ram, (&regs, &sregs))?
-        }
-    };
-    regs.rip = regs.rip.wrapping_add(length);
-    // Also forgets the invalid opcode that KVM would raise for what it could not emulate.
-    vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?;
-    Ok(exception.map_or(Ok(()), |exception| exception.raise(vcpu))?)
+/// Mends the instructions of one vCPU that the emulator does not know.
+#[derive(Debug, Default)]
+pub struct InstructionMender {
+    /// Made for the first XSAVE or XRSTOR.
+    state: Option<XsaveBuffer>,
 }
 
-/// Carries an XSAVE or XRSTOR out on the vCPU. Returns how far its instruction pointer goes on, and what it raises.
-fn carry_out(
-    instruction: &XsaveInstruction,
-    vm: &VmFd,
-    vcpu: &VcpuFd,
-    ram: &GuestMemoryMmap,
-    (general, special): (&kvm_regs, &kvm_sregs),
-) -> Result<(u64, Option<Exception>), PvmError> {
-    static LAYOUT: LazyLock<Layout> = LazyLock::new(Layout::of_host);
-    let enabled = vcpu.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?;
-    let xcr0 = enabled.xcrs.iter().take(enabled.nr_xcrs as usize).find(|register| register.xcr == 0);
-    let registers = Registers { general, special, xcr0: xcr0.map_or(0, |register| register.value) };
-    let mut state: Vec<u8> = save_xsave(vm, vcpu)?.into_iter().flat_map(u32::to_le_bytes).collect();
-    match xsave::execute(instruction, registers, ram, &LAYOUT, &mut state)? {
-        Outcome::Done => {
-            if instruction.operation == Operation::Restore {
-                let words = state.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word));
-                restore_xsave(vm, vcpu, &words.collect::<Vec<_>>())?;
-            }
-            Ok((instruction.length as u64, None))
+impl InstructionMender {
+    /// Mends the instruction that KVM_EXIT_INTERNAL_ERROR stopped at, or says why not.
+    pub fn mend(&mut self, vm: &VmFd, vcpu: &mut VcpuFd, ram: &GuestMemoryMmap) -> Result<(), PvmError> {
+        let suberror = internal_suberror(vcpu);
+        let mut regs = vcpu.get_regs().map_err(ioctl("KVM_GET_REGS"))?;
+        let address = regs.rip;
+        if suberror != EMULATION_FAILED {
+            return Err(PvmError::Internal { suberror, address });
         }
-        Outcome::Raises(exception) => Ok((0, Some(exception))),
-        Outcome::Again => Ok((0, None)),
+        let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
+        let bytes = match fetch(&AddressSpace::new(ram, &regs, &sregs), ram, address) {
+            // It is executed again.
+            Err(Untranslated::Changed) => return Ok(vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?),
+            Ok(bytes) if !bytes.is_empty() => bytes,
+            _ => return Err(PvmError::Unreadable { address }),
+        };
+        let (length, exception) = match bytes[0] {
+            FWAIT => (1, None),
+            INT3 => (1, Some(Exception::Breakpoint)),
+            _ => {
+                let decoded = XsaveInstruction::decode(&bytes, &regs).filter(|_| sregs.cs.l != 0);
+                let instruction = decoded.ok_or(PvmError::Instruction { address, bytes })?;
+                self.carry_out(&instruction, vm, vcpu, ram, (&regs, &sregs))?
+            }
+        };
+        regs.rip = regs.rip.wrapping_add(length);
+        // Also forgets the invalid opcode that KVM would raise for what it could not emulate.
+        vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?;
+        Ok(exception.map_or(Ok(()), |exception| exception.raise(vcpu))?)
+    }
+
+    /// Carries an XSAVE or XRSTOR out on the vCPU. Returns how far its instruction pointer goes on, and what it raises.
+    fn carry_out(
+        &mut self,
+        instruction: &XsaveInstruction,
+        vm: &VmFd,
+        vcpu: &VcpuFd,
+        ram: &GuestMemoryMmap,
+        (general, special): (&kvm_regs, &kvm_sregs),
+    ) -> Result<(u64, Option<Exception>), PvmError> {
+        static LAYOUT: LazyLock<Layout> = LazyLock::new(Layout::of_host);
+        let enabled = vcpu.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?;
+        let xcr0 = enabled.xcrs.iter().take(enabled.nr_xcrs as usize).find(|register| register.xcr == 0);
+        let registers = Registers { general, special, xcr0: xcr0.map_or(0, |register| register.value) };
+        let state = match &mut self.state {
+            Some(state) => state,
+            none => none.insert(XsaveBuffer::new(vm)?),
+        };
+        state.save(vcpu)?;
+        match xsave::execute(instruction, registers, ram, &LAYOUT, state.image())? {
+            Outcome::Done => {
+                if instruction.operation == Operation::Restore {
+                    state.restore(vcpu)?;
+                }
+                Ok((instruction.length as u64, None))
+            }
+            Outcome::Raises(exception) => Ok((0, Some(exception))),
+            Outcome::Again => Ok((0, None)),
+        }
     }
 }
 

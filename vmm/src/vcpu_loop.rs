@@ -3,7 +3,7 @@
 use crate::devices::bus::{Bus, PortWrite};
 use crate::devices::doorbell::Ring;
 use crate::kvm::KvmKind;
-use crate::pvm::{self, PvmError};
+use crate::pvm::{self, InstructionMender, PvmError};
 use crate::sys::{self, ThreadId};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use std::io;
@@ -117,8 +117,9 @@ pub fn run<F: FnMut(Ring) -> Flow + Send>(
 impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
     fn vcpu(&self, number: usize, vcpu: &mut VcpuFd) {
         *lock(&self.threads[number]) = Some(sys::this_thread());
+        let mut mender = InstructionMender::default();
         while !self.stopping.load(Ordering::Acquire) {
-            match self.step(vcpu) {
+            match self.step(vcpu, &mut mender) {
                 Ok(Step::Continue) => {}
                 Ok(Step::Stop(stop)) => self.conclude(Ok(stop)),
                 Err(error) => self.conclude(Err(error)),
@@ -155,7 +156,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
         }
     }
 
-    fn step(&self, vcpu: &mut VcpuFd) -> Result<Step, RunError> {
+    fn step(&self, vcpu: &mut VcpuFd, mender: &mut InstructionMender) -> Result<Step, RunError> {
         let exit = vcpu.run();
         self.bus.resume_devices();
         match exit {
@@ -177,7 +178,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
                 pvm::write_msr(vcpu, self.ram, index, value)?;
             }
             Ok(VcpuExit::InternalError) if self.kind == KvmKind::Pvm => {
-                pvm::mend_instruction(self.vm, vcpu, self.ram)?;
+                mender.mend(self.vm, vcpu, self.ram)?;
             }
             Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Step::Stop(Stop::Reset)),
             Ok(exit) => return Err(RunError::Exit { exit: format!("{exit:?}") }),
