@@ -23,7 +23,7 @@ use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
 use forkd_fs::trace::Trace;
 use forkd_vmm::pvm::instruction::{LONGEST, Operation, XsaveInstruction};
 use forkd_vmm::pvm::xsave::{self, Outcome, Registers};
-use forkd_vmm::pvm::xsave_area::Layout;
+use forkd_vmm::pvm::xsave_area::{Layout, amd_leaf};
 use forkd_vmm::snapshot::{MachineState, VERSION as VMSTATE_VERSION};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use sha2::{Digest as _, Sha256};
@@ -250,14 +250,7 @@ pub fn xsave(bytes: &[u8]) {
         length: 4,
     });
     assert!((3..=LONGEST).contains(&instruction.length));
-    let layout = Layout::new(|subleaf| match subleaf {
-        0 => [0xe7, 0, 0, 0],
-        2 => [0x100, 0x240, 0, 0],
-        5 => [0x40, 0x340, 0, 0],
-        6 => [0x200, 0x380, 0, 0],
-        7 => [0x400, 0x580, 0, 0],
-        _ => [0; 4],
-    });
+    let layout = Layout::new(amd_leaf);
     let mut state = vec![0x5a; number(7) as usize % 4097];
     let before = state.clone();
     let registers = Registers { general: &general, special: &special, xcr0: number(6) };

@@ -178,6 +178,7 @@ fn parts(
 
 #[cfg(test)]
 mod tests {
+    use super::super::xsave_area::amd_leaf;
     use super::*;
     use kvm_bindings::kvm_segment;
 
@@ -223,7 +224,7 @@ mod tests {
         fn run(&mut self, operation: Operation, address: u64) -> Result<Outcome, UnknownState> {
             let instruction = XsaveInstruction { operation, wide: true, address, length: 4 };
             let registers = Registers { general: &self.general, special: &self.special, xcr0: 0xe7 };
-            execute(&instruction, registers, &self.ram, &layout(), &mut self.state)
+            execute(&instruction, registers, &self.ram, &Layout::new(amd_leaf), &mut self.state)
         }
 
         /// A page's bytes.
@@ -232,17 +233,6 @@ mod tests {
             self.ram.read_slice(&mut page, GuestAddress(at)).unwrap();
             page
         }
-    }
-
-    fn layout() -> Layout {
-        Layout::new(|subleaf| match subleaf {
-            0 => [0xe7, 0x980, 0x980, 0],
-            2 => [0x100, 0x240, 0, 0],
-            5 => [0x40, 0x340, 0, 0],
-            6 => [0x200, 0x380, 0, 0],
-            7 => [0x400, 0x580, 0, 0],
-            _ => [0; 4],
-        })
     }
 
     #[test]

@@ -205,25 +205,27 @@ fn mxcsr_mask(state: &[u8]) -> u32 {
     }
 }
 
+/// Leaf 0xD of an AMD processor with AVX-512, protection keys and shadow stacks: what tests
+/// use, on whatever host they run.
+#[doc(hidden)]
+pub fn amd_leaf(subleaf: u32) -> Leaf {
+    match subleaf {
+        0 => [0x2e7, 0x980, 0x980, 0],
+        1 => [0xf, 0x9a8, 0x1800, 0],
+        2 => [0x100, 0x240, 0, 0],
+        5 => [0x40, 0x340, 0, 0],
+        6 => [0x200, 0x380, 0, 0],
+        7 => [0x400, 0x580, 0, 0],
+        9 => [8, 0x980, 0, 0],
+        11 => [0x10, 0, 1, 0],
+        _ => [0; 4],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
-
-    /// Leaf 0xD of an AMD processor with AVX-512, protection keys and shadow stacks.
-    fn amd(subleaf: u32) -> Leaf {
-        match subleaf {
-            0 => [0x2e7, 0x980, 0x980, 0],
-            1 => [0xf, 0x9a8, 0x1800, 0],
-            2 => [0x100, 0x240, 0, 0],
-            5 => [0x40, 0x340, 0, 0],
-            6 => [0x200, 0x380, 0, 0],
-            7 => [0x400, 0x580, 0, 0],
-            9 => [8, 0x980, 0, 0],
-            11 => [0x10, 0, 1, 0],
-            _ => [0; 4],
-        }
-    }
 
     fn image(layout: &Layout, seed: u8) -> Vec<u8> {
         let mut image: Vec<u8> =
@@ -237,7 +239,7 @@ mod tests {
 
     #[test]
     fn the_layout_is_what_the_processor_says() {
-        let layout = Layout::new(amd);
+        let layout = Layout::new(amd_leaf);
         assert_eq!(layout.within(4096), 0x2e7);
         assert_eq!((layout.within(2432), layout.within(832), layout.within(575)), (0xe7, 7, 0));
         assert_eq!((layout.bytes(0), layout.bytes(7), layout.bytes(0xe7)), (FIXED, 832, 2432));
@@ -274,7 +276,7 @@ mod tests {
 
     #[test]
     fn absent_components_go_to_their_initial_form_and_others_stay() {
-        let layout = Layout::new(amd);
+        let layout = Layout::new(amd_leaf);
         let (mut from, mut to) = (image(&layout, 1), image(&layout, 2));
         let before = to.clone();
         set_present(&mut from, 0);
@@ -292,7 +294,7 @@ mod tests {
 
     #[test]
     fn what_the_processor_refuses_is_refused_and_changes_nothing() {
-        let layout = Layout::new(amd);
+        let layout = Layout::new(amd_leaf);
         let damages: [(usize, u8, u64); 5] =
             [(513, 2, 7), (520, 1, 7), (527, 0x80, 7), (535, 1, 0), (27, 1, 4)];
         for (at, value, components) in damages {
@@ -315,7 +317,7 @@ mod tests {
 
     #[test]
     fn narrow_forms_have_no_tops_of_pointers() {
-        let layout = Layout::new(amd);
+        let layout = Layout::new(amd_leaf);
         let mut state = image(&layout, 3);
         set_present(&mut state, 3);
         save(&mut state, 3, 0, false);
@@ -335,7 +337,7 @@ mod tests {
         fn what_is_saved_and_restored_is_what_was_there(
             in_use in 0_u64..0x400, saved in 0_u64..0x400, restored in 0_u64..0x400, before in any::<u64>(), seed in any::<u8>(),
         ) {
-            let layout = Layout::new(amd);
+            let layout = Layout::new(amd_leaf);
             let all = layout.within(4096);
             let (in_use, saved, restored) = (in_use & all, saved & all, restored & all);
             let mut original = image(&layout, seed);
