@@ -9,8 +9,8 @@ mod layout;
 
 pub use error::MemoryError;
 pub use layout::{
-    HIGH_RAM_START, ImageId, LOW_RAM_END, MEMORY_MIB_MAX, MEMORY_MIB_MIN, MemoryLayout, MemorySlot,
-    PAGE_BYTES, PMEM_ALIGN, ROOT_DISK_MAX,
+    HIGH_RAM_START, ImageId, LINUX_MEMORY_MIB_MIN, LOW_RAM_END, MEMORY_MIB_MAX, MEMORY_MIB_MIN, MemoryLayout,
+    MemorySlot, PAGE_BYTES, PMEM_ALIGN, ROOT_DISK_MAX,
 };
 
 use rustix::fd::{AsFd, OwnedFd};

@@ -16,6 +16,8 @@ pub const HIGH_RAM_START: u64 = 4 << 30;
 pub const MEMORY_MIB_MAX: u64 = 16 * 1024;
 /// Least guest RAM, MiB.
 pub const MEMORY_MIB_MIN: u64 = 1;
+/// Least guest RAM with which a Linux guest is started, MiB.
+pub const LINUX_MEMORY_MIB_MIN: u64 = 64;
 /// Largest root disk, bytes.
 pub const ROOT_DISK_MAX: u64 = 64 << 30;
 
