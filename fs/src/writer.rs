@@ -5,7 +5,7 @@
 //! chunks a thread. The files must not change meanwhile.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -16,12 +16,16 @@ use std::thread;
 use zstd::bulk::Compressor;
 use zstd::zstd_safe::CParameter;
 
-use crate::digest::{Digest, Hasher};
+use crate::digest::Digest;
 use crate::format::{self, DEFAULT_CHUNK_SIZE, MANIFEST, MEMBER_ORDER, PACK_VERSION};
 use crate::index::{ChunkRecord, Index};
 use crate::manifest::{Manifest, ManifestFile};
 use crate::store::IndexPin;
 use crate::survey::{Survey, survey};
+
+mod output;
+
+use output::{Frame, Output};
 
 /// How to build a pack.
 #[derive(Debug, Clone, Copy)]
@@ -166,13 +170,6 @@ enum Step {
     Chunk { member: usize, chunk: u32, frame: Receiver<io::Result<Frame>> },
 }
 
-/// A compressed chunk.
-struct Frame {
-    bytes: Vec<u8>,
-    digest: Digest,
-    plain_len: u32,
-}
-
 /// A chunk waiting for a thread.
 struct Job {
     plain: Vec<u8>,
@@ -214,7 +211,10 @@ impl PackWriter {
             tempfile::Builder::new().prefix(".forkd-pack-").tempfile_in(parent).map_err(failed)?;
         let mut output = Output::new(temporary.as_file_mut(), self.compressor()?);
         let records = self.compress_all(&members, &mut output, out, on_progress)?;
-        let (index, pack_size) = output.finish(self.options.chunk_size, &members, records).map_err(failed)?;
+        let files = members.iter().zip(records);
+        let files =
+            files.map(|(member, records)| (member.name.clone(), member.survey.size, records)).collect();
+        let (index, pack_size) = output.finish(self.options.chunk_size, files).map_err(failed)?;
         let pack_sha256 = output.close().map_err(failed)?;
         check_unchanged(&members)?;
         temporary.as_file().set_permissions(fs::Permissions::from_mode(0o644)).map_err(failed)?;
@@ -433,77 +433,5 @@ fn compress_jobs(queue: &Mutex<Receiver<Job>>, compressor: &mut Compressor<'stat
             plain_len: plain.len() as u32,
         });
         let _ = reply.send(frame);
-    }
-}
-
-/// The pack as it grows.
-struct Output<'a> {
-    file: BufWriter<&'a mut File>,
-    compressor: Compressor<'static>,
-    hasher: Hasher,
-    offset: u64,
-    /// Compressed and plain length of every frame.
-    frames: Vec<(u32, u32)>,
-}
-
-impl<'a> Output<'a> {
-    fn new(file: &'a mut File, compressor: Compressor<'static>) -> Self {
-        let file = BufWriter::with_capacity(1 << 20, file);
-        Self { file, compressor, hasher: Hasher::new(), offset: 0, frames: Vec::new() }
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.hasher.update(bytes);
-        self.offset += bytes.len() as u64;
-        self.file.write_all(bytes)
-    }
-
-    fn frame(&mut self, bytes: &[u8], plain_len: usize) -> io::Result<()> {
-        self.frames.push((bytes.len() as u32, plain_len as u32));
-        self.append(bytes)
-    }
-
-    fn tar_bytes(&mut self, plain: &[u8]) -> io::Result<()> {
-        let frame = self.compressor.compress(plain)?;
-        self.frame(&frame, plain.len())
-    }
-
-    fn chunk(&mut self, chunk: u32, frame: &Frame) -> io::Result<ChunkRecord> {
-        let record = ChunkRecord {
-            chunk,
-            length: frame.bytes.len() as u32,
-            offset: self.offset,
-            digest: frame.digest,
-        };
-        self.frame(&frame.bytes, frame.plain_len as usize)?;
-        Ok(record)
-    }
-
-    /// Appends index and seek table; returns the index with its place, and the pack's size.
-    fn finish(
-        &mut self,
-        chunk_size: u32,
-        members: &[Member],
-        records: Vec<Vec<ChunkRecord>>,
-    ) -> io::Result<((Index, IndexPin), u64)> {
-        let index_len = Index::encoded_len(members.len(), records.iter().map(Vec::len).sum());
-        // The index frame itself has an entry in the seek table, with nothing in it.
-        let pack_size = self.offset + index_len + format::seek_table_len(self.frames.len() as u64 + 1);
-        let files = members.iter().zip(records);
-        let files =
-            files.map(|(member, records)| (member.name.clone(), member.survey.size, records)).collect();
-        let index = Index::new(chunk_size, pack_size, files);
-        let bytes = index.encode();
-        let pin = IndexPin { offset: self.offset, length: index_len, sha256: Digest::of(&bytes) };
-        self.frame(&bytes, 0)?;
-        self.append(&format::encode_seek_table(&self.frames))?;
-        debug_assert_eq!(self.offset, pack_size);
-        Ok(((index, pin), pack_size))
-    }
-
-    /// Writes out what is buffered; returns the digest of the whole pack.
-    fn close(mut self) -> io::Result<Digest> {
-        self.file.flush()?;
-        Ok(self.hasher.finish())
     }
 }
