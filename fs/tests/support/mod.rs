@@ -2,9 +2,10 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -172,4 +173,13 @@ pub fn options() -> StoreOptions {
         prefetch_deadline: deadline,
         ..StoreOptions::default()
     }
+}
+
+/// Runs mkfs.erofs over a directory.
+pub fn mkfs(tree: &Path, args: &[&str]) -> Vec<u8> {
+    let out = tempfile::NamedTempFile::new().unwrap();
+    let made = Command::new("mkfs.erofs").arg("--quiet").args(args).arg(out.path()).arg(tree).output();
+    let made = made.expect("mkfs.erofs (erofs-utils) is there");
+    assert!(made.status.success(), "{args:?}: {}", String::from_utf8_lossy(&made.stderr));
+    fs::read(out.path()).unwrap()
 }
