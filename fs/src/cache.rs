@@ -18,7 +18,7 @@ use crate::index::Index;
 mod disk;
 
 use disk::Disk;
-pub use disk::{CacheOptions, Collected, Survey, Verified};
+pub use disk::{CacheCheck, CacheOptions, RemovedFiles, Survey};
 
 /// Frames waiting to be written; more are written by whoever has them.
 const QUEUE: usize = 256;
@@ -91,19 +91,19 @@ impl ChunkCache {
     }
 
     /// Reads every frame and puts aside those that fail their digest. `on_progress` gets the bytes read so far.
-    pub fn verify(&self, on_progress: &dyn Fn(u64)) -> Verified {
-        self.disk.as_ref().map_or_else(Verified::default, |disk| disk.verify(on_progress))
+    pub fn verify(&self, on_progress: &dyn Fn(u64)) -> CacheCheck {
+        self.disk.as_ref().map_or_else(CacheCheck::default, |disk| disk.verify(on_progress))
     }
 
     /// Removes what was put aside or left unfinished, and the longest unused frames until the limits hold; with
     /// `everything`, all frames. An error is that of a file that cannot be removed.
-    pub fn collect(&self, everything: bool) -> io::Result<Collected> {
-        self.disk.as_ref().map_or(Ok(Collected::default()), |disk| disk.collect(everything))
+    pub fn collect(&self, everything: bool) -> io::Result<RemovedFiles> {
+        self.disk.as_ref().map_or(Ok(RemovedFiles::default()), |disk| disk.collect(everything))
     }
 
     /// Removes files that processes were writing when they died. An error is that of a file that cannot be removed.
-    pub fn remove_abandoned(&self) -> io::Result<Collected> {
-        self.disk.as_ref().map_or(Ok(Collected::default()), |disk| disk.remove_abandoned())
+    pub fn remove_abandoned(&self) -> io::Result<RemovedFiles> {
+        self.disk.as_ref().map_or(Ok(RemovedFiles::default()), |disk| disk.remove_abandoned())
     }
 
     fn sender(&self, disk: &Arc<Disk>) -> Option<SyncSender<Job>> {

@@ -91,7 +91,7 @@ struct LegacyLink {
 
 /// A member as a predecessor's manifest lists it, which need not be true.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LegacyListed {
+pub struct LegacyListedFile {
     /// `NAME` or `TAG/NAME`, of any form.
     pub path: String,
     /// Plain size in bytes, if it says.
@@ -287,8 +287,8 @@ impl LegacyMember {
 
 impl LegacyManifest {
     /// The members it lists, in its order.
-    pub fn listed(&self) -> Vec<LegacyListed> {
-        let listed = |tag: Option<&str>, file: &LegacyFile| LegacyListed {
+    pub fn listed(&self) -> Vec<LegacyListedFile> {
+        let listed = |tag: Option<&str>, file: &LegacyFile| LegacyListedFile {
             path: match tag {
                 Some(tag) if !file.path.contains('/') => format!("{tag}/{}", file.path),
                 _ => file.path.clone(),
@@ -402,7 +402,7 @@ fn copy_sparse(
         }
         hasher.update(plain);
         len += filled as u64;
-        if crate::survey::is_zero(plain) {
+        if crate::scan::is_zero(plain) {
             file.seek(io::SeekFrom::Start(len)).map_err(&failed)?;
         } else {
             spend(filled as u64)?;

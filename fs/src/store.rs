@@ -25,7 +25,7 @@ mod open;
 mod options;
 
 pub use error::{OpenError, ReadError};
-use fetcher::{Fetcher, Work};
+use fetcher::{Fetcher, Part};
 pub use location::{IndexPin, PackLocation, PackSource};
 pub use options::StoreOptions;
 
@@ -86,7 +86,7 @@ impl Store {
         // Local packs are as near as the cache.
         let local = matches!(location.source, PackSource::Path(_));
         let options = if local { StoreOptions { cache: None, ..options } } else { options };
-        let open::Opened { source, index, pin, head } = open::open(&location, &options).await?;
+        let open::OpenedPack { source, index, pin, head } = open::open(&location, &options).await?;
         let fetcher = Arc::new(Fetcher::new(source, index, head, options));
         Ok(Arc::new(Self { fetcher, pin, manifest: OnceCell::new(), zeros: OnceLock::new() }))
     }
@@ -213,15 +213,15 @@ impl Store {
 
     /// How far fetching has come. Cheap.
     pub fn progress(&self) -> Progress {
-        let (counters, trouble) = (self.fetcher.source.counters(), self.fetcher.source.trouble());
+        let (counters, outage) = (self.fetcher.source.counters(), self.fetcher.source.outage());
         Progress {
             bytes_total: self.index().pack_size(),
             bytes_fetched: counters.bytes,
             requests: counters.requests,
             chunks_total: self.index().stored_chunk_count(),
             chunks_fetched: self.fetcher.fetched_count(),
-            retrying_since: trouble.as_ref().map(|trouble| trouble.since),
-            last_error: trouble.map(|trouble| trouble.last_error),
+            retrying_since: outage.as_ref().map(|outage| outage.since),
+            last_error: outage.map(|outage| outage.last_error),
         }
     }
 
@@ -231,7 +231,7 @@ impl Store {
     }
 
     /// The parts of a bulk read in the order to start them. Hands over the zero chunks on the way.
-    fn plan(&self, batches: &[Vec<ChunkId>], on_chunk: OnChunk<'_>) -> Result<Vec<Work>, ReadError> {
+    fn plan(&self, batches: &[Vec<ChunkId>], on_chunk: OnChunk<'_>) -> Result<Vec<Part>, ReadError> {
         let mut planned = vec![false; self.index().stored_chunk_count() as usize];
         let mut parts = Vec::new();
         for batch in batches {

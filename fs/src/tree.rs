@@ -33,7 +33,7 @@ pub use errno::{of_open_error, of_read_error, of_whole_error};
 pub use inode::{Attributes, Entry, Inode, Kind, Opened, ROOT};
 use inode::{LISTING, PACK_SHIFT};
 pub use listed::Changed;
-use listed::{Content, Listed};
+use listed::{Content, ListedTree};
 pub use listing::Listing;
 use pack::PackNode;
 use slot::Slot;
@@ -44,7 +44,7 @@ pub const MAX_READ: u32 = 1 << 20;
 /// The tree.
 #[derive(Debug)]
 pub struct Tree {
-    listed: RwLock<Listed>,
+    listed: RwLock<ListedTree>,
     options: StoreOptions,
 }
 
@@ -52,7 +52,7 @@ impl Tree {
     /// A tree over `listings`. Listings with names that are not plain, or the same names twice, are left out: the
     /// first one counts.
     pub fn new(listings: Vec<Listing>, options: StoreOptions) -> Tree {
-        let mut listed = Listed::new();
+        let mut listed = ListedTree::new();
         listed.update(&listings, &options);
         Tree { listed: RwLock::new(listed), options }
     }
@@ -63,7 +63,7 @@ impl Tree {
         self.listed.write().expect("no panics while held").update(listings, &self.options)
     }
 
-    fn listed(&self) -> RwLockReadGuard<'_, Listed> {
+    fn listed(&self) -> RwLockReadGuard<'_, ListedTree> {
         self.listed.read().expect("no panics while held")
     }
 
@@ -167,7 +167,7 @@ impl Tree {
 }
 
 /// `/.forkd/stats.json`.
-fn report(listed: &Listed) -> Bytes {
+fn report(listed: &ListedTree) -> Bytes {
     let packs: Vec<_> = listed.shown().filter(|pack| pack.was_tried()).map(|pack| pack.stats()).collect();
     report::as_json(&serde_json::json!({
         "forkd_version": env!("CARGO_PKG_VERSION"),

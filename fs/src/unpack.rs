@@ -10,9 +10,9 @@ use crate::digest::Digest;
 use crate::format::{DEFAULT_CHUNK_SIZE, MANIFEST};
 use crate::index::{ChunkId, FileId};
 use crate::manifest::Manifest;
+use crate::scan::scan;
 use crate::source::Class;
 use crate::store::{ChunkData, Progress, ReadError, Store};
-use crate::survey::survey;
 
 /// Why a pack could not be unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -132,9 +132,8 @@ fn create(store: &Store, manifest: &Manifest, dest: &Path) -> Result<Vec<Output>
 async fn check(store: &Store, outputs: Vec<Output>) -> Result<(), UnpackError> {
     let check_one = |output: Output| {
         tokio::task::spawn_blocking(move || {
-            let reopened =
-                File::open(&output.path).and_then(|file| survey(&file, DEFAULT_CHUNK_SIZE, &|_| ()));
-            let found = reopened.and_then(|survey| output.file.sync_data().map(|()| survey.digest));
+            let reopened = File::open(&output.path).and_then(|file| scan(&file, DEFAULT_CHUNK_SIZE, &|_| ()));
+            let found = reopened.and_then(|scan| output.file.sync_data().map(|()| scan.digest));
             (output, found)
         })
     };

@@ -20,8 +20,8 @@ use crate::digest::Digest;
 use crate::format::{self, DEFAULT_CHUNK_SIZE, MANIFEST, MEMBER_ORDER, PACK_VERSION};
 use crate::index::{ChunkRecord, Index};
 use crate::manifest::{Manifest, ManifestFile};
+use crate::scan::{FileScan, scan};
 use crate::store::IndexPin;
-use crate::survey::{Survey, survey};
 
 mod output;
 
@@ -158,7 +158,7 @@ struct Member {
     name: String,
     path: PathBuf,
     file: File,
-    survey: Survey,
+    scan: FileScan,
     mtime: u64,
 }
 
@@ -196,11 +196,11 @@ impl PackWriter {
         if !format::is_chunk_size(self.options.chunk_size) {
             return Err(WriteError::ChunkSize { chunk_size: self.options.chunk_size });
         }
-        let mut members = self.survey_all(dir, on_progress)?;
+        let mut members = self.scan_all(dir, on_progress)?;
         let manifest = complete(manifest, &members);
         let text = manifest.to_toml().into_bytes();
         members.insert(0, self.manifest_member(&text, &members, out)?);
-        let stored: usize = members.iter().map(|member| member.survey.stored.len()).sum();
+        let stored: usize = members.iter().map(|member| member.scan.stored.len()).sum();
         if Index::encoded_len(members.len(), stored) > format::MAX_INDEX_LEN {
             return Err(WriteError::TooManyChunks { chunks: stored });
         }
@@ -212,8 +212,7 @@ impl PackWriter {
         let mut output = Output::new(temporary.as_file_mut(), self.compressor()?);
         let records = self.compress_all(&members, &mut output, out, on_progress)?;
         let files = members.iter().zip(records);
-        let files =
-            files.map(|(member, records)| (member.name.clone(), member.survey.size, records)).collect();
+        let files = files.map(|(member, records)| (member.name.clone(), member.scan.size, records)).collect();
         let (index, pack_size) = output.finish(self.options.chunk_size, files).map_err(failed)?;
         let pack_sha256 = output.close().map_err(failed)?;
         check_unchanged(&members)?;
@@ -231,13 +230,13 @@ impl PackWriter {
             manifest,
             stored_chunks: index.stored_chunk_count(),
             zero_chunks: chunks - index.stored_chunk_count(),
-            plain_bytes: members.iter().map(|member| member.survey.size).sum(),
+            plain_bytes: members.iter().map(|member| member.scan.size).sum(),
             stored_bytes: index.stored_bytes(),
         })
     }
 
-    /// First pass: opens and surveys the files, one thread each.
-    fn survey_all(&self, dir: &Path, on_progress: OnProgress<'_>) -> Result<Vec<Member>, WriteError> {
+    /// First pass: opens and scans the files, one thread each.
+    fn scan_all(&self, dir: &Path, on_progress: OnProgress<'_>) -> Result<Vec<Member>, WriteError> {
         let mut files = Vec::new();
         for (name, path) in member_files(dir)? {
             let failed = |source| WriteError::Read { path: path.clone(), source };
@@ -252,17 +251,17 @@ impl PackWriter {
         };
         let chunk_size = self.options.chunk_size;
         thread::scope(|scope| {
-            let survey_one =
-                |file: File| scope.spawn(move || survey(&file, chunk_size, &on_bytes).map(|s| (s, file)));
+            let scan_one =
+                |file: File| scope.spawn(move || scan(&file, chunk_size, &on_bytes).map(|s| (s, file)));
             let running: Vec<_> = files
                 .into_iter()
-                .map(|(name, path, file, _, mtime)| (name, path, mtime, survey_one(file)))
+                .map(|(name, path, file, _, mtime)| (name, path, mtime, scan_one(file)))
                 .collect();
             let finish =
                 |(name, path, mtime, running): (String, PathBuf, u64, thread::ScopedJoinHandle<_>)| {
-                    let surveyed: io::Result<(Survey, File)> = running.join().expect("surveys do not panic");
-                    match surveyed {
-                        Ok((survey, file)) => Ok(Member { name, path, file, survey, mtime }),
+                    let scanned: io::Result<(FileScan, File)> = running.join().expect("scans do not panic");
+                    match scanned {
+                        Ok((scan, file)) => Ok(Member { name, path, file, scan, mtime }),
                         Err(source) => Err(WriteError::Read { path, source }),
                     }
                 };
@@ -275,12 +274,12 @@ impl PackWriter {
         let store = || {
             let mut file = tempfile::tempfile()?;
             file.write_all(text)?;
-            let survey = survey(&file, self.options.chunk_size, &|_| ())?;
-            Ok((file, survey))
+            let scan = scan(&file, self.options.chunk_size, &|_| ())?;
+            Ok((file, scan))
         };
-        let (file, survey) = store().map_err(|source| WriteError::Write { path: out.to_owned(), source })?;
+        let (file, scan) = store().map_err(|source| WriteError::Write { path: out.to_owned(), source })?;
         let mtime = others.iter().map(|member| member.mtime).max().unwrap_or(0);
-        Ok(Member { name: MANIFEST.into(), path: out.to_owned(), file, survey, mtime })
+        Ok(Member { name: MANIFEST.into(), path: out.to_owned(), file, scan, mtime })
     }
 
     /// Second pass: writes every member, returns each one's records.
@@ -336,15 +335,14 @@ impl PackWriter {
         let chunk_size = self.options.chunk_size;
         let mut padding = 0;
         for (position, member) in members.iter().enumerate() {
-            let Member { name, survey, mtime, .. } = member;
-            let (head, tar_len) =
-                format::tar_member_head(name, survey.size, chunk_size, &survey.stored, *mtime);
+            let Member { name, scan, mtime, .. } = member;
+            let (head, tar_len) = format::tar_member_head(name, scan.size, chunk_size, &scan.stored, *mtime);
             let tar = [vec![0; padding], head].concat();
             padding = format::tar_padding(tar_len);
             if steps.send(Step::Tar(tar)).is_err() {
                 return Ok(());
             }
-            for (&chunk, len) in survey.stored.iter().zip(self.stored_lens(member)) {
+            for (&chunk, len) in scan.stored.iter().zip(self.stored_lens(member)) {
                 let mut plain = vec![0; len as usize];
                 let read = member.file.read_exact_at(&mut plain, u64::from(chunk) * u64::from(chunk_size));
                 read.map_err(|source| WriteError::Read { path: member.path.clone(), source })?;
@@ -361,8 +359,8 @@ impl PackWriter {
     }
 
     fn stored_lens<'a>(&self, member: &'a Member) -> impl Iterator<Item = u64> + use<'a> {
-        let (size, chunk_size) = (member.survey.size, self.options.chunk_size);
-        member.survey.stored.iter().map(move |&chunk| u64::from(format::chunk_len(size, chunk_size, chunk)))
+        let (size, chunk_size) = (member.scan.size, self.options.chunk_size);
+        member.scan.stored.iter().map(move |&chunk| u64::from(format::chunk_len(size, chunk_size, chunk)))
     }
 
     fn compressor(&self) -> Result<Compressor<'static>, WriteError> {
@@ -404,8 +402,8 @@ fn member_files(dir: &Path) -> Result<Vec<(String, PathBuf)>, WriteError> {
 fn complete(manifest: Manifest, members: &[Member]) -> Manifest {
     let file = |member: &Member| ManifestFile {
         path: member.name.clone(),
-        size: member.survey.size,
-        sha256: member.survey.digest,
+        size: member.scan.size,
+        sha256: member.scan.digest,
     };
     Manifest { forkd_pack_version: PACK_VERSION, files: members.iter().map(file).collect(), ..manifest }
 }
@@ -415,7 +413,7 @@ fn check_unchanged(members: &[Member]) -> Result<(), WriteError> {
     for member in &members[1..] {
         let now = member.file.metadata();
         let same =
-            |now: fs::Metadata| now.len() == member.survey.size && now.mtime().max(0) as u64 == member.mtime;
+            |now: fs::Metadata| now.len() == member.scan.size && now.mtime().max(0) as u64 == member.mtime;
         if !now.is_ok_and(same) {
             return Err(WriteError::Changed { path: member.path.clone() });
         }

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::time::Instant;
 
 use bytes::Bytes;
-use forkd_fs::erofs::{ErofsError, Image, Node, ReadImage};
+use forkd_fs::erofs::{ErofsError, ErofsImage, ErofsInode, ReadImage};
 use futures_util::FutureExt;
 use proptest::prelude::*;
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
@@ -33,7 +33,7 @@ type Refused = ErofsError<std::convert::Infallible>;
 
 /// Looks at everything reachable, as a `find | xargs cat` would, and counts it. Each directory is entered by lookup.
 async fn visit(image: Vec<u8>) -> Result<usize, Refused> {
-    let image = Image::open(InMemory(image)).await?;
+    let image = ErofsImage::open(InMemory(image)).await?;
     let root = image.node(image.root()).await?;
     let (mut left, mut seen) = (vec![root], 0);
     while let Some(directory) = left.pop() {
@@ -59,7 +59,7 @@ async fn visit(image: Vec<u8>) -> Result<usize, Refused> {
     Ok(seen)
 }
 
-async fn look_at(image: &Image<InMemory>, node: &Node) {
+async fn look_at(image: &ErofsImage<InMemory>, node: &ErofsInode) {
     for offset in [0, 4000, node.size / 2, node.size.saturating_sub(10), u64::MAX - 5] {
         if let Ok(bytes) = image.read(node, offset, 70_000).await {
             assert_eq!(bytes.len() as u64, node.size.saturating_sub(offset).min(70_000));
@@ -139,7 +139,7 @@ proptest! {
         image[at] &= 0x0f;
         image[at + 1] = 0;
         let check = async {
-            let image = Image::open(InMemory(image)).await.unwrap();
+            let image = ErofsImage::open(InMemory(image)).await.unwrap();
             if let Ok(node) = image.node(nid).await {
                 look_at(&image, &node).await;
                 let _ = image.entries_from(&node, 0).await;
@@ -164,7 +164,7 @@ fn directories_with_two_parents_and_names_that_are_paths_are_refused() {
     fs::create_dir_all(dir.path().join("inner-name/leaf-name")).unwrap();
     let good = mkfs(dir.path(), &[]);
     let nids = async {
-        let image = Image::open(InMemory(good.clone())).await.unwrap();
+        let image = ErofsImage::open(InMemory(good.clone())).await.unwrap();
         let root = image.node(image.root()).await.unwrap();
         let inner = image.lookup(&root, b"inner-name").await.unwrap().unwrap();
         let leaf = image.lookup(&inner, b"leaf-name").await.unwrap().unwrap();
@@ -178,7 +178,7 @@ fn directories_with_two_parents_and_names_that_are_paths_are_refused() {
         image[at..at + 8].copy_from_slice(&other.to_le_bytes());
         assert_eq!(visit_now(image.clone()).unwrap(), 2, "both names are listed, the second is not entered");
         let found = async {
-            let image = Image::open(InMemory(image)).await.unwrap();
+            let image = ErofsImage::open(InMemory(image)).await.unwrap();
             let inner = image.node(inner).await.unwrap();
             image.lookup(&inner, b"leaf-name").await
         };

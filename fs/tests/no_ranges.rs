@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use forkd_fs::source::{
-    Class, Deadlines, HttpClient, HttpError, HttpOptions, HttpSource, Source, SourceError,
+    Class, HttpClient, HttpError, HttpOptions, HttpSource, ReadDeadlines, Source, SourceError,
 };
 use forkd_fs::store::{PackLocation, PackSource, ReadError, Store};
 use forkd_fs::tree::of_read_error;
@@ -93,7 +93,7 @@ async fn a_broken_download_goes_on_and_a_replaced_object_is_noticed() {
     let whole = source(&http(), &server.url(), None);
     assert_eq!(whole.read_at(0, 300_000, Class::Demand).await.unwrap(), object);
     assert_eq!(server.request_count(), 6);
-    assert!(whole.trouble().is_none());
+    assert!(whole.outage().is_none());
 
     // By its ETag, by its length, by its bytes.
     let mut same_length = object.clone();
@@ -288,7 +288,7 @@ async fn a_download_nobody_needs_any_more_ends() {
     let server = host(noise(1, 8 << 20)).await;
     server.set_bandwidth(1 << 20);
     let deadline = Duration::from_secs(1);
-    let deadlines = Deadlines { demand: deadline, prefetch: deadline };
+    let deadlines = ReadDeadlines { demand: deadline, prefetch: deadline };
     let whole = Source::Http(HttpSource::new(&http(), &server.url(), None, deadlines).unwrap());
     whole.read_at(0, 100, Class::Demand).await.unwrap();
     drop(whole);

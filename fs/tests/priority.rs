@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use forkd_fs::source::{Class, Deadlines, HttpClient, HttpOptions, HttpSource, Source};
+use forkd_fs::source::{Class, HttpClient, HttpOptions, HttpSource, ReadDeadlines, Source};
 
 mod support;
 use support::noise;
@@ -34,7 +34,7 @@ async fn measure(bandwidth: u64, streams: usize, pause: Duration, rtt: Duration)
     server.set_bandwidth(bandwidth);
     server.set_latency(rtt);
     let http = HttpClient::new(HttpOptions::default());
-    let deadlines = Deadlines { demand: Duration::from_secs(30), prefetch: Duration::from_secs(30) };
+    let deadlines = ReadDeadlines { demand: Duration::from_secs(30), prefetch: Duration::from_secs(30) };
     let source = Arc::new(Source::Http(HttpSource::new(&http, &server.url(), None, deadlines).unwrap()));
     // The connection demand uses is there already.
     source.read_at(0, 10, Class::Demand).await.unwrap();

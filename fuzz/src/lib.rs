@@ -13,7 +13,7 @@ use bytes::Bytes;
 use forkd::paths::Paths;
 use forkd::registry::{HubAddress, Registry, RegistryCopies};
 use forkd_fs::digest::Digest;
-use forkd_fs::erofs::{Image, ReadImage};
+use forkd_fs::erofs::{ErofsImage, ReadImage};
 use forkd_fs::format::{self, MAX_NAME_LEN};
 use forkd_fs::index::{ChunkId, Index, TRAILER_LEN};
 use forkd_fs::legacy;
@@ -160,7 +160,7 @@ impl ReadImage for InMemory<'_> {
 /// A root disk: every name that can be reached, and the beginning of what it names.
 pub fn erofs(bytes: &[u8]) {
     RUNTIME.block_on(async {
-        let Ok(image) = Image::open(InMemory(bytes)).await else { return };
+        let Ok(image) = ErofsImage::open(InMemory(bytes)).await else { return };
         let Ok(root) = image.node(image.root()).await else { return };
         let (mut directories, mut seen) = (vec![root], 0);
         // Many names of one directory below one parent are allowed; looking into it once is enough.

@@ -58,7 +58,7 @@ pub struct Survey {
 
 /// What [`super::ChunkCache::verify`] found.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Verified {
+pub struct CacheCheck {
     /// Frames read and hashed.
     pub entries: u64,
     /// Their bytes.
@@ -69,7 +69,7 @@ pub struct Verified {
 
 /// What [`super::ChunkCache::collect`] removed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Collected {
+pub struct RemovedFiles {
     /// Files.
     pub files: u64,
     /// Their bytes.
@@ -254,7 +254,7 @@ impl Disk {
     fn evict(&self, len: u64) {
         let Some(_lock) = self.lock(FlockOperation::NonBlockingLockExclusive) else { return };
         let Entries { frames, damaged, unfinished } = self.entries();
-        let mut removed = Collected::default();
+        let mut removed = RemovedFiles::default();
         unfinished
             .iter()
             .filter(|entry| entry.is_abandoned())
@@ -274,7 +274,7 @@ impl Disk {
     }
 
     /// Removes the longest unused of `frames` until `bytes` are gone.
-    fn shrink(&self, mut frames: Vec<Entry>, bytes: u64, removed: &mut Collected) {
+    fn shrink(&self, mut frames: Vec<Entry>, bytes: u64, removed: &mut RemovedFiles) {
         frames.sort_unstable();
         let mut gone = 0;
         for entry in frames {
@@ -298,8 +298,8 @@ impl Disk {
         }
     }
 
-    pub(super) fn verify(&self, on_progress: &dyn Fn(u64)) -> Verified {
-        let mut verified = Verified::default();
+    pub(super) fn verify(&self, on_progress: &dyn Fn(u64)) -> CacheCheck {
+        let mut verified = CacheCheck::default();
         for Entry { path, .. } in self.entries().frames {
             let named: Option<Digest> =
                 path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
@@ -327,10 +327,10 @@ impl Disk {
         verified
     }
 
-    pub(super) fn collect(&self, everything: bool) -> io::Result<Collected> {
+    pub(super) fn collect(&self, everything: bool) -> io::Result<RemovedFiles> {
         let _lock = self.lock(FlockOperation::LockExclusive);
         let entries = self.entries();
-        let mut removed = Collected::default();
+        let mut removed = RemovedFiles::default();
         for entry in &entries.damaged {
             remove(entry, &mut removed)?;
         }
@@ -343,8 +343,8 @@ impl Disk {
         Ok(removed)
     }
 
-    pub(super) fn remove_abandoned(&self) -> io::Result<Collected> {
-        let mut removed = Collected::default();
+    pub(super) fn remove_abandoned(&self) -> io::Result<RemovedFiles> {
+        let mut removed = RemovedFiles::default();
         for entry in self.entries().unfinished.iter().filter(|entry| entry.is_abandoned()) {
             remove(entry, &mut removed)?;
         }
@@ -386,7 +386,7 @@ impl Disk {
 }
 
 /// Removes an entry; one that is gone already is no error, and not counted.
-fn remove(entry: &Entry, removed: &mut Collected) -> io::Result<()> {
+fn remove(entry: &Entry, removed: &mut RemovedFiles) -> io::Result<()> {
     match fs::remove_file(&entry.path) {
         Ok(()) => {
             removed.files += 1;

@@ -24,7 +24,7 @@ impl Class {
 /// How long a read may fail and be retried before it ends in an error. Counts from the last sign of progress; one silent
 /// attempt may add the HTTP idle timeout.
 #[derive(Debug, Clone, Copy)]
-pub struct Deadlines {
+pub struct ReadDeadlines {
     /// For [`Class::Demand`].
     pub demand: Duration,
     /// For the others.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use bytes::Bytes;
 
 use super::class::Class;
-use super::counters::Counters;
+use super::counters::TransferCounters;
 use crate::observe::{Observer, Watched};
 
 /// Bytes handed over at a time.
@@ -91,8 +91,8 @@ impl FileSource {
         &self.0.path
     }
 
-    pub(super) fn counters(&self) -> Counters {
-        Counters { requests: self.0.requests.load(Relaxed), bytes: self.0.bytes.load(Relaxed) }
+    pub(super) fn counters(&self) -> TransferCounters {
+        TransferCounters { requests: self.0.requests.load(Relaxed), bytes: self.0.bytes.load(Relaxed) }
     }
 
     pub(super) fn stream_at(&self, offset: u64, len: u64, class: Class) -> FileBody {

@@ -17,31 +17,31 @@ use bytes::Bytes;
 use reqwest::Response;
 use tokio::time::timeout_at;
 
-use super::class::{Class, Deadlines};
-use super::counters::{Counters, Trouble};
+use super::class::{Class, ReadDeadlines};
+use super::counters::{Outage, TransferCounters};
 use crate::observe::{Observer, Watched};
 
 mod address;
+mod budget;
 mod client;
 mod credential;
+mod download;
 mod error;
 mod keyring;
-mod lanes;
 mod names;
 mod object;
 mod redirect;
 mod retry;
-mod spool;
 mod transport;
 
 pub use address::redact_url;
+use budget::{Permit, Timing};
 pub use client::HttpClient;
+use download::WholeDownload;
 pub use error::HttpError;
 pub use keyring::{Credentials, TOKEN_VARIABLE};
-use lanes::{Permit, Timing};
 use object::{Answer, Object};
 use retry::{PROGRESS, Retries};
-use spool::Spool;
 pub use transport::HttpOptions;
 
 /// One object on an HTTP server.
@@ -52,7 +52,7 @@ pub struct HttpSource(Arc<SourceShared>, Option<Arc<dyn Observer>>);
 struct SourceShared {
     object: Arc<Object>,
     /// Set once the host has answered a range with the whole object.
-    spool: Mutex<Option<Arc<Spool>>>,
+    download: Mutex<Option<Arc<WholeDownload>>>,
 }
 
 impl HttpSource {
@@ -61,11 +61,11 @@ impl HttpSource {
         client: &HttpClient,
         url: &str,
         size: Option<u64>,
-        deadlines: Deadlines,
+        deadlines: ReadDeadlines,
     ) -> Result<Self, HttpError> {
         let route = client.route(url)?;
         let object = Arc::new(Object::new(client.clone(), route, size, deadlines));
-        Ok(Self(Arc::new(SourceShared { object, spool: Mutex::default() }), None))
+        Ok(Self(Arc::new(SourceShared { object, download: Mutex::default() }), None))
     }
 
     /// The same, with somebody who hears of its requests.
@@ -86,8 +86,8 @@ impl HttpSource {
             while body.next().await?.is_some() {}
         }
         // A host that serves no ranges may not announce the size either.
-        if let (None, Some(spool)) = (self.known_size(), self.0.spool()) {
-            spool.complete(started, self.0.object.deadline(Class::Demand)).await?;
+        if let (None, Some(download)) = (self.known_size(), self.0.download()) {
+            download.complete(started, self.0.object.deadline(Class::Demand)).await?;
         }
         Ok(self.known_size().expect("every accepted answer sets the size, at its end at the latest"))
     }
@@ -96,12 +96,12 @@ impl HttpSource {
         self.0.object.size()
     }
 
-    pub(super) fn counters(&self) -> Counters {
+    pub(super) fn counters(&self) -> TransferCounters {
         self.0.object.counters()
     }
 
-    pub(super) fn trouble(&self) -> Option<Trouble> {
-        self.0.object.trouble()
+    pub(super) fn outage(&self) -> Option<Outage> {
+        self.0.object.outage()
     }
 
     pub(super) fn set_demand_deadline(&self, deadline: Duration) {
@@ -110,9 +110,9 @@ impl HttpSource {
 
     pub(super) fn stream_at(&self, offset: u64, len: u64, class: Class) -> HttpBody {
         let deadline = self.0.object.deadline(class);
-        let spool = self.0.spool();
-        if let Some(spool) = &spool {
-            spool.enter();
+        let download = self.0.download();
+        if let Some(download) = &download {
+            download.enter();
         }
         HttpBody {
             source: self.0.clone(),
@@ -123,7 +123,7 @@ impl HttpSource {
             next: offset,
             end: offset + len,
             running: None,
-            spool,
+            download,
             deadline,
             retries: Retries::new(deadline),
             failing: false,
@@ -133,27 +133,27 @@ impl HttpSource {
 }
 
 impl SourceShared {
-    fn spool(&self) -> Option<Arc<Spool>> {
-        self.spool.lock().expect("no panics while held").clone()
+    fn download(&self) -> Option<Arc<WholeDownload>> {
+        self.download.lock().expect("no panics while held").clone()
     }
 
     /// Lets go of a download that turned out to be of something else: the next reader starts afresh.
-    fn forget_spool(&self, failed: &Arc<Spool>, error: &HttpError) {
+    fn forget_download(&self, failed: &Arc<WholeDownload>, error: &HttpError) {
         if error.is_of_another_object() {
             self.object.unlearn_after(error);
-            let mut spool = self.spool.lock().expect("no panics while held");
-            spool.take_if(|spool| Arc::ptr_eq(spool, failed));
+            let mut download = self.download.lock().expect("no panics while held");
+            download.take_if(|download| Arc::ptr_eq(download, failed));
         }
     }
 
     /// The download all readers share; the first to learn that there are no ranges starts it with the answer it got.
-    fn spool_from(&self, whole: Response) -> Result<Arc<Spool>, HttpError> {
-        let mut spool = self.spool.lock().expect("no panics while held");
-        if let Some(spool) = &*spool {
-            return Ok(spool.clone());
+    fn download_from(&self, whole: Response) -> Result<Arc<WholeDownload>, HttpError> {
+        let mut download = self.download.lock().expect("no panics while held");
+        if let Some(download) = &*download {
+            return Ok(download.clone());
         }
-        let started = Arc::new(Spool::start(self.object.clone(), whole)?);
-        *spool = Some(started.clone());
+        let started = Arc::new(WholeDownload::start(self.object.clone(), whole)?);
+        *download = Some(started.clone());
         Ok(started)
     }
 }
@@ -169,8 +169,8 @@ pub struct HttpBody {
     start: u64,
     next: u64,
     end: u64,
-    running: Option<Running>,
-    spool: Option<Arc<Spool>>,
+    running: Option<RunningAnswer>,
+    download: Option<Arc<WholeDownload>>,
     deadline: Duration,
     retries: Retries,
     failing: bool,
@@ -180,7 +180,7 @@ pub struct HttpBody {
 
 /// An answer being received: bytes up to `end`, which may be less than the whole range.
 #[derive(Debug)]
-struct Running {
+struct RunningAnswer {
     response: Response,
     end: u64,
     timing: Timing,
@@ -194,9 +194,9 @@ impl HttpBody {
             if self.next == self.end && self.running.is_none() {
                 return Ok(None);
             }
-            if let Some(spool) = self.spool.clone() {
-                let piece = spool.read(self.next, self.end, self.progress.0, self.deadline).await;
-                let piece = piece.inspect_err(|error| self.source.forget_spool(&spool, error))?;
+            if let Some(download) = self.download.clone() {
+                let piece = download.read(self.next, self.end, self.progress.0, self.deadline).await;
+                let piece = piece.inspect_err(|error| self.source.forget_download(&download, error))?;
                 self.next += piece.len() as u64;
                 self.progress = (Instant::now(), self.next);
                 return Ok(Some(piece));
@@ -230,10 +230,10 @@ impl HttpBody {
             let watched = Watched::start(self.observer.as_ref(), self.class);
             match self.request(end).await? {
                 Answer::Range(response) => {
-                    self.running = Some(Running { response, end, timing, watched, _permit: permit })
+                    self.running = Some(RunningAnswer { response, end, timing, watched, _permit: permit })
                 }
                 Answer::Whole(response) => {
-                    self.spool = Some(self.source.spool_from(response)?);
+                    self.download = Some(self.source.download_from(response)?);
                     return Ok(None);
                 }
             }
@@ -251,7 +251,7 @@ impl HttpBody {
                 running.timing.arrived(got);
                 running.watched.iter_mut().for_each(|watched| watched.arrived(got));
             }
-            None => object.client.lanes().learn(&running.timing),
+            None => object.client.budgets().learn(&running.timing),
         }
         Ok(piece)
     }
@@ -261,7 +261,7 @@ impl HttpBody {
         match self.class {
             Class::Demand | Class::WorkingSet => self.end,
             Class::Prefetch => {
-                let turn = self.source.object.client.lanes().turn();
+                let turn = self.source.object.client.budgets().turn();
                 self.end.min(self.next.saturating_add(turn))
             }
         }
@@ -270,7 +270,7 @@ impl HttpBody {
     /// Waits for the right to ask. Nobody waits for a prefetch, so that may take its time; a demand read may not.
     async fn permit(&mut self) -> Result<Permit, HttpError> {
         let object = &self.source.object;
-        let permit = object.client.lanes().permit(self.class);
+        let permit = object.client.budgets().permit(self.class);
         if self.class.is_ahead() {
             let queued = Instant::now();
             let permit = permit.await;

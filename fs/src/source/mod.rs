@@ -10,8 +10,8 @@ mod counters;
 pub mod file;
 pub mod http;
 
-pub use class::{Class, Deadlines};
-pub use counters::{Counters, Trouble};
+pub use class::{Class, ReadDeadlines};
+pub use counters::{Outage, TransferCounters};
 pub use file::{FileError, FileSource};
 pub use http::{Credentials, HttpClient, HttpError, HttpOptions, HttpSource, redact_url};
 
@@ -102,7 +102,7 @@ impl Source {
     }
 
     /// What was transferred so far.
-    pub fn counters(&self) -> Counters {
+    pub fn counters(&self) -> TransferCounters {
         match self {
             Self::Http(source) => source.counters(),
             Self::File(source) => source.counters(),
@@ -110,9 +110,9 @@ impl Source {
     }
 
     /// Whether reads are failing and being retried right now.
-    pub fn trouble(&self) -> Option<Trouble> {
+    pub fn outage(&self) -> Option<Outage> {
         match self {
-            Self::Http(source) => source.trouble(),
+            Self::Http(source) => source.outage(),
             Self::File(_) => None,
         }
     }

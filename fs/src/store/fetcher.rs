@@ -38,7 +38,7 @@ pub(super) type Sink = mpsc::Sender<(u32, Bytes)>;
 
 /// A part of a bulk read that one task does.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct Part {
     /// Record numbers, ascending.
     wanted: Vec<u32>,
     /// Whether to keep the frames between the wanted ones, which come along in the request.
@@ -63,9 +63,9 @@ pub(super) struct Fetcher {
 }
 
 /// A frame someone waits for.
-enum Wish {
-    Granted(Bytes),
-    Waiting(Waiter),
+enum Pending {
+    Ready(Bytes),
+    Fetching(Waiter),
 }
 
 impl Fetcher {
@@ -98,42 +98,43 @@ impl Fetcher {
     /// Plain chunks someone waits for, in the order of `records`.
     pub(super) async fn demand(self: &Arc<Self>, records: &[u32]) -> Result<Vec<Bytes>, ReadError> {
         let mut leads = Vec::new();
-        let wishes: Vec<Wish> = records.iter().map(|&record| self.wish(record, false, &mut leads)).collect();
+        let pending: Vec<Pending> =
+            records.iter().map(|&record| self.look_up(record, false, &mut leads)).collect();
         if !leads.is_empty() {
             self.launch(leads);
         }
         let mut plains = Vec::with_capacity(records.len());
-        for (&record, wish) in records.iter().zip(wishes) {
-            plains.push(self.granted(record, wish).await?);
+        for (&record, pending) in records.iter().zip(pending) {
+            plains.push(self.wait_for_chunk(record, pending).await?);
         }
         Ok(plains)
     }
 
     /// Looks for a chunk in memory, then among those being fetched; a lead is added when it is in neither.
-    fn wish(&self, record: u32, overtake: bool, leads: &mut Vec<Lead>) -> Wish {
+    fn look_up(&self, record: u32, overtake: bool, leads: &mut Vec<Lead>) -> Pending {
         if let Some(plain) = self.decoded.get(record) {
-            return Wish::Granted(plain);
+            return Pending::Ready(plain);
         }
         match self.flights.enter(record, Class::Demand, overtake) {
-            Entry::Join(waiter) => Wish::Waiting(waiter),
+            Entry::Join(waiter) => Pending::Fetching(waiter),
             Entry::Lead(lead) => match self.decoded.get(record) {
                 // It landed between the first look and the entry.
-                Some(plain) => Wish::Granted(plain),
+                Some(plain) => Pending::Ready(plain),
                 None => {
                     let waiter = lead.waiter(Class::Demand);
                     leads.push(lead);
-                    Wish::Waiting(waiter)
+                    Pending::Fetching(waiter)
                 }
             },
         }
     }
 
-    async fn granted(self: &Arc<Self>, record: u32, mut wish: Wish) -> Result<Bytes, ReadError> {
+    async fn wait_for_chunk(self: &Arc<Self>, record: u32, mut pending: Pending) -> Result<Bytes, ReadError> {
         // More than one round is needed only when others fail; a task that always dies must not spin.
         for _ in 0..8 {
-            let waiter = match wish {
-                Wish::Granted(plain) => return Ok(plain),
-                Wish::Waiting(waiter) => waiter,
+            let waiter = match pending {
+                Pending::Ready(plain) => return Ok(plain),
+                Pending::Fetching(waiter) => waiter,
             };
             let landed = match waiter.is_ahead() {
                 true => timeout(PATIENCE, waiter.landed()).await.unwrap_or(None),
@@ -146,7 +147,7 @@ impl Fetcher {
                 return outcome;
             }
             let mut leads = Vec::new();
-            wish = self.wish(record, true, &mut leads);
+            pending = self.look_up(record, true, &mut leads);
             self.launch(leads);
         }
         Err(ReadError::Stopped)
@@ -175,17 +176,17 @@ impl Fetcher {
     }
 
     /// Cuts a batch of a bulk read into parts, those that need no request first.
-    pub(super) fn split(&self, records: Vec<u32>) -> Vec<Work> {
+    pub(super) fn split(&self, records: Vec<u32>) -> Vec<Part> {
         let (cached, missing): (Vec<_>, Vec<_>) =
             records.into_iter().partition(|&record| self.is_cached(record));
         let cached =
-            cached.chunks(CACHED_TOGETHER).map(|part| Work { wanted: part.to_vec(), keep_gaps: false });
+            cached.chunks(CACHED_TOGETHER).map(|part| Part { wanted: part.to_vec(), keep_gaps: false });
         let missing = coalesce(&self.index, self.cut(), missing, |&record| record);
-        cached.chain(missing.into_iter().map(|wanted| Work { wanted, keep_gaps: true })).collect()
+        cached.chain(missing.into_iter().map(|wanted| Part { wanted, keep_gaps: true })).collect()
     }
 
     /// Does one part of a bulk read.
-    pub(super) async fn work(self: Arc<Self>, work: Work, class: Class, sink: Sink) -> Result<(), ReadError> {
+    pub(super) async fn work(self: Arc<Self>, work: Part, class: Class, sink: Sink) -> Result<(), ReadError> {
         let (leads, joins) = self.claim(&work, class, &sink).await;
         // What others fetch already may leave holes, so the runs are cut anew.
         for run in coalesce(&self.index, self.cut(), leads, Lead::record) {
@@ -204,7 +205,7 @@ impl Fetcher {
     /// Delivers what is at hand and takes the lead for what nobody fetches yet; what others fetch is returned to wait for.
     async fn claim(
         self: &Arc<Self>,
-        work: &Work,
+        work: &Part,
         class: Class,
         sink: &Sink,
     ) -> (Vec<Lead>, Vec<(u32, Waiter)>) {

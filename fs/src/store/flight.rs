@@ -24,7 +24,7 @@ struct Flight {
     landing: watch::Receiver<Option<Outcome>>,
 }
 
-/// A wish for a frame: either the wisher has to fetch it, or someone does.
+/// What asking for a frame gives: either the caller has to fetch it, or someone does.
 #[derive(Debug)]
 pub(super) enum Entry {
     /// Fetch it and land the result here.

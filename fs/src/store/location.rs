@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::options::StoreOptions;
 use crate::digest::Digest;
-use crate::source::{Deadlines, FileSource, HttpSource, Source, SourceError, redact_url};
+use crate::source::{FileSource, HttpSource, ReadDeadlines, Source, SourceError, redact_url};
 
 /// Where a pack is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +37,8 @@ impl PackLocation {
 
     /// Its bytes, checked by nobody yet. Of a URL nothing is requested so far.
     pub fn source(&self, options: &StoreOptions) -> Result<Source, SourceError> {
-        let deadlines = Deadlines { demand: options.demand_deadline, prefetch: options.prefetch_deadline };
+        let deadlines =
+            ReadDeadlines { demand: options.demand_deadline, prefetch: options.prefetch_deadline };
         match &self.source {
             PackSource::Url(url) => {
                 let source = HttpSource::new(&options.http, url, self.size, deadlines)?;

@@ -22,7 +22,7 @@ const TAIL_LEN: u64 = 256 << 10;
 const SNIFF_LEN: u64 = 128 << 10;
 
 /// A pack's bytes and its checked index.
-pub(super) struct Opened {
+pub(super) struct OpenedPack {
     pub(super) source: Source,
     pub(super) index: Index,
     pub(super) pin: IndexPin,
@@ -31,28 +31,28 @@ pub(super) struct Opened {
 }
 
 /// A source and its name, for errors.
-struct Opening {
+struct PackOpener {
     source: Source,
     location: String,
 }
 
-pub(super) async fn open(location: &PackLocation, options: &StoreOptions) -> Result<Opened, OpenError> {
-    let opening = Opening::new(location, options)?;
+pub(super) async fn open(location: &PackLocation, options: &StoreOptions) -> Result<OpenedPack, OpenError> {
+    let opener = PackOpener::new(location, options)?;
     let Some(pin) = location.index else {
-        let (pin, bytes) = opening.find_index().await?;
-        let index = opening.parse(&bytes, Some(opening.size().await?))?;
-        return Ok(Opened { source: opening.source, index, pin, head: Head::none() });
+        let (pin, bytes) = opener.find_index().await?;
+        let index = opener.parse(&bytes, Some(opener.size().await?))?;
+        return Ok(OpenedPack { source: opener.source, index, pin, head: Head::none() });
     };
     let cached = options.cache.as_ref().and_then(|cache| cache.get(pin.sha256, pin.length));
     let (bytes, head) = match cached {
         Some(bytes) => (bytes, Head::none()),
-        None => opening.fetch_pinned(&pin, options).await?,
+        None => opener.fetch_pinned(&pin, options).await?,
     };
-    let index = opening.parse(&bytes, opening.source.known_size())?;
-    Ok(Opened { source: opening.source, index, pin, head })
+    let index = opener.parse(&bytes, opener.source.known_size())?;
+    Ok(OpenedPack { source: opener.source, index, pin, head })
 }
 
-impl Opening {
+impl PackOpener {
     fn new(location: &PackLocation, options: &StoreOptions) -> Result<Self, OpenError> {
         let name = location.describe();
         match location.source(options) {

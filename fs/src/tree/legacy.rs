@@ -29,7 +29,7 @@ pub(super) struct LegacyNode {
 }
 
 /// A member or a directory: kind, size, bytes that are not holes, links.
-pub(super) type Shown = (Kind, u64, u64, u32);
+pub(super) type MemberAttributes = (Kind, u64, u64, u32);
 
 impl LegacyNode {
     pub(super) fn get(&self) -> Option<&WholePack> {
@@ -106,12 +106,12 @@ pub(super) fn names(whole: &WholePack, tag: Option<u32>) -> Result<Vec<(Slot, Ki
 }
 
 /// The directory of a tag.
-pub(super) fn tag(whole: &WholePack, position: u32) -> Result<Shown, Errno> {
+pub(super) fn tag(whole: &WholePack, position: u32) -> Result<MemberAttributes, Errno> {
     tag_at(whole, position).map(|_| (Kind::Directory, 0, 0, 2))
 }
 
 /// A member.
-pub(super) fn member(whole: &WholePack, position: u32) -> Result<Shown, Errno> {
+pub(super) fn member(whole: &WholePack, position: u32) -> Result<MemberAttributes, Errno> {
     let member = position as usize;
     let size = whole.pack.members.get(member).ok_or(Errno::STALE)?.size;
     Ok((Kind::File, size, whole.allocated(member), 1))

@@ -26,7 +26,7 @@ pub struct Changed {
 
 /// Every directory above packs, and every pack ever listed.
 #[derive(Debug)]
-pub(super) struct Listed {
+pub(super) struct ListedTree {
     /// Inode numbers less 1.
     nodes: Vec<Node>,
     packs: Vec<Arc<PackNode>>,
@@ -49,16 +49,16 @@ pub(super) enum Content {
 }
 
 /// What a version's name should lead to.
-enum Wanted<'a> {
+enum NameTarget<'a> {
     Pack(&'a Listing),
     /// Another version's name.
     Link(&'a str),
 }
 
 /// By owner, package and version.
-type Names<'a> = BTreeMap<&'a str, BTreeMap<&'a str, BTreeMap<&'a str, Wanted<'a>>>>;
+type Names<'a> = BTreeMap<&'a str, BTreeMap<&'a str, BTreeMap<&'a str, NameTarget<'a>>>>;
 
-impl Listed {
+impl ListedTree {
     /// The root with its reports.
     pub(super) fn new() -> Self {
         let mut listed = Self { nodes: Vec::new(), packs: Vec::new(), shown: BTreeSet::new() };
@@ -125,10 +125,10 @@ impl Listed {
         inode
     }
 
-    fn make(&mut self, package: Inode, target: &Wanted<'_>, options: &StoreOptions) -> Inode {
+    fn make(&mut self, package: Inode, target: &NameTarget<'_>, options: &StoreOptions) -> Inode {
         match target {
-            Wanted::Link(version) => self.add(package, Content::Symlink((*version).to_owned())),
-            Wanted::Pack(listing) => {
+            NameTarget::Link(version) => self.add(package, Content::Symlink((*version).to_owned())),
+            NameTarget::Pack(listing) => {
                 let inode = (self.packs.len() as Inode + 1) << PACK_SHIFT;
                 self.packs.push(Arc::new(PackNode::new(inode, package, listing, options.clone())));
                 inode
@@ -136,11 +136,13 @@ impl Listed {
         }
     }
 
-    fn leads_to(&self, package: Inode, version: &str, target: &Wanted<'_>) -> bool {
+    fn leads_to(&self, package: Inode, version: &str, target: &NameTarget<'_>) -> bool {
         let Ok(inode) = self.named(package, version) else { return false };
         match (target, self.node(inode)) {
-            (Wanted::Link(wanted), Ok(Node { content: Content::Symlink(target), .. })) => target == wanted,
-            (Wanted::Pack(listing), Err(_)) => {
+            (NameTarget::Link(wanted), Ok(Node { content: Content::Symlink(target), .. })) => {
+                target == wanted
+            }
+            (NameTarget::Pack(listing), Err(_)) => {
                 let pack = (inode >> PACK_SHIFT) as usize;
                 self.pack(pack - 1).is_ok_and(|pack| pack.shows(listing))
             }
@@ -244,21 +246,21 @@ fn names(listings: &[Listing]) -> Names<'_> {
     let mut names = Names::new();
     for listing in listings.iter().filter(plain) {
         let versions = names.entry(&listing.owner).or_default().entry(&listing.name).or_default();
-        versions.entry(&listing.version).or_insert(Wanted::Pack(listing));
+        versions.entry(&listing.version).or_insert(NameTarget::Pack(listing));
     }
     for versions in names.values_mut().flat_map(BTreeMap::values_mut) {
         if let Some(twin) = twin_of_latest(versions) {
-            versions.insert(LATEST, Wanted::Link(twin));
+            versions.insert(LATEST, NameTarget::Link(twin));
         }
     }
     names
 }
 
 /// The named version that is the same pack as `latest`.
-fn twin_of_latest<'a>(versions: &BTreeMap<&'a str, Wanted<'a>>) -> Option<&'a str> {
-    let Some(Wanted::Pack(latest)) = versions.get(LATEST) else { return None };
-    let twin = |(&version, target): (&&'a str, &Wanted<'a>)| match target {
-        Wanted::Pack(other) if version != LATEST && other.location == latest.location => Some(version),
+fn twin_of_latest<'a>(versions: &BTreeMap<&'a str, NameTarget<'a>>) -> Option<&'a str> {
+    let Some(NameTarget::Pack(latest)) = versions.get(LATEST) else { return None };
+    let twin = |(&version, target): (&&'a str, &NameTarget<'a>)| match target {
+        NameTarget::Pack(other) if version != LATEST && other.location == latest.location => Some(version),
         _ => None,
     };
     versions.iter().filter_map(twin).next_back()

@@ -11,9 +11,9 @@ use tokio::sync::OnceCell;
 
 use super::errno::{of_open_error, of_read_error, of_whole_error};
 use super::inode::{Attributes, Entry, IMMUTABLE, Inode, Kind, LISTING, Opened};
-use super::legacy::{self, LegacyNode, Shown};
+use super::legacy::{self, LegacyNode, MemberAttributes};
 use super::listing::Listing;
-use super::report::{self, Stats, Trouble, as_json};
+use super::report::{self, ReadFailures, Stats, as_json};
 use super::rootfs::{Refusal, RootDisk, errno_of};
 use super::slot::Slot;
 use crate::chain::chain;
@@ -40,7 +40,7 @@ pub(super) struct PackNode {
     legacy: LegacyNode,
     /// When opening it last failed, and how.
     open_failed: Mutex<Option<(Instant, Errno)>>,
-    trouble: Mutex<Trouble>,
+    failures: Mutex<ReadFailures>,
 }
 
 /// What an opened pack is read from.
@@ -64,7 +64,7 @@ impl PackNode {
             root_disk: OnceCell::new(),
             legacy: LegacyNode::default(),
             open_failed: Mutex::default(),
-            trouble: Mutex::default(),
+            failures: Mutex::default(),
         }
     }
 
@@ -157,15 +157,15 @@ impl PackNode {
     fn failed(&self, error: &dyn std::error::Error) {
         let text = chain(error);
         tracing::warn!(pack = %self.label, error = %text, "a read failed");
-        let mut trouble = self.trouble.lock().expect("no panics while held");
-        trouble.failed_reads += 1;
-        trouble.last_error = Some(text);
+        let mut failures = self.failures.lock().expect("no panics while held");
+        failures.failed_reads += 1;
+        failures.last_error = Some(text);
     }
 
     pub(super) fn was_tried(&self) -> bool {
         self.store.initialized()
             || self.legacy.get().is_some()
-            || self.trouble.lock().expect("no panics while held").failed_reads > 0
+            || self.failures.lock().expect("no panics while held").failed_reads > 0
     }
 
     pub(super) fn pack_bytes(&self) -> Option<u64> {
@@ -195,11 +195,16 @@ impl PackNode {
     }
 
     /// Attributes of what never changes.
-    fn show(&self, slot: Slot, shown: Shown) -> Attributes {
+    fn show(&self, slot: Slot, shown: MemberAttributes) -> Attributes {
         self.show_for(slot, shown, IMMUTABLE)
     }
 
-    fn show_for(&self, slot: Slot, (kind, size, allocated, links): Shown, valid: Duration) -> Attributes {
+    fn show_for(
+        &self,
+        slot: Slot,
+        (kind, size, allocated, links): MemberAttributes,
+        valid: Duration,
+    ) -> Attributes {
         Attributes {
             inode: self.at(slot),
             kind,
@@ -389,10 +394,10 @@ impl PackNode {
     }
 
     pub(super) fn stats(&self) -> Stats {
-        let trouble = self.trouble.lock().expect("no panics while held").clone();
+        let failures = self.failures.lock().expect("no panics while held").clone();
         let store = self.store.get().map(Arc::as_ref);
         let opened = store.is_some() || self.legacy.get().is_some();
-        Stats::new(&self.label, opened, self.pack_bytes(), store, trouble)
+        Stats::new(&self.label, opened, self.pack_bytes(), store, failures)
     }
 
     /// `.forkd/blocks`.

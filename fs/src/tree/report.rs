@@ -10,7 +10,7 @@ use crate::store::Store;
 
 /// What went wrong so far, for the report.
 #[derive(Debug, Default, Clone, Serialize)]
-pub(super) struct Trouble {
+pub(super) struct ReadFailures {
     pub(super) failed_reads: u64,
     pub(super) last_error: Option<String>,
 }
@@ -49,7 +49,7 @@ impl Stats {
         opened: bool,
         bytes_total: Option<u64>,
         store: Option<&Store>,
-        trouble: Trouble,
+        failures: ReadFailures,
     ) -> Stats {
         let progress = store.map(Store::progress).unwrap_or_default();
         let files = store.map_or_else(Vec::new, |store| {
@@ -66,8 +66,8 @@ impl Stats {
             chunks_fetched: progress.chunks_fetched,
             retrying_for_ms: progress.retrying_since.map(|since| since.elapsed().as_millis() as u64),
             retrying_because: progress.last_error,
-            failed_reads: trouble.failed_reads,
-            last_error: trouble.last_error,
+            failed_reads: failures.failed_reads,
+            last_error: failures.last_error,
             files,
         }
     }

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::errno::of_read_error;
 use super::inode::{Attributes, Entry, IMMUTABLE, Inode, Kind};
 use super::slot::Slot;
-use crate::erofs::{ErofsError, Image, Node, ReadImage, mode};
+use crate::erofs::{ErofsError, ErofsImage, ErofsInode, ReadImage, mode};
 use crate::index::FileId;
 use crate::store::{ReadError, Store};
 
@@ -73,17 +73,17 @@ impl ReadImage for Member {
 /// An opened root disk.
 #[derive(Debug)]
 pub(super) struct RootDisk {
-    image: Image<Member>,
+    image: ErofsImage<Member>,
     /// Inode number of the pack's directory, which contains `rootfs`.
     pack: Inode,
-    nodes: Mutex<LruCache<u64, Arc<Node>>>,
+    nodes: Mutex<LruCache<u64, Arc<ErofsInode>>>,
 }
 
 impl RootDisk {
     /// Reads the superblock of the member `file`.
     pub(super) async fn open(store: Arc<Store>, file: FileId, pack: Inode) -> Result<Self, RootDiskError> {
         let size = store.index().entry(file).map_or(0, |entry| entry.size);
-        let image = Image::open(Member { store, file, size }).await?;
+        let image = ErofsImage::open(Member { store, file, size }).await?;
         Ok(Self { image, pack, nodes: Mutex::new(LruCache::new(REMEMBERED)) })
     }
 
@@ -104,20 +104,20 @@ impl RootDisk {
         }
     }
 
-    async fn node(&self, nid: u64) -> Result<Arc<Node>, RootDiskError> {
+    async fn node(&self, nid: u64) -> Result<Arc<ErofsInode>, RootDiskError> {
         if let Some(node) = self.nodes.lock().expect("no panics while held").get(&nid) {
             return Ok(node.clone());
         }
         Ok(self.remember(self.image.node(nid).await?))
     }
 
-    fn remember(&self, node: Node) -> Arc<Node> {
+    fn remember(&self, node: ErofsInode) -> Arc<ErofsInode> {
         let node = Arc::new(node);
         self.nodes.lock().expect("no panics while held").put(node.nid, node.clone());
         node
     }
 
-    async fn directory(&self, slot: Slot) -> Result<Arc<Node>, Refusal> {
+    async fn directory(&self, slot: Slot) -> Result<Arc<ErofsInode>, Refusal> {
         let node = self.node(self.nid(slot)).await?;
         if node.is_directory() { Ok(node) } else { Err(Refusal::Request(Errno::NOTDIR)) }
     }
@@ -134,7 +134,7 @@ impl RootDisk {
         Ok(self.show(&*self.node(self.nid(slot)).await?)?)
     }
 
-    fn show(&self, node: &Node) -> Result<Attributes, RootDiskError> {
+    fn show(&self, node: &ErofsInode) -> Result<Attributes, RootDiskError> {
         let kind = match node.mode & mode::TYPE {
             mode::DIRECTORY => Kind::Directory,
             mode::SYMLINK => Kind::Symlink,

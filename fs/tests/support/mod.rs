@@ -12,7 +12,7 @@ use std::time::Duration;
 use forkd_fs::digest::Digest;
 use forkd_fs::format::PACK_VERSION;
 use forkd_fs::manifest::{KvmKind, Manifest, Requires};
-use forkd_fs::source::{Deadlines, HttpClient, HttpOptions, HttpSource, Source};
+use forkd_fs::source::{HttpClient, HttpOptions, HttpSource, ReadDeadlines, Source};
 use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
 use forkd_fs::writer::{PackOptions, PackSummary, PackWriter};
 
@@ -161,7 +161,7 @@ pub fn http() -> HttpClient {
 pub fn source(http: &HttpClient, url: &str, size: Option<u64>) -> Source {
     let deadline = options().demand_deadline;
     Source::Http(
-        HttpSource::new(http, url, size, Deadlines { demand: deadline, prefetch: deadline }).unwrap(),
+        HttpSource::new(http, url, size, ReadDeadlines { demand: deadline, prefetch: deadline }).unwrap(),
     )
 }
 

@@ -10,10 +10,10 @@ use reqwest::header::HeaderMap;
 use tokio::time::timeout;
 
 use super::address::Address;
+use super::budget::RequestBudgets;
 use super::credential::Credential;
 use super::error::HttpError;
 use super::keyring::Keyring;
-use super::lanes::Lanes;
 use super::redirect::{Route, fetch};
 use super::retry::{Retries, bad_status};
 use super::transport::{HttpOptions, Transport, check_encoding, next_piece, own_connection};
@@ -26,7 +26,7 @@ pub struct HttpClient(Arc<ClientShared>);
 #[derive(Debug)]
 struct ClientShared {
     transport: Transport,
-    lanes: Lanes,
+    budgets: RequestBudgets,
     keyring: Keyring,
 }
 
@@ -40,7 +40,7 @@ impl HttpClient {
     /// Costs nothing: the client proper is set up by its first request.
     pub fn new(options: HttpOptions) -> Self {
         Self(Arc::new(ClientShared {
-            lanes: Lanes::new(options.demand_requests, options.prefetch_requests),
+            budgets: RequestBudgets::new(options.demand_requests, options.prefetch_requests),
             keyring: Keyring::new(options.credentials.clone()),
             transport: Transport::new(options),
         }))
@@ -110,8 +110,8 @@ impl HttpClient {
         &self.0.transport
     }
 
-    pub(super) fn lanes(&self) -> &Lanes {
-        &self.0.lanes
+    pub(super) fn budgets(&self) -> &RequestBudgets {
+        &self.0.budgets
     }
 
     async fn get_once(

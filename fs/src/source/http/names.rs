@@ -35,9 +35,9 @@ pub enum NameError {
 
 /// The system's resolver.
 #[derive(Debug)]
-pub struct SystemNames;
+pub struct SystemResolver;
 
-impl Resolve for SystemNames {
+impl Resolve for SystemResolver {
     fn resolve(&self, name: Name) -> Resolving {
         Box::pin(async move {
             // reqwest puts the port in.

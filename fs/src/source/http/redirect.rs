@@ -22,7 +22,7 @@ const MAX_REDIRECTS: usize = 10;
 pub(super) struct Route {
     start: Address,
     credential: Option<Credential>,
-    known: Mutex<Known>,
+    known: Mutex<KnownRoute>,
     /// Held by whoever asks for the way again.
     resolving: tokio::sync::Mutex<()>,
     /// Requests sent, each redirect's one too.
@@ -31,7 +31,7 @@ pub(super) struct Route {
 
 /// What is known of the way.
 #[derive(Debug, Default)]
-struct Known {
+struct KnownRoute {
     /// How often the way was found out.
     generation: u64,
     target: Option<Target>,
@@ -143,7 +143,7 @@ impl Route {
         if known.generation == generation && !is_passing(status) {
             let refused = is_refusal(status);
             let target = (!refused).then_some(target);
-            *known = Known { generation: generation + 1, target, refused: refused.then_some(status) };
+            *known = KnownRoute { generation: generation + 1, target, refused: refused.then_some(status) };
         }
         Ok(response)
     }
@@ -168,13 +168,13 @@ impl Route {
     /// The next request asks the way again.
     pub(super) fn forget_all(&self) {
         let mut known = self.known.lock().expect("no panics while held");
-        *known = Known { generation: known.generation + 1, ..Known::default() };
+        *known = KnownRoute { generation: known.generation + 1, ..KnownRoute::default() };
     }
 
     fn forget(&self, generation: u64) {
         let mut known = self.known.lock().expect("no panics while held");
         if known.generation == generation {
-            *known = Known { generation: generation + 1, ..Known::default() };
+            *known = KnownRoute { generation: generation + 1, ..KnownRoute::default() };
         }
     }
 }

@@ -16,7 +16,7 @@ use super::address::Address;
 use super::credential::Credential;
 use super::error::HttpError;
 use super::keyring::Credentials;
-use super::names::SystemNames;
+use super::names::SystemResolver;
 
 /// Timeouts, budgets and identity of an [`super::HttpClient`].
 #[derive(Debug, Clone)]
@@ -125,7 +125,7 @@ impl Transport {
         let _ = rustls::crypto::ring::default_provider().install_default();
         Client::builder()
             .redirect(redirect::Policy::none())
-            .dns_resolver(SystemNames)
+            .dns_resolver(SystemResolver)
             .connect_timeout(self.options.connect_timeout)
             .tcp_nodelay(true)
             .http1_only()

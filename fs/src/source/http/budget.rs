@@ -29,7 +29,7 @@ const LARGEST: u64 = 2 << 20;
 
 /// The budgets of a client.
 #[derive(Debug)]
-pub(super) struct Lanes {
+pub(super) struct RequestBudgets {
     demand: Arc<Semaphore>,
     prefetch: Arc<Semaphore>,
     traffic: Arc<Traffic>,
@@ -71,7 +71,7 @@ pub(super) struct Timing {
     bytes: u64,
 }
 
-impl Lanes {
+impl RequestBudgets {
     pub(super) fn new(demand: usize, prefetch: usize) -> Self {
         Self {
             demand: Arc::new(Semaphore::new(demand)),

@@ -29,7 +29,7 @@ const FRUITLESS: u32 = 8;
 
 /// An object being downloaded whole.
 #[derive(Debug)]
-pub(super) struct Spool {
+pub(super) struct WholeDownload {
     shared: Arc<Shared>,
     task: Mutex<AbortHandle>,
 }
@@ -39,12 +39,12 @@ struct Shared {
     object: Arc<Object>,
     file: File,
     directory: PathBuf,
-    fill: watch::Sender<Fill>,
+    received: watch::Sender<Received>,
 }
 
 /// How far the download is.
 #[derive(Debug, Clone)]
-struct Fill {
+struct Received {
     /// Bytes in the file.
     have: u64,
     /// Bytes received since the last mark; [`PROGRESS`] of them set it anew. Bytes received once more count: a
@@ -62,7 +62,7 @@ enum End {
     Failed(Arc<HttpError>),
 }
 
-impl Spool {
+impl WholeDownload {
     /// Goes on with `first`, an answer with the whole object.
     pub(super) fn start(object: Arc<Object>, first: Response) -> Result<Self, HttpError> {
         let directory = object.client.spool_dir();
@@ -78,8 +78,8 @@ impl Spool {
             size,
             "the host serves no byte ranges: downloading the whole object"
         );
-        let fill = Fill { have: 0, unmarked: 0, mark: Instant::now(), end: None, trouble: None };
-        let shared = Arc::new(Shared { object, file, directory, fill: watch::channel(fill).0 });
+        let received = Received { have: 0, unmarked: 0, mark: Instant::now(), end: None, trouble: None };
+        let shared = Arc::new(Shared { object, file, directory, received: watch::channel(received).0 });
         let task = Mutex::new(shared.clone().spawn(Some(first)));
         Ok(Self { shared, task })
     }
@@ -87,14 +87,14 @@ impl Spool {
     /// A reader arrives: a download that was given up is taken up again, unless the object is another one now.
     pub(super) fn enter(&self) {
         let mut task = self.task.lock().expect("no panics while held");
-        let given_up = |fill: &mut Fill| match &fill.end {
+        let given_up = |received: &mut Received| match &received.end {
             Some(End::Failed(error)) if !matches!(**error, HttpError::Replaced { .. }) => {
-                (fill.end, fill.trouble, fill.mark) = (None, None, Instant::now());
+                (received.end, received.trouble, received.mark) = (None, None, Instant::now());
                 true
             }
             _ => false,
         };
-        if self.shared.fill.send_if_modified(given_up) {
+        if self.shared.received.send_if_modified(given_up) {
             *task = self.shared.clone().spawn(None);
         }
     }
@@ -130,9 +130,9 @@ impl Spool {
 
     /// Waits until there are more than `at` bytes or all of them; returns how many there are.
     async fn wait(&self, at: u64, since: Instant, deadline: Duration) -> Result<u64, HttpError> {
-        let mut fill = self.shared.fill.subscribe();
+        let mut received = self.shared.received.subscribe();
         loop {
-            let now = fill.borrow_and_update().clone();
+            let now = received.borrow_and_update().clone();
             let url = || self.shared.object.route.label();
             match now.end {
                 _ if now.have > at => return Ok(now.have),
@@ -141,7 +141,7 @@ impl Spool {
                 None => {}
             }
             let since = since.max(now.mark);
-            if timeout_at((since + deadline).into(), fill.changed()).await.is_err() {
+            if timeout_at((since + deadline).into(), received.changed()).await.is_err() {
                 let waited = since.elapsed();
                 return Err(match now.trouble {
                     Some(last) => HttpError::Download { url: url(), last },
@@ -152,7 +152,7 @@ impl Spool {
     }
 }
 
-impl Drop for Spool {
+impl Drop for WholeDownload {
     fn drop(&mut self) {
         self.task.lock().expect("no panics while held").abort();
     }
@@ -166,27 +166,27 @@ impl Shared {
     async fn download(self: Arc<Self>, mut first: Option<Response>) {
         let object = &self.object;
         let mut retries = Retries::new(object.deadline(Class::Demand).max(object.deadline(Class::Prefetch)));
-        let (mut failing, mut fruitless, mut furthest) = (false, 0, self.fill.borrow().have);
+        let (mut failing, mut fruitless, mut furthest) = (false, 0, self.received.borrow().have);
         let end = loop {
-            let (before, again) = (self.fill.borrow().have, retries.after_wrong_answer());
+            let (before, again) = (self.received.borrow().have, retries.after_wrong_answer());
             let Err(error) = self.attempt(first.take(), again, &mut failing).await else {
                 break End::Complete;
             };
-            let reached = self.fill.borrow().have;
+            let reached = self.received.borrow().have;
             let too_long = matches!(error, HttpError::WrongLength { wanted, got, .. } if got > wanted);
             if too_long || (before == 0 && matches!(error, HttpError::WrongLength { .. })) {
                 // It may have been something else, and nothing of that may be held against the next answer. Of an
                 // answer that ends early, but began with the bytes that were there, what is new stays.
-                self.fill.send_modify(|fill| fill.have = before);
+                self.received.send_modify(|received| received.have = before);
             }
-            let (error, mark) = (Arc::new(error), self.fill.borrow().mark);
+            let (error, mark) = (Arc::new(error), self.received.borrow().mark);
             let further = reached > furthest && !too_long;
             if further {
                 furthest = reached;
                 retries.reset();
             }
             fruitless = if further { 0 } else { fruitless + 1 };
-            self.fill.send_modify(|fill| fill.trouble = Some(error.clone()));
+            self.received.send_modify(|received| received.trouble = Some(error.clone()));
             object.note_failure(&mut failing, &error);
             match retries.next_pause(mark, &error).filter(|_| fruitless <= FRUITLESS) {
                 Some(pause) => tokio::time::sleep(pause).await,
@@ -197,7 +197,7 @@ impl Shared {
             }
         };
         object.note_recovery(&mut failing);
-        self.fill.send_modify(|fill| fill.end = Some(end));
+        self.received.send_modify(|received| received.end = Some(end));
     }
 
     /// Receives the object from its start, skipping what is there already. `again`: after an answer that was not one to
@@ -221,7 +221,7 @@ impl Shared {
             self.take(at, &piece).await?;
             at += piece.len() as u64;
         }
-        let have = self.fill.borrow().have;
+        let have = self.received.borrow().have;
         match object.size() {
             Some(size) if at < size => {
                 Err(HttpError::WrongLength { url: object.route.label(), wanted: size, got: at })
@@ -234,7 +234,7 @@ impl Shared {
 
     /// Keeps what is new of `piece`, which lies at `at`; what is not new must be what came before.
     async fn take(self: &Arc<Self>, at: u64, piece: &Bytes) -> Result<(), HttpError> {
-        let have = self.fill.borrow().have;
+        let have = self.received.borrow().have;
         let known = have.saturating_sub(at).min(piece.len() as u64) as usize;
         let (shared, piece_) = (self.clone(), piece.clone());
         let work = move || {
@@ -248,12 +248,12 @@ impl Shared {
             let (url, detail) = (self.object.route.label(), "other bytes came the second time".into());
             return Err(HttpError::Replaced { url, detail });
         }
-        self.fill.send_modify(|fill| {
-            fill.have = have.max(at + piece.len() as u64);
-            fill.unmarked += piece.len() as u64;
-            fill.trouble = None;
-            if fill.unmarked >= PROGRESS {
-                (fill.unmarked, fill.mark) = (0, Instant::now());
+        self.received.send_modify(|received| {
+            received.have = have.max(at + piece.len() as u64);
+            received.unmarked += piece.len() as u64;
+            received.trouble = None;
+            if received.unmarked >= PROGRESS {
+                (received.unmarked, received.mark) = (0, Instant::now());
             }
         });
         Ok(())
@@ -275,7 +275,7 @@ impl Shared {
         let limit = self.object.client.options().spool_limit;
         match self.object.size() {
             Some(size) if size > limit => Err(HttpError::NoRanges { url: self.object.route.label(), limit }),
-            Some(size) => self.check_room(size.saturating_sub(self.fill.borrow().have)),
+            Some(size) => self.check_room(size.saturating_sub(self.received.borrow().have)),
             None => Ok(()),
         }
     }
