@@ -21,9 +21,9 @@ use forkd_fs::manifest::Manifest;
 use forkd_fs::source::HttpClient;
 use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
 use forkd_fs::trace::Trace;
-use forkd_vmm::pvm::instruction::{LONGEST, Operation, XsaveInstruction};
-use forkd_vmm::pvm::xsave::{self, Outcome, Registers};
-use forkd_vmm::pvm::xsave_area::{Layout, amd_leaf};
+use forkd_vmm::pvm::instruction::{LONGEST, XsaveInstruction, XsaveOperation};
+use forkd_vmm::pvm::xsave::{self, XsaveOutcome, XsaveRegisters};
+use forkd_vmm::pvm::xsave_area::{XsaveLayout, amd_leaf};
 use forkd_vmm::snapshot::{MachineState, VERSION as VMSTATE_VERSION};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use sha2::{Digest as _, Sha256};
@@ -244,19 +244,19 @@ pub fn xsave(bytes: &[u8]) {
     let ss = kvm_segment { dpl: (number(7) >> 32) as u8 & 3, ..Default::default() };
     let special = kvm_sregs { cr0: number(3), cr3: number(4), cr4: number(5), ss, ..Default::default() };
     let instruction = XsaveInstruction::decode(&head[NUMBERS..], &general).unwrap_or(XsaveInstruction {
-        operation: if number(0) & 8 == 0 { Operation::Save } else { Operation::Restore },
+        operation: if number(0) & 8 == 0 { XsaveOperation::Save } else { XsaveOperation::Restore },
         wide: true,
         address: number(2),
         length: 4,
     });
     assert!((3..=LONGEST).contains(&instruction.length));
-    let layout = Layout::new(amd_leaf);
+    let layout = XsaveLayout::new(amd_leaf);
     let mut state = vec![0x5a; number(7) as usize % 4097];
     let before = state.clone();
-    let registers = Registers { general: &general, special: &special, xcr0: number(6) };
+    let registers = XsaveRegisters { general: &general, special: &special, xcr0: number(6) };
     let outcome = xsave::execute(&instruction, registers, &ram, &layout, &mut state);
-    let done = outcome == Ok(Outcome::Done);
-    if !(done && instruction.operation == Operation::Save) {
+    let done = outcome == Ok(XsaveOutcome::Done);
+    if !(done && instruction.operation == XsaveOperation::Save) {
         let mut after = vec![0; RAM];
         ram.read_slice(&mut after, GuestAddress(0)).expect("it is there");
         // A walk marks entries of tables as accessed and dirty, and changes nothing else.

@@ -14,7 +14,7 @@ use crate::pvm;
 use crate::snapshot::MachineState;
 use crate::vcpu::{VcpuError, VcpuState};
 use crate::vcpu_loop;
-pub use crate::vcpu_loop::{Flow, RunError, Stop};
+pub use crate::vcpu_loop::{Flow, Stop, VcpuRunError};
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };
@@ -49,7 +49,7 @@ pub enum MachineError {
     Acpi(#[from] AcpiError),
     /// Its vCPUs stopped.
     #[error(transparent)]
-    Run(#[from] RunError),
+    Run(#[from] VcpuRunError),
     /// The thread for vsock's host side.
     #[error("vsock cannot be served")]
     Vsock(#[source] io::Error),

@@ -16,12 +16,12 @@ mod loader;
 mod shared;
 mod source;
 
-pub use error::{Damaged, Misconduct, PagerError, PagerFailure};
+pub use error::{DamagedPage, Misconduct, PagerError, PagerFailure};
 pub use image::ImageShape;
 pub use source::{ChunkContent, ChunkId, ClientId, PageSource, SourceFailure};
 
 use crate::memory::ImageId;
-use crate::uffd::{Reading, Uffd};
+use crate::uffd::{Uffd, UffdReads};
 use client::Client;
 use faults::STOP_EVENT;
 use image::Image;
@@ -73,7 +73,7 @@ impl Pager {
     /// The same, with a way of reading that this kernel may be too new for. On kernels where reads may block every machine has a
     /// thread of its own, so that a hostile one can hang nobody but itself.
     pub fn with_reading(
-        reading: Option<Reading>,
+        reading: Option<UffdReads>,
         shapes: &[(ImageId, ImageShape)],
         source: Arc<dyn PageSource>,
         workers: usize,

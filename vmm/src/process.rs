@@ -15,7 +15,7 @@ use crate::devices::doorbell::Ring;
 use crate::devices::virtio::block::ScratchDisk;
 use crate::devices::virtio::net::Link;
 use crate::jail::filter::Filter;
-use crate::jail::{Cell, Jail, JailError, Opened};
+use crate::jail::{Jail, JailDevices, JailError, JailOptions};
 use crate::kvm::KvmKind;
 use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
@@ -146,8 +146,8 @@ impl MachineProcess {
 
 /// What a machine's process does, from its birth to its end. Nothing that a guest or a pack has a say in is looked at before
 /// it is in its jail; the images' sizes, which are, the owner has checked.
-pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, cell: &Cell) -> ! {
-    let confined = jail.confine(cell, &fds.iter().map(AsFd::as_fd).collect::<Vec<_>>());
+pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, options: &JailOptions) -> ! {
+    let confined = jail.confine(options, &fds.iter().map(AsFd::as_fd).collect::<Vec<_>>());
     let mut fds = fds.into_iter();
     let Some(channel) = take_channel(&mut fds) else { sys::exit_now(1) };
     end_on_panic(&channel);
@@ -212,12 +212,12 @@ struct MachineRun {
 impl MachineRun {
     fn new(
         spec: MachineSpec,
-        (opened, filter): (Opened, Filter),
+        (opened, filter): (JailDevices, Filter),
         fds: impl Iterator<Item = OwnedFd>,
         channel: &Channel,
     ) -> Result<MachineRun, ProcessError> {
         let files = Files::decode(spec.expected_files(), fds).ok_or(ProcessError::Files)?;
-        let Opened { hypervisor, uffd } = opened;
+        let JailDevices { hypervisor, uffd } = opened;
         let mappings = map_images(&spec, files.images, uffd.as_ref())?;
         if hypervisor.kind() == KvmKind::Pvm {
             pvm::lengthen_turns();

@@ -12,18 +12,18 @@ use crate::kvm::{KvmError, XsaveBuffer, internal_suberror, ioctl};
 use crate::memory::PAGE_BYTES;
 use crate::sys;
 use exception::Exception;
-use instruction::{LONGEST, Operation, XsaveInstruction};
+use instruction::{LONGEST, XsaveInstruction, XsaveOperation};
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry, kvm_regs,
     kvm_sregs,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
-use page_table::{Access, AddressSpace, Untranslated};
+use page_table::{AddressSpace, MemoryAccess, TranslationError};
 use std::sync::LazyLock;
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
-use xsave::{Outcome, Registers, UnknownState};
-use xsave_area::Layout;
+use xsave::{UnknownState, XsaveOutcome, XsaveRegisters};
+use xsave_area::XsaveLayout;
 
 pub mod exception;
 pub mod instruction;
@@ -159,7 +159,9 @@ impl InstructionMender {
         let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
         let bytes = match fetch(&AddressSpace::new(ram, &regs, &sregs), ram, address) {
             // It is executed again.
-            Err(Untranslated::Changed) => return Ok(vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?),
+            Err(TranslationError::Changed) => {
+                return Ok(vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?);
+            }
             Ok(bytes) if !bytes.is_empty() => bytes,
             _ => return Err(PvmError::Unreadable { address }),
         };
@@ -187,35 +189,35 @@ impl InstructionMender {
         ram: &GuestMemoryMmap,
         (general, special): (&kvm_regs, &kvm_sregs),
     ) -> Result<(u64, Option<Exception>), PvmError> {
-        static LAYOUT: LazyLock<Layout> = LazyLock::new(Layout::of_host);
+        static LAYOUT: LazyLock<XsaveLayout> = LazyLock::new(XsaveLayout::of_host);
         let enabled = vcpu.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?;
         let xcr0 = enabled.xcrs.iter().take(enabled.nr_xcrs as usize).find(|register| register.xcr == 0);
-        let registers = Registers { general, special, xcr0: xcr0.map_or(0, |register| register.value) };
+        let registers = XsaveRegisters { general, special, xcr0: xcr0.map_or(0, |register| register.value) };
         let state = match &mut self.state {
             Some(state) => state,
             none => none.insert(XsaveBuffer::new(vm)?),
         };
         state.save(vcpu)?;
         match xsave::execute(instruction, registers, ram, &LAYOUT, state.image())? {
-            Outcome::Done => {
-                if instruction.operation == Operation::Restore {
+            XsaveOutcome::Done => {
+                if instruction.operation == XsaveOperation::Restore {
                     state.restore(vcpu)?;
                 }
                 Ok((instruction.length as u64, None))
             }
-            Outcome::Raises(exception) => Ok((0, Some(exception))),
-            Outcome::Again => Ok((0, None)),
+            XsaveOutcome::Raises(exception) => Ok((0, Some(exception))),
+            XsaveOutcome::Again => Ok((0, None)),
         }
     }
 }
 
 /// The bytes at `address`, up to the longest instruction; fewer when it ends before a page that cannot be read.
-fn fetch(space: &AddressSpace<'_>, ram: &GuestMemoryMmap, address: u64) -> Result<Vec<u8>, Untranslated> {
+fn fetch(space: &AddressSpace<'_>, ram: &GuestMemoryMmap, address: u64) -> Result<Vec<u8>, TranslationError> {
     let end = address.saturating_add(LONGEST as u64);
     let next_page = (address | (PAGE_BYTES - 1)).saturating_add(1).min(end);
     let mut bytes = Vec::with_capacity(LONGEST);
     for range in [address..next_page, next_page..end] {
-        let pieces = match space.pieces(range, Access::Read) {
+        let pieces = match space.pieces(range, MemoryAccess::Read) {
             Err(error) if bytes.is_empty() => return Err(error),
             // What is needed may end before this page.
             pieces => pieces.unwrap_or_default(),
@@ -256,7 +258,7 @@ fn install_syscall_stub(vcpu: &VcpuFd, ram: &GuestMemoryMmap, lstar: u64) -> Res
     let space = AddressSpace::new(ram, &regs, &sregs);
     let translate = |address| {
         let unmapped = PvmError::Internal { suberror: EMULATION_FAILED, address };
-        space.translate(address, Access::Read).map_err(|_| unmapped)
+        space.translate(address, MemoryAccess::Read).map_err(|_| unmapped)
     };
     let gate_at = translate(sregs.idt.base.wrapping_add(PAGE_FAULT_VECTOR * 16))?;
     let gate = Gate(ram.read_obj(gate_at)?);

@@ -9,7 +9,7 @@
 //! ```
 //! KVM structures are stored as the kernel defines them (arch/x86/include/uapi/asm/kvm.h).
 
-use crate::devices::serial::SerialSnapshot;
+use crate::devices::serial::SerialPortState;
 use crate::devices::virtio::DeviceKind;
 use crate::devices::virtio::mmio::WindowState;
 use crate::kvm::KvmKind;
@@ -37,7 +37,7 @@ pub struct MachineState {
     pub(crate) clock: kvm_clock_data,
     pub(crate) pit: kvm_pit_state2,
     pub(crate) irqchips: Vec<kvm_irqchip>,
-    pub(crate) serial: SerialSnapshot,
+    pub(crate) serial: SerialPortState,
     pub(crate) windows: Vec<(DeviceKind, WindowState)>,
     /// Whether ACPI tables, and with them the generation page, are in its memory.
     pub(crate) described: bool,

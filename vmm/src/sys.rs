@@ -94,7 +94,7 @@ pub fn exit_now(code: i32) -> ! {
 
 /// Where [`fork_confined`] puts the new process.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Place<'a> {
+pub struct ProcessPlace<'a> {
     /// As the first process of a new pid namespace.
     pub pid_namespace: bool,
     /// In this cgroup (v2), from its first instruction on. Moving a process later costs up to 8 ms: the kernel then
@@ -104,7 +104,7 @@ pub struct Place<'a> {
 
 /// Which side of [`fork_confined`] the caller is on.
 #[derive(Debug)]
-pub enum Confined {
+pub enum ConfinedFork {
     /// The original process.
     Parent {
         /// The new process's id in this process's namespace.
@@ -134,7 +134,7 @@ struct CloneArguments {
 }
 
 /// As [`fork_process`], into another namespace or cgroup. Needs Linux 5.7.
-pub fn fork_confined(place: Place<'_>) -> Result<Confined, ForkError> {
+pub fn fork_confined(place: ProcessPlace<'_>) -> Result<ConfinedFork, ForkError> {
     if !is_single_threaded() {
         return Err(ForkError::Threaded);
     }
@@ -157,13 +157,13 @@ pub fn fork_confined(place: Place<'_>) -> Result<Confined, ForkError> {
     // What glibc's own fork would do beyond that concerns other threads only.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>()) };
     match result {
-        0 => Ok(Confined::Child),
+        0 => Ok(ConfinedFork::Child),
         -1 => Err(ForkError::Os(io::Error::last_os_error())),
         pid => {
             // SAFETY: the kernel has just stored a new descriptor there, which nobody else owns.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
             match Pid::from_raw(pid as i32) {
-                Some(pid) => Ok(Confined::Parent { pid, pidfd }),
+                Some(pid) => Ok(ConfinedFork::Parent { pid, pidfd }),
                 None => Err(ForkError::Os(io::Error::other("clone3(2) returned an impossible process id"))),
             }
         }

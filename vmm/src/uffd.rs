@@ -93,7 +93,7 @@ impl UffdDevice {
 
 /// What a userfaultfd told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Message {
+pub enum UffdEvent {
     /// A thread waits for a page.
     Fault {
         /// Faulting address, in the address space the descriptor was created in.
@@ -108,7 +108,7 @@ pub enum Message {
 
 /// How a descriptor that others share can be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reading {
+pub enum UffdReads {
     /// A read never blocks, whatever the descriptor's flags are (Linux 6.10).
     NeverBlocks,
     /// A read blocks when whoever shares the description clears O_NONBLOCK and is faster at reading.
@@ -186,10 +186,10 @@ impl Uffd {
     }
 
     /// How descriptors of this kernel can be read; `self` must have no faults to tell of.
-    pub fn reading(&self) -> Reading {
+    pub fn reading(&self) -> UffdReads {
         match self.read(&mut [0; MESSAGE_BYTES], ReadWriteFlags::NOWAIT) {
-            Ok(_) | Err(Errno::AGAIN) => Reading::NeverBlocks,
-            Err(_) => Reading::MayBlock,
+            Ok(_) | Err(Errno::AGAIN) => UffdReads::NeverBlocks,
+            Err(_) => UffdReads::MayBlock,
         }
     }
 
@@ -215,11 +215,11 @@ impl Uffd {
     }
 
     /// The messages that arrived since the last call, at most 64; none means that nobody waits any more.
-    pub fn messages(&self, reading: Reading, into: &mut Vec<Message>) -> Result<(), UffdError> {
+    pub fn messages(&self, reading: UffdReads, into: &mut Vec<UffdEvent>) -> Result<(), UffdError> {
         let mut buffer = [0; MESSAGE_BYTES * MESSAGES_MAX];
         let flags = match reading {
-            Reading::NeverBlocks => ReadWriteFlags::NOWAIT,
-            Reading::MayBlock => ReadWriteFlags::empty(),
+            UffdReads::NeverBlocks => ReadWriteFlags::NOWAIT,
+            UffdReads::MayBlock => ReadWriteFlags::empty(),
         };
         let bytes = match self.read(&mut buffer, flags) {
             Ok(bytes) => bytes,
@@ -227,7 +227,7 @@ impl Uffd {
             Err(errno) => return Err(UffdError::Read(errno)),
         };
         for message in buffer[..bytes].chunks_exact(MESSAGE_BYTES) {
-            into.push(Message::parse(message));
+            into.push(UffdEvent::parse(message));
         }
         Ok(())
     }
@@ -300,13 +300,13 @@ impl Uffd {
     }
 }
 
-impl Message {
-    fn parse(message: &[u8]) -> Message {
+impl UffdEvent {
+    fn parse(message: &[u8]) -> UffdEvent {
         let word =
             |at: usize| message[at..at + 8].iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
         match message[0] {
-            EVENT_PAGEFAULT => Message::Fault { address: word(16) },
-            event => Message::Other { event },
+            EVENT_PAGEFAULT => UffdEvent::Fault { address: word(16) },
+            event => UffdEvent::Other { event },
         }
     }
 }

@@ -19,7 +19,7 @@ const COMPLETIONS_MAX: usize = 16;
 
 /// A machine's vCPUs cannot go on.
 #[derive(Debug, thiserror::Error)]
-pub enum RunError {
+pub enum VcpuRunError {
     /// kvm_pvm.
     #[error(transparent)]
     Pvm(#[from] PvmError),
@@ -66,7 +66,7 @@ struct Run<'a, F> {
     kind: KvmKind,
     on_ring: Mutex<F>,
     stopping: AtomicBool,
-    outcome: Mutex<Option<Result<Stop, RunError>>>,
+    outcome: Mutex<Option<Result<Stop, VcpuRunError>>>,
     threads: Vec<Mutex<Option<ThreadId>>>,
 }
 
@@ -85,7 +85,7 @@ pub fn run<F: FnMut(Ring) -> Flow + Send>(
     ram: &GuestMemoryMmap,
     kind: KvmKind,
     on_ring: F,
-) -> Result<Stop, RunError> {
+) -> Result<Stop, VcpuRunError> {
     let run = Run {
         vm,
         bus,
@@ -97,7 +97,7 @@ pub fn run<F: FnMut(Ring) -> Flow + Send>(
         threads: vcpus.iter().map(|_| Mutex::new(None)).collect(),
     };
     if vcpus.len() > 1 {
-        sys::prepare_kicks().map_err(RunError::Kicks)?;
+        sys::prepare_kicks().map_err(VcpuRunError::Kicks)?;
     }
     std::thread::scope(|scope| {
         let mut numbered = vcpus.iter_mut().enumerate();
@@ -134,7 +134,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
 
     /// The first outcome counts, as what other vCPUs run into while they stop is a consequence; but a machine that could not
     /// be stopped in good order has not stopped.
-    fn conclude(&self, outcome: Result<Stop, RunError>) {
+    fn conclude(&self, outcome: Result<Stop, VcpuRunError>) {
         let mut known = lock(&self.outcome);
         match (&*known, &outcome) {
             (None, _) | (Some(Ok(_)), Err(_)) => *known = Some(outcome),
@@ -156,7 +156,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
         }
     }
 
-    fn step(&self, vcpu: &mut VcpuFd, mender: &mut InstructionMender) -> Result<Step, RunError> {
+    fn step(&self, vcpu: &mut VcpuFd, mender: &mut InstructionMender) -> Result<Step, VcpuRunError> {
         let exit = vcpu.run();
         self.bus.resume_devices();
         match exit {
@@ -181,17 +181,17 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
                 mender.mend(self.vm, vcpu, self.ram)?;
             }
             Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Step::Stop(Stop::Reset)),
-            Ok(exit) => return Err(RunError::Exit { exit: format!("{exit:?}") }),
+            Ok(exit) => return Err(VcpuRunError::Exit { exit: format!("{exit:?}") }),
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
-            Err(error) => return Err(RunError::Run(error)),
+            Err(error) => return Err(VcpuRunError::Run(error)),
         }
         Ok(Step::Continue)
     }
 
     /// KVM completes an I/O instruction only when it is entered again; this enters it until nothing is left to complete.
-    fn finish_instruction(&self, vcpu: &mut VcpuFd) -> Result<(), RunError> {
+    fn finish_instruction(&self, vcpu: &mut VcpuFd) -> Result<(), VcpuRunError> {
         vcpu.set_kvm_immediate_exit(1);
-        let mut finished = Err(RunError::Unfinished);
+        let mut finished = Err(VcpuRunError::Unfinished);
         for _ in 0..COMPLETIONS_MAX {
             match vcpu.run() {
                 Err(_) => {
@@ -203,7 +203,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
                 Ok(VcpuExit::MmioWrite(address, bytes)) => self.bus.mmio_write(address, bytes),
                 Ok(VcpuExit::IoOut(port, bytes)) => drop(self.bus.port_write(port, bytes)),
                 Ok(exit) => {
-                    finished = Err(RunError::Exit { exit: format!("{exit:?}") });
+                    finished = Err(VcpuRunError::Exit { exit: format!("{exit:?}") });
                     break;
                 }
             }

@@ -10,7 +10,7 @@ use forkd_vmm::machine::Machine;
 use forkd_vmm::memory::{GuestMemory, ImageId, Mapping, Sharing};
 use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::snapshot::MachineState;
-use forkd_vmm::uffd::{Reading, Uffd};
+use forkd_vmm::uffd::{Uffd, UffdReads};
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::HashMap;
 use std::fs::File;
@@ -96,7 +96,7 @@ impl Saved {
         Saved { full, state, hash }
     }
 
-    fn bed(&self, reading: Option<Reading>) -> Bed {
+    fn bed(&self, reading: Option<UffdReads>) -> Bed {
         let (sender, gone) = channel();
         let full = self.full.try_clone().unwrap();
         let origin = Arc::new(Origin { full, plan: Mutex::default(), gone: Mutex::new(sender) });
@@ -157,7 +157,7 @@ impl Running {
 #[test]
 fn a_machine_without_faults_hashes_what_the_file_has() {
     let saved = Saved::new();
-    for reading in [None, Some(Reading::MayBlock)] {
+    for reading in [None, Some(UffdReads::MayBlock)] {
         let bed = saved.bed(reading);
         assert_eq!(saved.fork(&bed.pager, 1).hash(), saved.hash);
         assert_eq!(bed.pager.stats().present_chunks, CHUNKS, "all of its memory was read");
@@ -215,7 +215,7 @@ fn late_chunks_and_chunks_installed_at_the_same_time_are_right() {
 fn everything_at_once_ends_in_right_hashes() {
     let saved = Saved::new();
     for round in 0..12_u64 {
-        let bed = saved.bed([None, Some(Reading::MayBlock)][round as usize % 2]);
+        let bed = saved.bed([None, Some(UffdReads::MayBlock)][round as usize % 2]);
         let late = (0..CHUNKS).filter(|chunk| noise(round * 100 + chunk).is_multiple_of(3));
         bed.origin.plan.lock().unwrap().extend(late.map(|chunk| (chunk, Fault::Late)));
         let (pager, origin) = (Arc::clone(&bed.pager), Arc::clone(&bed.origin));

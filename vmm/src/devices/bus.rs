@@ -4,7 +4,7 @@
 use crate::arch;
 use crate::devices::cmos::{self, Cmos};
 use crate::devices::doorbell::{self, Doorbell, Ring};
-use crate::devices::serial::{Console, IrqLine, SerialPort, SerialSnapshot};
+use crate::devices::serial::{Console, IrqLine, SerialPort, SerialPortState};
 use crate::devices::virtio::DeviceKind;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, ScratchDisk};
@@ -131,7 +131,7 @@ impl Bus {
         memory: &GuestMemory,
         peripherals: Peripherals,
         kinds: &[DeviceKind],
-        serial: Option<&SerialSnapshot>,
+        serial: Option<&SerialPortState>,
     ) -> Result<Bus, BusError> {
         let Peripherals { console, record, scratch, link, .. } = peripherals;
         let console = Console::new(console);
@@ -224,8 +224,8 @@ impl Bus {
     }
 
     /// State of the serial port.
-    pub fn save_serial(&self) -> SerialSnapshot {
-        SerialSnapshot::save(&lock(&self.serial))
+    pub fn save_serial(&self) -> SerialPortState {
+        SerialPortState::save(&lock(&self.serial))
     }
 
     /// Puts saved state into the devices of a new machine made with the same kinds.

@@ -35,7 +35,7 @@ pub enum PagerError {
     Panic,
     /// A page of an image holds what did not come from the source. Machines may have seen it.
     #[error(transparent)]
-    Damaged(#[from] Damaged),
+    Damaged(#[from] DamagedPage),
     /// A page that is there cannot be compared with what belongs there.
     #[error("reading a page of an image failed")]
     Compare(#[source] Errno),
@@ -50,7 +50,7 @@ pub enum PagerError {
 #[error(
     "the page at {offset:#x} of {image:?} was filled by somebody else than the pager, with other content"
 )]
-pub struct Damaged {
+pub struct DamagedPage {
     /// The image.
     pub image: ImageId,
     /// Where, bytes.
@@ -62,7 +62,7 @@ pub struct Damaged {
 pub enum PagerFailure {
     /// An image is not what the source has.
     #[error(transparent)]
-    Damaged(#[from] Damaged),
+    Damaged(#[from] DamagedPage),
     /// Nobody reads faults any more.
     #[error("the pager's thread has ended")]
     Ended,

@@ -6,7 +6,7 @@ use super::image::Image;
 use super::shared::Shared;
 use super::source::{ChunkId, ClientId};
 use crate::memory::ImageId;
-use crate::uffd::{Message, Reading, Uffd};
+use crate::uffd::{Uffd, UffdEvent, UffdReads};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -34,11 +34,11 @@ impl Shared {
     /// Has a machine's faults read from now on.
     pub(super) fn watch(self: &Arc<Self>, id: ClientId, uffd: &Arc<Uffd>) -> Result<(), PagerError> {
         match self.reading {
-            Reading::NeverBlocks => {
+            UffdReads::NeverBlocks => {
                 epoll::add(&self.epoll, &**uffd, epoll::EventData::new_u64(id.0), epoll::EventFlags::IN)
                     .map_err(|source| PagerError::Poll { operation: "epoll_ctl", source })?;
             }
-            Reading::MayBlock => {
+            UffdReads::MayBlock => {
                 let (shared, uffd) = (Arc::clone(self), Arc::clone(uffd));
                 std::thread::spawn(move || shared.serve_one(id, &uffd));
             }
@@ -86,7 +86,7 @@ impl Shared {
     }
 
     /// Reads what one machine waits for; returns whether to go on with it.
-    fn serve(&self, id: ClientId, messages: &mut Vec<Message>) -> bool {
+    fn serve(&self, id: ClientId, messages: &mut Vec<UffdEvent>) -> bool {
         let Some((uffd, bases)) = self
             .lock()
             .clients
@@ -108,7 +108,7 @@ impl Shared {
         }
         for message in &*messages {
             let served = match *message {
-                Message::Fault { address } => {
+                UffdEvent::Fault { address } => {
                     self.counters.faults.fetch_add(1, Ordering::Relaxed);
                     tracing::trace!(?id, address, ?bases, "a machine waits for a page");
                     match self.locate(&bases, address) {
@@ -121,7 +121,7 @@ impl Shared {
                         None => Err(Misconduct::Outside { address }),
                     }
                 }
-                Message::Other { event } => Err(Misconduct::Event { event }),
+                UffdEvent::Other { event } => Err(Misconduct::Event { event }),
             };
             if let Err(misconduct) = served {
                 self.refuse(id, &uffd, misconduct);

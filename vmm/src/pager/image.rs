@@ -1,6 +1,6 @@
 //! One image: its memfd, the pager's own mapping of it, and which chunks are there.
 
-use super::error::{Damaged, PagerError};
+use super::error::{DamagedPage, PagerError};
 use super::source::ChunkContent;
 use crate::memory::{ImageId, Mapping, PAGE_BYTES, Sharing, create_image};
 use crate::uffd::Uffd;
@@ -102,6 +102,6 @@ impl Image {
         if read == page.len() && page == expected {
             return Ok(());
         }
-        Err(Damaged { image: self.id, offset }.into())
+        Err(DamagedPage { image: self.id, offset }.into())
     }
 }

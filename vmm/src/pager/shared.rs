@@ -4,7 +4,7 @@ use super::client::Client;
 use super::error::{Misconduct, PagerError, PagerFailure};
 use super::image::Image;
 use super::source::{ChunkContent, ChunkId, ClientId, PageSource};
-use crate::uffd::{Reading, Uffd};
+use crate::uffd::{Uffd, UffdReads};
 use rustix::fd::OwnedFd;
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::AtomicU64;
@@ -12,7 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 #[derive(Default)]
-pub(super) struct Wanted {
+pub(super) struct ChunkWait {
     pub(super) waiters: Vec<ClientId>,
     pub(super) since: Option<Instant>,
     pub(super) failed: bool,
@@ -21,7 +21,7 @@ pub(super) struct Wanted {
 #[derive(Default)]
 pub(super) struct State {
     pub(super) clients: HashMap<ClientId, Client>,
-    pub(super) wanted: HashMap<ChunkId, Wanted>,
+    pub(super) wanted: HashMap<ChunkId, ChunkWait>,
     pub(super) queue: VecDeque<ChunkId>,
     pub(super) misconduct: Vec<(ClientId, Misconduct)>,
     pub(super) failure: Option<PagerFailure>,
@@ -48,7 +48,7 @@ pub(super) struct Shared {
     pub(super) uffd: Uffd,
     pub(super) source: Arc<dyn PageSource>,
     pub(super) epoll: OwnedFd,
-    pub(super) reading: Reading,
+    pub(super) reading: UffdReads,
     pub(super) state: Mutex<State>,
     pub(super) work: Condvar,
     pub(super) counters: Counters,

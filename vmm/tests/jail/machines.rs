@@ -6,11 +6,11 @@ use bytes::Bytes;
 use forkd_vmm::cgroup::{self, Groups, Limits};
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
-use forkd_vmm::jail::{self, Cell, FILE_BYTES, Isolation, Jail};
+use forkd_vmm::jail::{self, FILE_BYTES, Isolation, Jail, JailOptions};
 use forkd_vmm::memory::{ImageId, create_image};
 use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, monotonic_ns};
-use forkd_vmm::sys::{self, Confined, Forked, Lifetime};
+use forkd_vmm::sys::{self, ConfinedFork, Forked, Lifetime};
 use forkd_vmm::zygote::Zygote;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
@@ -277,12 +277,12 @@ pub fn grouped() {
     let directory = groups.path().join("abc-1");
     let sleeper = || {
         let group = groups.create(&limits).unwrap();
-        let place = sys::Place { pid_namespace: true, cgroup: Some(group.as_fd()) };
+        let place = sys::ProcessPlace { pid_namespace: true, cgroup: Some(group.as_fd()) };
         match sys::fork_confined(place).unwrap() {
-            Confined::Child => loop {
+            ConfinedFork::Child => loop {
                 std::thread::sleep(PATIENCE);
             },
-            Confined::Parent { pid, pidfd } => (group, pid.as_raw_nonzero().get(), pidfd),
+            ConfinedFork::Parent { pid, pidfd } => (group, pid.as_raw_nonzero().get(), pidfd),
         }
     };
     let over = |pidfd: &OwnedFd| rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
@@ -393,8 +393,8 @@ fn processes(jail: &mut Option<Jail>, count: u32, jailed: bool) -> f64 {
     for number in 0..count {
         let place = jail.as_ref().filter(|_| jailed).map(|jail| jail.place(None)).unwrap_or_default();
         match sys::fork_confined(place).unwrap() {
-            Confined::Child => {
-                let cell = Cell { number, file_bytes: FILE_BYTES, lazy: true };
+            ConfinedFork::Child => {
+                let cell = JailOptions { number, file_bytes: FILE_BYTES, lazy: true };
                 let entered = jail.take().filter(|_| jailed).map(|jail| jail.enter(&cell, &[say.as_fd()]));
                 let _opened = entered.transpose().unwrap();
                 let _ = rustix::io::write(&say, b"x");
@@ -402,7 +402,7 @@ fn processes(jail: &mut Option<Jail>, count: u32, jailed: bool) -> f64 {
                     std::thread::sleep(PATIENCE);
                 }
             }
-            Confined::Parent { pidfd, .. } => born.push(pidfd),
+            ConfinedFork::Parent { pidfd, .. } => born.push(pidfd),
         }
     }
     for _ in 0..count {
