@@ -9,7 +9,7 @@ use crate::timeline::Recorder;
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
 use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
 use forkd_fs::prefetch;
-use forkd_fs::source::Class;
+use forkd_fs::source::Priority;
 use forkd_fs::store::{ChunkData, OnChunk, Progress, ReadError, Store};
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
@@ -180,11 +180,11 @@ enum Images {
 async fn fetch_all(
     store: &Arc<Store>,
     batches: &[Vec<PackChunk>],
-    class: Class,
+    priority: Priority,
     install: OnChunk<'_>,
 ) -> Result<(), ReadError> {
     loop {
-        match store.fetch(batches, class, install).await {
+        match store.fetch(batches, priority, install).await {
             Err(error @ ReadError::Source { .. }) => {
                 tracing::warn!(error = crate::error::chain(&error), "fetching ahead is interrupted");
                 tokio::time::sleep(FILL_RETRY).await;
@@ -294,7 +294,7 @@ impl Sandbox {
             // What the first instructions need. It came with the index: without it every child would fault at once.
             let install =
                 |chunk: PackChunk, data: ChunkData| hot.install_chunk(&pager, &pages, chunk.chunk, &data);
-            pages.store.fetch(&[hot.first()], Class::Demand, &install).await?;
+            pages.store.fetch(&[hot.first()], Priority::Demand, &install).await?;
         }
         let images = Images::Lazy { pager, pages, trace, hot };
         Ok(Sandbox { configuration, vmstate: vmstate_file, images, zero_runs, complete: false })
@@ -330,9 +330,9 @@ impl Sandbox {
                     tracing::error!(?id, %error, "a fetched chunk could not be put in place");
                 }
             };
-            fetch_all(&pages.store, &working_set, Class::WorkingSet, &install).await?;
+            fetch_all(&pages.store, &working_set, Priority::WorkingSet, &install).await?;
             rest_wanted.await;
-            fetch_all(&pages.store, &rest, Class::Prefetch, &install).await?;
+            fetch_all(&pages.store, &rest, Priority::Prefetch, &install).await?;
             // Chunks that could not be put in place (memory was short) are loaded when they are needed.
             Ok(pager.complete(|id| pages.is_zero(id)))
         }

@@ -149,7 +149,7 @@ fn config(source: &str) -> Config {
 fn raise_readahead(mountpoint: &Path) {
     let Ok(metadata) = std::fs::metadata(mountpoint) else { return };
     let (major, minor) = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
-    let knob = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    let knob = format!("/sys/priority/bdi/{major}:{minor}/read_ahead_kb");
     if let Err(error) = std::fs::write(&knob, READAHEAD_KIB.to_string()) {
         tracing::debug!(%error, knob, "readahead stays as it is");
     }

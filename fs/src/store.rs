@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use crate::format::MANIFEST;
 use crate::index::{ChunkId, ChunkSpan, FileId, Index};
 use crate::manifest::{MAX_MANIFEST_LEN, Manifest};
-use crate::source::Class;
+use crate::source::Priority;
 
 mod coalesce;
 mod decoded;
@@ -165,7 +165,7 @@ impl Store {
     pub async fn fetch(
         &self,
         batches: &[Vec<ChunkId>],
-        class: Class,
+        priority: Priority,
         on_chunk: OnChunk<'_>,
     ) -> Result<(), ReadError> {
         let mut parts = self.plan(batches, on_chunk)?.into_iter();
@@ -176,7 +176,7 @@ impl Store {
             while tasks.len() < at_once
                 && let Some(part) = parts.next()
             {
-                tasks.spawn(self.fetcher.clone().work(part, class, sink.clone()));
+                tasks.spawn(self.fetcher.clone().work(part, priority, sink.clone()));
             }
             tokio::select! {
                 Some(chunk) = arrived.recv() => {

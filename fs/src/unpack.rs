@@ -11,7 +11,7 @@ use crate::format::{DEFAULT_CHUNK_SIZE, MANIFEST};
 use crate::index::{ChunkId, FileId};
 use crate::manifest::Manifest;
 use crate::scan::scan;
-use crate::source::Class;
+use crate::source::Priority;
 use crate::store::{ChunkData, Progress, ReadError, Store};
 
 /// Why a pack could not be unpacked.
@@ -95,7 +95,7 @@ pub async fn unpack(
         .flat_map(|(file, _)| store.index().stored_chunks(file).map(|(id, _)| id))
         .collect();
     for batch in stored.chunks(4096) {
-        store.fetch(&[batch.to_vec()], Class::Prefetch, &write).await.map_err(unreadable)?;
+        store.fetch(&[batch.to_vec()], Priority::Prefetch, &write).await.map_err(unreadable)?;
         if let Some(error) = failure.lock().expect("no panics while held").take() {
             return Err(error);
         }

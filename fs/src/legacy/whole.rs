@@ -12,7 +12,7 @@ use bytes::Bytes;
 
 use super::{LegacyError, LegacyMember, LegacyPack, Limits, room, unpack_into};
 use crate::digest::{Digest, Hasher};
-use crate::source::{Class, Source, SourceError};
+use crate::source::{Priority, Source, SourceError};
 use crate::store::{PackLocation, StoreOptions};
 
 /// Largest pack downloaded, in bytes.
@@ -115,7 +115,7 @@ impl WholePack {
             return Err(WholeError::NoRoom { location: name, size, directory, room });
         }
         let mut packed = tempfile::tempfile_in(&directory).map_err(unwritable)?;
-        let (mut body, mut hasher) = (source.stream_at(0, size, Class::Prefetch), Hasher::new());
+        let (mut body, mut hasher) = (source.stream_at(0, size, Priority::Prefetch), Hasher::new());
         while let Some(piece) = body.next().await.map_err(failed)? {
             hasher.update(&piece);
             packed.write_all(&piece).map_err(unwritable)?;

@@ -17,8 +17,8 @@ use bytes::Bytes;
 use reqwest::Response;
 use tokio::time::timeout_at;
 
-use super::class::{Class, ReadDeadlines};
 use super::counters::{Outage, TransferCounters};
+use super::priority::{Priority, ReadDeadlines};
 use crate::observe::{Observer, Watched};
 
 mod address;
@@ -82,12 +82,12 @@ impl HttpSource {
     pub async fn size(&self) -> Result<u64, HttpError> {
         let started = Instant::now();
         if self.known_size().is_none() {
-            let mut body = self.stream_at(0, 1, Class::Demand);
+            let mut body = self.stream_at(0, 1, Priority::Demand);
             while body.next().await?.is_some() {}
         }
         // A host that serves no ranges may not announce the size either.
         if let (None, Some(download)) = (self.known_size(), self.0.download()) {
-            download.complete(started, self.0.object.deadline(Class::Demand)).await?;
+            download.complete(started, self.0.object.deadline(Priority::Demand)).await?;
         }
         Ok(self.known_size().expect("every accepted answer sets the size, at its end at the latest"))
     }
@@ -108,8 +108,8 @@ impl HttpSource {
         self.0.object.set_demand_deadline(deadline);
     }
 
-    pub(super) fn stream_at(&self, offset: u64, len: u64, class: Class) -> HttpBody {
-        let deadline = self.0.object.deadline(class);
+    pub(super) fn stream_at(&self, offset: u64, len: u64, priority: Priority) -> HttpBody {
+        let deadline = self.0.object.deadline(priority);
         let download = self.0.download();
         if let Some(download) = &download {
             download.enter();
@@ -117,8 +117,8 @@ impl HttpSource {
         HttpBody {
             source: self.0.clone(),
             observer: self.1.clone(),
-            class,
-            idle: self.0.object.idle(class),
+            priority,
+            idle: self.0.object.idle(priority),
             start: offset,
             next: offset,
             end: offset + len,
@@ -163,7 +163,7 @@ impl SourceShared {
 pub struct HttpBody {
     source: Arc<SourceShared>,
     observer: Option<Arc<dyn Observer>>,
-    class: Class,
+    priority: Priority,
     /// How long the next attempt waits for a silent host; grows with each that did in vain.
     idle: Duration,
     start: u64,
@@ -212,7 +212,7 @@ impl HttpBody {
                     let source = self.source.clone();
                     source.object.note_failure(&mut self.failing, &error);
                     if matches!(error, HttpError::Stalled { .. }) {
-                        self.idle = (self.idle * 2).min(source.object.longest_idle(self.class));
+                        self.idle = (self.idle * 2).min(source.object.longest_idle(self.priority));
                     }
                     let pause = self.retries.pause(source.object.route.start(), self.progress.0, error);
                     pause.await.inspect_err(|error| source.object.unlearn_after(error))?;
@@ -227,7 +227,7 @@ impl HttpBody {
         if self.running.is_none() {
             let permit = self.permit().await?;
             let (timing, end) = (Timing::start(), self.turn());
-            let watched = Watched::start(self.observer.as_ref(), self.class);
+            let watched = Watched::start(self.observer.as_ref(), self.priority);
             match self.request(end).await? {
                 Answer::Range(response) => {
                     self.running = Some(RunningAnswer { response, end, timing, watched, _permit: permit })
@@ -258,9 +258,9 @@ impl HttpBody {
 
     /// Up to where to ask now: prefetch takes turns with demand.
     fn turn(&self) -> u64 {
-        match self.class {
-            Class::Demand | Class::WorkingSet => self.end,
-            Class::Prefetch => {
+        match self.priority {
+            Priority::Demand | Priority::WorkingSet => self.end,
+            Priority::Prefetch => {
                 let turn = self.source.object.client.budgets().turn();
                 self.end.min(self.next.saturating_add(turn))
             }
@@ -270,8 +270,8 @@ impl HttpBody {
     /// Waits for the right to ask. Nobody waits for a prefetch, so that may take its time; a demand read may not.
     async fn permit(&mut self) -> Result<Permit, HttpError> {
         let object = &self.source.object;
-        let permit = object.client.budgets().permit(self.class);
-        if self.class.is_ahead() {
+        let permit = object.client.budgets().permit(self.priority);
+        if self.priority.is_ahead() {
             let queued = Instant::now();
             let permit = permit.await;
             self.progress.0 += queued.elapsed();

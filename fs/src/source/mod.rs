@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 
-pub(crate) mod class;
 mod counters;
 pub mod file;
 pub mod http;
+pub(crate) mod priority;
 
-pub use class::{Class, ReadDeadlines};
 pub use counters::{Outage, TransferCounters};
 pub use file::{FileError, FileSource};
 pub use http::{Credentials, HttpClient, HttpError, HttpOptions, HttpSource, redact_url};
+pub use priority::{Priority, ReadDeadlines};
 
 /// One object bytes are read from.
 #[derive(Debug)]
@@ -46,16 +46,16 @@ pub enum RangeBody {
 
 impl Source {
     /// Starts reading `len` bytes at `offset`. Nothing is requested until the first [`RangeBody::next`].
-    pub fn stream_at(&self, offset: u64, len: u64, class: Class) -> RangeBody {
+    pub fn stream_at(&self, offset: u64, len: u64, priority: Priority) -> RangeBody {
         match self {
-            Self::Http(source) => RangeBody::Http(Box::new(source.stream_at(offset, len, class))),
-            Self::File(source) => RangeBody::File(source.stream_at(offset, len, class)),
+            Self::Http(source) => RangeBody::Http(Box::new(source.stream_at(offset, len, priority))),
+            Self::File(source) => RangeBody::File(source.stream_at(offset, len, priority)),
         }
     }
 
     /// Reads exactly `len` bytes at `offset`. The caller bounds `len`.
-    pub async fn read_at(&self, offset: u64, len: u64, class: Class) -> Result<Bytes, SourceError> {
-        let mut body = self.stream_at(offset, len, class);
+    pub async fn read_at(&self, offset: u64, len: u64, priority: Priority) -> Result<Bytes, SourceError> {
+        let mut body = self.stream_at(offset, len, priority);
         let first = body.next().await?.unwrap_or_default();
         if first.len() as u64 == len {
             return Ok(first);

@@ -21,7 +21,7 @@ use crate::cache::ChunkCache;
 use crate::digest::Digest;
 use crate::index::Index;
 use crate::observe::{Decoding, Observer};
-use crate::source::{Class, Source, SourceError};
+use crate::source::{Priority, Source, SourceError};
 
 /// How long a demand read waits for a prefetch that is fetching its chunk before it asks for it itself.
 const PATIENCE: Duration = Duration::from_millis(100);
@@ -115,13 +115,13 @@ impl Fetcher {
         if let Some(plain) = self.decoded.get(record) {
             return Pending::Ready(plain);
         }
-        match self.flights.enter(record, Class::Demand, overtake) {
+        match self.flights.enter(record, Priority::Demand, overtake) {
             Entry::Join(waiter) => Pending::Fetching(waiter),
             Entry::Lead(lead) => match self.decoded.get(record) {
                 // It landed between the first look and the entry.
                 Some(plain) => Pending::Ready(plain),
                 None => {
-                    let waiter = lead.waiter(Class::Demand);
+                    let waiter = lead.waiter(Priority::Demand);
                     leads.push(lead);
                     Pending::Fetching(waiter)
                 }
@@ -165,13 +165,13 @@ impl Fetcher {
             tokio::spawn(async move {
                 for lead in this.land_cached(leads).await {
                     // Every waiter gets the error by the landing.
-                    drop(this.fetch_run(vec![lead], Class::Demand, None).await);
+                    drop(this.fetch_run(vec![lead], Priority::Demand, None).await);
                 }
             });
         }
         for run in coalesce(&self.index, self.cut(), missing, Lead::record) {
             let this = self.clone();
-            tokio::spawn(async move { drop(this.fetch_run(run, Class::Demand, None).await) });
+            tokio::spawn(async move { drop(this.fetch_run(run, Priority::Demand, None).await) });
         }
     }
 
@@ -186,11 +186,16 @@ impl Fetcher {
     }
 
     /// Does one part of a bulk read.
-    pub(super) async fn work(self: Arc<Self>, work: Part, class: Class, sink: Sink) -> Result<(), ReadError> {
-        let (leads, joins) = self.claim(&work, class, &sink).await;
+    pub(super) async fn work(
+        self: Arc<Self>,
+        work: Part,
+        priority: Priority,
+        sink: Sink,
+    ) -> Result<(), ReadError> {
+        let (leads, joins) = self.claim(&work, priority, &sink).await;
         // What others fetch already may leave holes, so the runs are cut anew.
         for run in coalesce(&self.index, self.cut(), leads, Lead::record) {
-            self.fetch_run(run, class, Some(&sink)).await?;
+            self.fetch_run(run, priority, Some(&sink)).await?;
         }
         for (record, waiter) in joins {
             let plain = match waiter.landed().await {
@@ -206,7 +211,7 @@ impl Fetcher {
     async fn claim(
         self: &Arc<Self>,
         work: &Part,
-        class: Class,
+        priority: Priority,
         sink: &Sink,
     ) -> (Vec<Lead>, Vec<(u32, Waiter)>) {
         let (mut leads, mut joins) = (Vec::new(), Vec::new());
@@ -228,7 +233,7 @@ impl Fetcher {
                 deliver(sink, record, plain).await;
                 continue;
             }
-            match self.flights.enter(record, class, false) {
+            match self.flights.enter(record, priority, false) {
                 Entry::Lead(lead) => leads.push(lead),
                 Entry::Join(waiter) if wanted => joins.push((record, waiter)),
                 Entry::Join(_) => {}
@@ -242,7 +247,7 @@ impl Fetcher {
     async fn fetch_run(
         self: &Arc<Self>,
         leads: Vec<Lead>,
-        class: Class,
+        priority: Priority,
         sink: Option<&Sink>,
     ) -> Result<(), ReadError> {
         let (Some(first), Some(last)) = (leads.first(), leads.last()) else { return Ok(()) };
@@ -255,12 +260,12 @@ impl Fetcher {
             let outcome = match &failure {
                 // The connection is gone for all that follows.
                 Some(ReadError::Source { source, .. }) => Err(self.source_error(record, source.clone())),
-                _ => match self.next_frame(record, start..end, class, &mut frames).await {
+                _ => match self.next_frame(record, start..end, priority, &mut frames).await {
                     Ok(frame) => self.settle(record, frame).await,
                     Err(source) => Err(self.source_error(record, Arc::new(source))),
                 },
             };
-            match (&outcome, class.is_ahead()) {
+            match (&outcome, priority.is_ahead()) {
                 (Err(error), true) => return Err(error.clone()),
                 (Err(error), false) => drop(failure.get_or_insert_with(|| error.clone())),
                 (Ok(plain), false) => self.decoded.put(record, plain),
@@ -283,7 +288,7 @@ impl Fetcher {
         &self,
         number: u32,
         range: Range<u64>,
-        class: Class,
+        priority: Priority,
         request: &mut Option<Frames>,
     ) -> Result<Bytes, SourceError> {
         let record = self.index.record_at(number);
@@ -294,7 +299,7 @@ impl Fetcher {
         }
         let frames = request.get_or_insert_with(|| {
             let at = record.offset;
-            Frames::new(self.source.stream_at(at, range.end - at, class), at)
+            Frames::new(self.source.stream_at(at, range.end - at, priority), at)
         });
         frames.take(record).await
     }
@@ -317,7 +322,7 @@ impl Fetcher {
                 return Err(ReadError::Corrupt { file, chunk, expected, found, location });
             }
             tracing::warn!(location = self.source.describe(), offset = record.offset, %found, expected = %record.digest, "damaged frame, fetching it again");
-            let again = self.source.read_at(record.offset, u64::from(record.length), Class::Demand).await;
+            let again = self.source.read_at(record.offset, u64::from(record.length), Priority::Demand).await;
             frame = again.map_err(|source| self.source_error(number, Arc::new(source)))?;
         }
     }

@@ -13,7 +13,7 @@ use crate::digest::Digest;
 use crate::format::{self, MANIFEST, MAX_INDEX_LEN, PACK_VERSION, SEEK_FOOTER_LEN};
 use crate::index::{Index, TRAILER_LEN};
 use crate::manifest::{self, MAX_MANIFEST_LEN};
-use crate::source::{Class, Source, SourceError};
+use crate::source::{Priority, Source, SourceError};
 
 /// Bytes read at the end of a pack whose index is not pinned: holds seek table and index of packs up to about 4000
 /// stored chunks, and at least the seek table up to 30000.
@@ -136,7 +136,7 @@ impl PackOpener {
         match len {
             0 => Ok(Bytes::new()),
             len => {
-                self.source.read_at(offset, len, Class::Demand).await.map_err(|source| self.failed(source))
+                self.source.read_at(offset, len, Priority::Demand).await.map_err(|source| self.failed(source))
             }
         }
     }

@@ -18,7 +18,7 @@ use tokio::time::timeout_at;
 use super::error::HttpError;
 use super::object::Object;
 use super::retry::{PROGRESS, Retries};
-use crate::source::class::Class;
+use crate::source::priority::Priority;
 
 /// Most bytes handed to a reader at a time.
 const PIECE: u64 = 512 << 10;
@@ -165,7 +165,8 @@ impl Shared {
 
     async fn download(self: Arc<Self>, mut first: Option<Response>) {
         let object = &self.object;
-        let mut retries = Retries::new(object.deadline(Class::Demand).max(object.deadline(Class::Prefetch)));
+        let mut retries =
+            Retries::new(object.deadline(Priority::Demand).max(object.deadline(Priority::Prefetch)));
         let (mut failing, mut fruitless, mut furthest) = (false, 0, self.received.borrow().have);
         let end = loop {
             let (before, again) = (self.received.borrow().have, retries.after_wrong_answer());
@@ -208,7 +209,7 @@ impl Shared {
         again: bool,
         failing: &mut bool,
     ) -> Result<(), HttpError> {
-        let (object, idle) = (&self.object, self.object.idle(Class::Prefetch));
+        let (object, idle) = (&self.object, self.object.idle(Priority::Prefetch));
         let mut response = match first {
             Some(first) => first,
             None => object.ask_whole(idle, again).await?,

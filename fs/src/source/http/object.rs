@@ -14,8 +14,8 @@ use super::error::HttpError;
 use super::redirect::Route;
 use super::retry::bad_status;
 use super::transport::{check_encoding, next_piece, own_connection};
-use crate::source::class::{Class, ReadDeadlines};
 use crate::source::counters::{Outage, TransferCounters};
+use crate::source::priority::{Priority, ReadDeadlines};
 
 /// One object on a server.
 #[derive(Debug)]
@@ -69,11 +69,11 @@ impl Object {
         }
     }
 
-    pub(super) fn deadline(&self, class: Class) -> Duration {
+    pub(super) fn deadline(&self, priority: Priority) -> Duration {
         let deadlines = self.deadlines.lock().expect("no panics while held");
-        match class {
-            Class::Demand => deadlines.demand,
-            Class::WorkingSet | Class::Prefetch => deadlines.prefetch,
+        match priority {
+            Priority::Demand => deadlines.demand,
+            Priority::WorkingSet | Priority::Prefetch => deadlines.prefetch,
         }
     }
 
@@ -83,13 +83,13 @@ impl Object {
     }
 
     /// How long a first attempt waits for the next bytes: short enough to leave time for another.
-    pub(super) fn idle(&self, class: Class) -> Duration {
-        self.longest_idle(class).min(self.deadline(class) / 3)
+    pub(super) fn idle(&self, priority: Priority) -> Duration {
+        self.longest_idle(priority).min(self.deadline(priority) / 3)
     }
 
     /// How long any attempt waits for the next bytes.
-    pub(super) fn longest_idle(&self, class: Class) -> Duration {
-        self.client.options().idle_timeout.min(self.deadline(class))
+    pub(super) fn longest_idle(&self, priority: Priority) -> Duration {
+        self.client.options().idle_timeout.min(self.deadline(priority))
     }
 
     pub(super) fn size(&self) -> Option<u64> {

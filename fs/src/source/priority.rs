@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-/// Why bytes are wanted. Each class has its own budget of requests, so demand never waits behind prefetch.
+/// Why bytes are wanted. Each priority has its own budget of requests, so demand never waits behind prefetch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Class {
+pub enum Priority {
     /// Someone is waiting for them now.
     Demand,
     /// A machine that starts will want them before it answers. Does not make way for demand, which would be for the same
@@ -14,10 +14,10 @@ pub enum Class {
     Prefetch,
 }
 
-impl Class {
+impl Priority {
     /// Whether nobody waits for the bytes yet.
     pub fn is_ahead(self) -> bool {
-        self != Class::Demand
+        self != Priority::Demand
     }
 }
 
@@ -25,7 +25,7 @@ impl Class {
 /// attempt may add the HTTP idle timeout.
 #[derive(Debug, Clone, Copy)]
 pub struct ReadDeadlines {
-    /// For [`Class::Demand`].
+    /// For [`Priority::Demand`].
     pub demand: Duration,
     /// For the others.
     pub prefetch: Duration,
