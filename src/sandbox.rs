@@ -10,7 +10,7 @@ use forkd_fs::index::{ChunkId as PackChunk, FileId};
 use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
 use forkd_fs::prefetch;
 use forkd_fs::source::Priority;
-use forkd_fs::store::{ChunkData, OnChunk, Progress, ReadError, Store};
+use forkd_fs::store::{ChunkData, FetchProgress, OnChunk, ReadError, Store};
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryError, create_image, longest_runs};
@@ -405,10 +405,10 @@ impl Sandbox {
     }
 
     /// How far the pack is fetched.
-    pub fn progress(&self) -> Progress {
+    pub fn progress(&self) -> FetchProgress {
         match &self.images {
             Images::Lazy { pages, .. } => pages.store.progress(),
-            Images::Local { .. } => Progress::default(),
+            Images::Local { .. } => FetchProgress::default(),
         }
     }
 

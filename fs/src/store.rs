@@ -50,7 +50,7 @@ pub enum ChunkData {
 
 /// How far fetching has come.
 #[derive(Debug, Clone, Default)]
-pub struct Progress {
+pub struct FetchProgress {
     /// Size of the pack.
     pub bytes_total: u64,
     /// Bytes received from the source, the index included.
@@ -212,9 +212,9 @@ impl Store {
     }
 
     /// How far fetching has come. Cheap.
-    pub fn progress(&self) -> Progress {
+    pub fn progress(&self) -> FetchProgress {
         let (counters, outage) = (self.fetcher.source.counters(), self.fetcher.source.outage());
-        Progress {
+        FetchProgress {
             bytes_total: self.index().pack_size(),
             bytes_fetched: counters.bytes,
             requests: counters.requests,

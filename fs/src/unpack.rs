@@ -12,7 +12,7 @@ use crate::index::{ChunkId, FileId};
 use crate::manifest::Manifest;
 use crate::scan::scan;
 use crate::source::Priority;
-use crate::store::{ChunkData, Progress, ReadError, Store};
+use crate::store::{ChunkData, FetchProgress, ReadError, Store};
 
 /// Why a pack could not be unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +71,7 @@ struct Output {
 pub async fn unpack(
     store: &Arc<Store>,
     dest: &Path,
-    on_progress: &(dyn Fn(Progress) + Send + Sync),
+    on_progress: &(dyn Fn(FetchProgress) + Send + Sync),
 ) -> Result<Arc<Manifest>, UnpackError> {
     let unreadable =
         |error| UnpackError::Read { location: store.location().to_owned(), source: Box::new(error) };

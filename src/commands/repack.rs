@@ -153,7 +153,7 @@ async fn take_apart(args: &RepackArgs, work: &Workspace, output: &Output) -> Res
     match obtain(args, work, output).await? {
         Input::Indexed(store) => {
             let progress = Progress::bytes(output, "unpacking", store.index().stored_bytes());
-            let done = |now: forkd_fs::store::Progress| {
+            let done = |now: forkd_fs::store::FetchProgress| {
                 let share = f64::from(now.chunks_fetched) / f64::from(now.chunks_total.max(1));
                 progress.to((store.index().stored_bytes() as f64 * share) as u64);
             };

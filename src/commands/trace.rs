@@ -211,7 +211,7 @@ async fn take_apart(
         return Err(TraceCommandError::Foreign);
     }
     let progress = Progress::steps(output, "unpacking", u64::from(store.index().stored_chunk_count()));
-    let done = |now: forkd_fs::store::Progress| progress.to(u64::from(now.chunks_fetched));
+    let done = |now: forkd_fs::store::FetchProgress| progress.to(u64::from(now.chunks_fetched));
     let manifest = unpack(&store, &work.members(), &done).await?;
     Ok((Manifest::clone(&manifest), store.index().chunk_size()))
 }
