@@ -18,7 +18,7 @@ use crate::index::Index;
 mod disk;
 
 use disk::Disk;
-pub use disk::{CacheCheck, CacheOptions, RemovedFiles, Survey};
+pub use disk::{CacheCheck, CacheContents, CacheOptions, RemovedFiles};
 
 /// Frames waiting to be written; more are written by whoever has them.
 const QUEUE: usize = 256;
@@ -86,8 +86,8 @@ impl ChunkCache {
     }
 
     /// Counts what is there.
-    pub fn survey(&self) -> Survey {
-        self.disk.as_ref().map_or_else(Survey::default, |disk| disk.survey())
+    pub fn contents(&self) -> CacheContents {
+        self.disk.as_ref().map_or_else(CacheContents::default, |disk| disk.contents())
     }
 
     /// Reads every frame and puts aside those that fail their digest. `on_progress` gets the bytes read so far.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::process::ExitCode;
 use std::time::SystemTime;
 
-use forkd_fs::cache::{CacheOptions, ChunkCache, Survey};
+use forkd_fs::cache::{CacheContents, CacheOptions, ChunkCache};
 use forkd_fs::index::Index;
 use serde::Serialize;
 
@@ -62,7 +62,7 @@ struct Collected {
 pub fn ls(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
-    let Survey { entries, bytes, damaged, unfinished, oldest_use } = cache.survey();
+    let CacheContents { entries, bytes, damaged, unfinished, oldest_use } = cache.contents();
     let mut packs = Vec::new();
     let mut seen = BTreeSet::new();
     for catalogue in RegistryCopies::new(&paths).all() {
@@ -131,7 +131,7 @@ fn show(report: &Report, oldest_use: Option<SystemTime>) -> String {
 pub fn verify(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
-    let progress = Progress::bytes(output, "checking", cache.survey().bytes);
+    let progress = Progress::bytes(output, "checking", cache.contents().bytes);
     let found = cache.verify(&|bytes| progress.to(bytes));
     drop(progress);
     let report = Verified { chunks: found.entries, bytes: found.bytes, damaged: found.damaged };
@@ -149,7 +149,7 @@ pub fn gc(args: &CacheGcArgs, output: &Output) -> Result<ExitCode, CommandError>
     let failed = |source| PathsError::Directory { path: paths.cache.clone(), source };
     let removed = cache.collect(args.all).map_err(failed)?;
     let (downloads, download_bytes) = download::collect(&paths, args.all);
-    let left = cache.survey();
+    let left = cache.contents();
     let report = Collected {
         removed_files: removed.files + downloads,
         removed_bytes: removed.bytes + download_bytes,

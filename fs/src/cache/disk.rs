@@ -43,7 +43,7 @@ impl Default for CacheOptions {
 
 /// What a cache holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Survey {
+pub struct CacheContents {
     /// Frames.
     pub entries: u64,
     /// Their bytes.
@@ -287,9 +287,9 @@ impl Disk {
         }
     }
 
-    pub(super) fn survey(&self) -> Survey {
+    pub(super) fn contents(&self) -> CacheContents {
         let entries = self.entries();
-        Survey {
+        CacheContents {
             entries: entries.frames.len() as u64,
             bytes: entries.frames.iter().map(|entry| entry.len).sum(),
             damaged: entries.damaged.len() as u64,

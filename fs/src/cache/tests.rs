@@ -49,7 +49,7 @@ fn damaged_entries_are_misses_and_go_away() {
         fs::write(&path, damage).unwrap();
         assert!(cache.contains(digest));
         assert!(cache.get(digest, 5000).is_none());
-        assert!(!cache.contains(digest) && cache.survey().damaged == 1, "put aside");
+        assert!(!cache.contains(digest) && cache.contents().damaged == 1, "put aside");
     }
     cache.put(digest, bytes.clone());
     cache.flush();
@@ -140,7 +140,7 @@ fn the_cache_yields_to_a_disk_that_is_nearly_full() {
     assert!(tight.get(frames[0].0, 5000).is_some(), "what is there is read");
     tight.put(frames[3].0, frames[3].1.clone());
     tight.flush();
-    assert_eq!(tight.survey().entries, 0, "nothing is added, and the space goes to others");
+    assert_eq!(tight.contents().entries, 0, "nothing is added, and the space goes to others");
     roomy.put(frames[3].0, frames[3].1.clone());
     roomy.flush();
     assert!(roomy.contains(frames[3].0));
@@ -159,8 +159,8 @@ fn verify_puts_damaged_frames_aside_and_collect_removes_them() {
     assert_eq!(verified, CacheCheck { entries: 3, bytes: 10_008, damaged: 1 });
     assert!(cache.contains(frames[0].0) && !cache.contains(frames[1].0) && cache.contains(frames[2].0));
     assert_eq!(cache.collect(false).unwrap(), RemovedFiles { files: 1, bytes: 8 });
-    let survey = cache.survey();
-    assert_eq!((survey.entries, survey.bytes, survey.damaged), (2, 10_000, 0));
+    let contents = cache.contents();
+    assert_eq!((contents.entries, contents.bytes, contents.damaged), (2, 10_000, 0));
     assert_eq!(cache.collect(true).unwrap(), RemovedFiles { files: 2, bytes: 10_000 });
     assert_eq!(cache.verify(&|_| ()), CacheCheck::default());
 }
