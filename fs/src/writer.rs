@@ -88,7 +88,7 @@ pub struct PackProgress {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
     /// Digests and zero chunks.
-    Survey,
+    Scan,
     /// Compressing what is not zero.
     Compress,
 }
@@ -247,7 +247,7 @@ impl PackWriter {
         let (total, done) = (files.iter().map(|(.., size, _)| size).sum(), AtomicU64::new(0));
         let on_bytes = |len: u64| {
             let done = done.fetch_add(len, Relaxed) + len;
-            on_progress(PackProgress { pass: Pass::Survey, done, total });
+            on_progress(PackProgress { pass: Pass::Scan, done, total });
         };
         let chunk_size = self.options.chunk_size;
         thread::scope(|scope| {

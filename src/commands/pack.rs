@@ -156,7 +156,7 @@ pub(super) fn write(
         progress.limit(now.total);
         progress.to(now.done);
         progress.say(match now.pass {
-            Pass::Survey => "reading",
+            Pass::Scan => "reading",
             Pass::Compress => "packing",
         });
     };
