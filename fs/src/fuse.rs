@@ -62,12 +62,12 @@ pub enum MountError {
 
 /// A running mount; unmounted when dropped.
 #[derive(Debug)]
-pub struct Mounted {
+pub struct MountedTree {
     session: BackgroundSession,
     ended: watch::Receiver<bool>,
 }
 
-impl Mounted {
+impl MountedTree {
     /// Mounts `tree` on an existing directory. Tasks that answer reads run on `runtime`.
     ///
     /// Blocks until the kernel has accepted the mount; when it returns, reads are answered.
@@ -76,7 +76,7 @@ impl Mounted {
         mountpoint: &Path,
         source: &str,
         runtime: Handle,
-    ) -> Result<Mounted, MountError> {
+    ) -> Result<MountedTree, MountError> {
         // Says clearly what fuser would wrap into a text.
         let device = std::fs::File::options().read(true).write(true).open("/dev/fuse");
         drop(device.map_err(MountError::NoFuse)?);
@@ -93,7 +93,7 @@ impl Mounted {
         let session = Session::new(adapter, mountpoint, &config(source)).map_err(failed)?;
         let session = session.spawn().map_err(MountError::Threads)?;
         raise_readahead(mountpoint);
-        Ok(Mounted { session, ended })
+        Ok(MountedTree { session, ended })
     }
 
     /// Makes the kernel forget what names in the tree led to. Call it after [`crate::tree::Tree::refresh`].

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use forkd_fs::digest::Digest;
-use forkd_fs::fuse::Mounted;
+use forkd_fs::fuse::MountedTree;
 use forkd_fs::store::{PackLocation, PackSource};
 use forkd_fs::tree::{Attributes, Entry, Inode, Kind, Listing, Opened, ROOT, Tree};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
@@ -261,7 +261,7 @@ async fn the_kernel_sees_the_same_through_fuse() {
     varied(dir.path());
     let fixture = pack(mkfs(dir.path(), &["-Enoinline_data"]));
     let tree = Arc::new(tree_of(fixture.local()));
-    let mounted = Mounted::new(tree, at.path(), "test", tokio::runtime::Handle::current()).unwrap();
+    let mounted = MountedTree::new(tree, at.path(), "test", tokio::runtime::Handle::current()).unwrap();
     let (version, source) = (at.path().join("o/n/v1"), dir.path().to_owned());
     tokio::task::spawn_blocking(move || {
         let root = version.join("rootfs");

@@ -11,7 +11,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use forkd_fs::fuse::{MountError, Mounted};
+use forkd_fs::fuse::{MountError, MountedTree};
 use forkd_fs::source::HttpClient;
 use forkd_fs::tree::{Listing, Tree};
 use serde::{Deserialize, Serialize};
@@ -133,7 +133,7 @@ fn serve(
     let stop = runtime.block_on(stop_signal())?;
     let hub = catalogue.location();
     let source = format!("{SOURCE_PREFIX}{hub}");
-    let mounted = Mounted::new(tree.clone(), mountpoint, &source, Handle::current())
+    let mounted = MountedTree::new(tree.clone(), mountpoint, &source, Handle::current())
         .map_err(MountCommandError::from)?;
     let record = Record {
         mountpoint: mountpoint.to_owned(),
@@ -178,7 +178,7 @@ async fn keep_current(
     interval: Duration,
     catalogue: &Catalogue,
     (paths, http): (&Paths, &HttpClient),
-    (tree, mounted): (&Tree, &Mounted),
+    (tree, mounted): (&Tree, &MountedTree),
 ) {
     if interval.is_zero() {
         return std::future::pending().await;
