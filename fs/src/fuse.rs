@@ -24,7 +24,7 @@ use fuser::{
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use crate::tree::{Attributes, Changed, Kind, MAX_READ, Opened, ROOT, SharedTree};
+use crate::tree::{Attributes, ChangedName, Kind, MAX_READ, OpenedFile, ROOT, SharedTree};
 
 /// Name of the file system in /proc/mounts where fusermount3 mounts: `fuse.forkd`. What root mounts is plain `fuse`.
 pub const SUBTYPE: &str = "forkd";
@@ -97,14 +97,14 @@ impl MountedTree {
     }
 
     /// Makes the kernel forget what names in the tree led to. Call it after [`crate::tree::Tree::refresh`].
-    pub fn forget(&self, changed: Vec<Changed>) {
+    pub fn forget(&self, changed: Vec<ChangedName>) {
         if changed.is_empty() {
             return;
         }
         let notifier = self.session.notifier();
         // A thread of its own: the kernel may wait for a reply to a lookup in that directory before it returns.
         let forget = move || {
-            for Changed { directory, name } in changed {
+            for ChangedName { directory, name } in changed {
                 // Fails for what the kernel does not know; then there is nothing to forget.
                 let _ = notifier.inval_entry(INodeNo(directory), OsStr::new(&name));
                 let _ = notifier.inval_inode(INodeNo(directory), 0, 0);
@@ -259,10 +259,10 @@ impl Filesystem for Adapter {
 
     fn open(&self, _: &Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         match self.tree.open(inode.0) {
-            Ok(Opened::Immutable) => {
+            Ok(OpenedFile::Immutable) => {
                 reply.opened(NO_REPORT, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH)
             }
-            Ok(Opened::Report(report)) => {
+            Ok(OpenedFile::Report(report)) => {
                 let handle = self.next_report.fetch_add(1, Ordering::Relaxed);
                 self.reports.lock().expect("no panics while held").insert(handle, report);
                 reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH);

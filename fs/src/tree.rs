@@ -30,11 +30,11 @@ mod rootfs;
 mod slot;
 
 pub use errno::{of_open_error, of_read_error, of_whole_error};
-pub use inode::{Attributes, Entry, Inode, Kind, Opened, ROOT};
+pub use inode::{Attributes, Entry, Inode, Kind, OpenedFile, ROOT};
 use inode::{LISTING, PACK_SHIFT};
-pub use listed::Changed;
+pub use listed::ChangedName;
 use listed::{Content, ListedTree};
-pub use listing::Listing;
+pub use listing::PackListing;
 use pack::PackNode;
 use slot::Slot;
 
@@ -51,7 +51,7 @@ pub struct Tree {
 impl Tree {
     /// A tree over `listings`. Listings with names that are not plain, or the same names twice, are left out: the
     /// first one counts.
-    pub fn new(listings: Vec<Listing>, options: StoreOptions) -> Tree {
+    pub fn new(listings: Vec<PackListing>, options: StoreOptions) -> Tree {
         let mut listed = ListedTree::new();
         listed.update(&listings, &options);
         Tree { listed: RwLock::new(listed), options }
@@ -59,7 +59,7 @@ impl Tree {
 
     /// Shows `listings` from now on, as [`Tree::new`] would. What did not change keeps its inodes; what changed or went
     /// stays readable through the inodes that are in use. Returns the names that changed, for the kernel to forget.
-    pub fn refresh(&self, listings: &[Listing]) -> Vec<Changed> {
+    pub fn refresh(&self, listings: &[PackListing]) -> Vec<ChangedName> {
         self.listed.write().expect("no panics while held").update(listings, &self.options)
     }
 
@@ -131,13 +131,13 @@ impl Tree {
     }
 
     /// Opens a file.
-    pub fn open(&self, inode: Inode) -> Result<Opened, Errno> {
+    pub fn open(&self, inode: Inode) -> Result<OpenedFile, Errno> {
         if let Some((pack, slot)) = self.pack(inode)? {
             return pack.open(slot);
         }
         let listed = self.listed();
         match listed.node(inode)?.content {
-            Content::Report => Ok(Opened::Report(report(&listed))),
+            Content::Report => Ok(OpenedFile::Report(report(&listed))),
             Content::Directory(_) => Err(Errno::ISDIR),
             Content::Symlink(_) => Err(Errno::INVAL),
         }

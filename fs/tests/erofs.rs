@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use forkd_fs::digest::Digest;
 use forkd_fs::fuse::MountedTree;
 use forkd_fs::store::{PackLocation, PackSource};
-use forkd_fs::tree::{Attributes, Entry, Inode, Kind, Listing, Opened, ROOT, Tree};
+use forkd_fs::tree::{Attributes, Entry, Inode, Kind, OpenedFile, PackListing, ROOT, Tree};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::io::Errno;
 
@@ -162,7 +162,7 @@ async fn facts_of(tree: &Tree, found: &Attributes) -> Facts {
     let contents = match found.kind {
         Kind::Symlink => tree.link_target(found.inode).await.unwrap().to_vec(),
         Kind::File => {
-            assert!(matches!(tree.open(found.inode), Ok(Opened::Immutable)));
+            assert!(matches!(tree.open(found.inode), Ok(OpenedFile::Immutable)));
             let mut plain = Vec::new();
             // A length that is no multiple of anything.
             while let piece = tree.read(found.inode, plain.len() as u64, 99_991).await.unwrap()
@@ -200,7 +200,7 @@ fn pack(image: Vec<u8>) -> Fixture {
 }
 
 fn tree_of(location: PackLocation) -> Tree {
-    let listing = Listing {
+    let listing = PackListing {
         owner: "o".into(),
         name: "n".into(),
         version: "v1".into(),
@@ -343,7 +343,7 @@ async fn what_cannot_be_read_says_why() {
     let text = walk(&tree, "o/n/v1/rootfs/text").await.unwrap();
     assert_eq!(tree.read(text.inode, 0, 10).await, Err(Errno::OPNOTSUPP));
     let report = walk(&tree, "o/n/v1/.forkd/stats.json").await.unwrap();
-    let Ok(Opened::Report(report)) = tree.open(report.inode) else { panic!("no report") };
+    let Ok(OpenedFile::Report(report)) = tree.open(report.inode) else { panic!("no report") };
     assert!(String::from_utf8_lossy(&report).contains("uses compression, which forkd does not read"));
 
     let image = mkfs(dir.path(), &[]);

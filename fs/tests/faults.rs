@@ -10,10 +10,10 @@ mod support;
 use support::server::{Fault, Server};
 use support::{CHUNK, Fixture, http, noise, options, source};
 
-type Opened = (Fixture, Server, std::sync::Arc<Store>, ChunkId);
+type OpenedFile = (Fixture, Server, std::sync::Arc<Store>, ChunkId);
 
 /// A pack of two chunks on a server, opened, and the first chunk.
-async fn opened() -> Opened {
+async fn opened() -> OpenedFile {
     let fixture = Fixture::with(&[("memory.bin", noise(1, 100_000))]);
     let server = Server::start(fixture.bytes()).await;
     let store = Store::open(fixture.pinned(server.url()), options()).await.unwrap();

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use forkd_fs::fuse::{MountError, MountedTree};
 use forkd_fs::source::HttpClient;
-use forkd_fs::tree::{Listing, Tree};
+use forkd_fs::tree::{PackListing, Tree};
 use serde::{Deserialize, Serialize};
 use tokio::runtime::Handle;
 
@@ -202,7 +202,7 @@ async fn keep_current(
 }
 
 /// The registry as the tree wants it. An entry that cannot be used is left out, with a warning.
-fn listings(catalogue: &Catalogue) -> Vec<Listing> {
+fn listings(catalogue: &Catalogue) -> Vec<PackListing> {
     let listing = |resolved: Resolved| {
         let sha256 = match whole_digest(&resolved.entry).transpose() {
             Ok(sha256) => sha256,
@@ -214,7 +214,7 @@ fn listings(catalogue: &Catalogue) -> Vec<Listing> {
             }
         };
         let created_at = resolved.entry.created_at.as_deref();
-        Some(Listing {
+        Some(PackListing {
             owner: resolved.reference.package.owner,
             name: resolved.reference.package.name,
             version: resolved.reference.version,

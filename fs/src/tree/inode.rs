@@ -107,7 +107,7 @@ impl Entry {
 
 /// What opening a file gives.
 #[derive(Debug, Clone)]
-pub enum Opened {
+pub enum OpenedFile {
     /// Immutable contents: what the kernel has read it may keep.
     Immutable,
     /// A report, made now; to be read around the kernel's cache.

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use rustix::io::Errno;
 
 use super::inode::{Entry, Inode, Kind, PACK_SHIFT, ROOT};
-use super::listing::Listing;
+use super::listing::PackListing;
 use super::pack::PackNode;
 use crate::format::is_plain_name;
 use crate::store::StoreOptions;
@@ -17,7 +17,7 @@ const LATEST: &str = "latest";
 
 /// A name that leads elsewhere than before, or nowhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Changed {
+pub struct ChangedName {
     /// The directory it is in.
     pub directory: Inode,
     /// The name.
@@ -50,7 +50,7 @@ pub(super) enum Content {
 
 /// What a version's name should lead to.
 enum NameTarget<'a> {
-    Pack(&'a Listing),
+    Pack(&'a PackListing),
     /// Another version's name.
     Link(&'a str),
 }
@@ -70,7 +70,7 @@ impl ListedTree {
     }
 
     /// Makes the names those of `listings`. Returns the ones that changed.
-    pub(super) fn update(&mut self, listings: &[Listing], options: &StoreOptions) -> Vec<Changed> {
+    pub(super) fn update(&mut self, listings: &[PackListing], options: &StoreOptions) -> Vec<ChangedName> {
         let mut changed = Vec::new();
         let wanted = names(listings);
         for (owner, packages) in &wanted {
@@ -81,7 +81,7 @@ impl ListedTree {
                     if !self.leads_to(package, version, target) {
                         let inode = self.make(package, target, options);
                         self.name(package, version, inode);
-                        changed.push(Changed { directory: package, name: (*version).to_owned() });
+                        changed.push(ChangedName { directory: package, name: (*version).to_owned() });
                     }
                 }
                 self.retain(package, &mut changed, &|version| versions.contains_key(version));
@@ -115,13 +115,13 @@ impl ListedTree {
     }
 
     /// The directory of that name, made when there is none.
-    fn directory(&mut self, parent: Inode, name: &str, changed: &mut Vec<Changed>) -> Inode {
+    fn directory(&mut self, parent: Inode, name: &str, changed: &mut Vec<ChangedName>) -> Inode {
         if let Ok(inode) = self.named(parent, name) {
             return inode;
         }
         let inode = self.add(parent, Content::Directory(BTreeMap::new()));
         self.name(parent, name, inode);
-        changed.push(Changed { directory: parent, name: name.to_owned() });
+        changed.push(ChangedName { directory: parent, name: name.to_owned() });
         inode
     }
 
@@ -150,7 +150,7 @@ impl ListedTree {
         }
     }
 
-    fn retain(&mut self, directory: Inode, changed: &mut Vec<Changed>, keep: &dyn Fn(&str) -> bool) {
+    fn retain(&mut self, directory: Inode, changed: &mut Vec<ChangedName>, keep: &dyn Fn(&str) -> bool) {
         let Ok(Node { content: Content::Directory(children), .. }) = self.node(directory) else { return };
         let gone: Vec<(String, Inode)> = children
             .iter()
@@ -163,7 +163,7 @@ impl ListedTree {
             if let Some(children) = self.children_mut(directory) {
                 children.remove(&name);
             }
-            changed.push(Changed { directory, name });
+            changed.push(ChangedName { directory, name });
         }
     }
 
@@ -239,8 +239,8 @@ impl ListedTree {
 }
 
 /// What each name should lead to. Names that are not plain are left out; of equal ones the first counts.
-fn names(listings: &[Listing]) -> Names<'_> {
-    let plain = |listing: &&Listing| {
+fn names(listings: &[PackListing]) -> Names<'_> {
+    let plain = |listing: &&PackListing| {
         [&listing.owner, &listing.name, &listing.version].iter().all(|name| is_plain_name(name))
     };
     let mut names = Names::new();

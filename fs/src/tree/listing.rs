@@ -7,7 +7,7 @@ use crate::store::PackLocation;
 
 /// One version of one package, as a registry lists it.
 #[derive(Debug, Clone)]
-pub struct Listing {
+pub struct PackListing {
     /// First path component; a plain name.
     pub owner: String,
     /// Second path component; a plain name.

@@ -10,9 +10,9 @@ use rustix::io::Errno;
 use tokio::sync::OnceCell;
 
 use super::errno::{of_open_error, of_read_error, of_whole_error};
-use super::inode::{Attributes, Entry, IMMUTABLE, Inode, Kind, LISTING, Opened};
+use super::inode::{Attributes, Entry, IMMUTABLE, Inode, Kind, LISTING, OpenedFile};
 use super::legacy::{self, LegacyNode, MemberAttributes};
-use super::listing::Listing;
+use super::listing::PackListing;
 use super::report::{self, ReadFailures, Stats, as_json};
 use super::rootfs::{Refusal, RootDisk, errno_of};
 use super::slot::Slot;
@@ -51,7 +51,7 @@ enum Contents<'a> {
 }
 
 impl PackNode {
-    pub(super) fn new(inode: Inode, parent: Inode, listing: &Listing, options: StoreOptions) -> PackNode {
+    pub(super) fn new(inode: Inode, parent: Inode, listing: &PackListing, options: StoreOptions) -> PackNode {
         PackNode {
             inode,
             parent,
@@ -125,7 +125,7 @@ impl PackNode {
     }
 
     /// Whether this is the pack of that listing.
-    pub(super) fn shows(&self, listing: &Listing) -> bool {
+    pub(super) fn shows(&self, listing: &PackListing) -> bool {
         self.location == listing.location && self.sha256 == listing.sha256
     }
 
@@ -328,12 +328,12 @@ impl PackNode {
         }
     }
 
-    pub(super) fn open(&self, slot: Slot) -> Result<Opened, Errno> {
+    pub(super) fn open(&self, slot: Slot) -> Result<OpenedFile, Errno> {
         match slot {
             Slot::Directory | Slot::Reports | Slot::RootDisk => Err(Errno::ISDIR),
-            Slot::Stats => Ok(Opened::Report(as_json(&self.stats()))),
-            Slot::Blocks => Ok(Opened::Report(self.blocks())),
-            Slot::Member(_) | Slot::Tag(_) | Slot::Image(_) => Ok(Opened::Immutable),
+            Slot::Stats => Ok(OpenedFile::Report(as_json(&self.stats()))),
+            Slot::Blocks => Ok(OpenedFile::Report(self.blocks())),
+            Slot::Member(_) | Slot::Tag(_) | Slot::Image(_) => Ok(OpenedFile::Immutable),
         }
     }
 
