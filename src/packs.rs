@@ -34,8 +34,12 @@ impl Target {
 /// Connections for one command: with the user's credentials, for the hosts the user names, and with the user's cache
 /// directory for copies of packs whose host serves no byte ranges.
 pub fn http_client() -> HttpClient {
-    let spool_dir = Paths::from_env().ok().map(|paths| paths.cache);
-    HttpClient::new(HttpOptions { credentials: Credentials::from_env(), spool_dir, ..HttpOptions::default() })
+    let download_dir = Paths::from_env().ok().map(|paths| paths.cache);
+    HttpClient::new(HttpOptions {
+        credentials: Credentials::from_env(),
+        download_dir,
+        ..HttpOptions::default()
+    })
 }
 
 /// Finds what `text` names: a URL when it has a scheme, an existing file, a name of the hub, and otherwise a file that

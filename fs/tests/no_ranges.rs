@@ -206,7 +206,7 @@ async fn a_host_that_never_gets_further_is_given_up() {
 #[tokio::test]
 async fn only_what_was_announced_is_downloaded() {
     let object = noise(1, 300_000);
-    let options = |limit| HttpOptions { spool_limit: limit, ..http_options() };
+    let options = |limit| HttpOptions { download_limit: limit, ..http_options() };
     let server = host(object.clone()).await;
     server.fail_always(Fault::WholeChunked);
     // Neither a registry nor the host says how long it is.
@@ -256,7 +256,7 @@ async fn a_full_disk_is_said_at_once_and_never_hangs() {
     let fixture = Fixture::with(&[("memory.bin", memory(20))]);
     let (object, disk) = (noise(1, 1 << 20), SmallDisk::mount());
     let dir = &disk.0;
-    let small = HttpClient::new(HttpOptions { spool_dir: Some(dir.path().to_owned()), ..http_options() });
+    let small = HttpClient::new(HttpOptions { download_dir: Some(dir.path().to_owned()), ..http_options() });
     let server = host(object).await;
     let started = Instant::now();
     // Announced to be too long; and not announced, but found to be.

@@ -65,7 +65,7 @@ impl LegacyNode {
         // A task of its own: it goes on when this request has given up.
         let fetching = tokio::spawn(async move {
             let _alone = alone;
-            let directory = own_options.http.spool_dir();
+            let directory = own_options.http.download_dir();
             cell.get_or_try_init(|| WholePack::fetch(&place, sha256, &own_options, directory)).await.map(drop)
         });
         match tokio::time::timeout(options.demand_deadline, fetching).await {

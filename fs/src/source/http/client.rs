@@ -98,8 +98,8 @@ impl HttpClient {
     }
 
     /// Where temporary copies of whole objects go.
-    pub(crate) fn spool_dir(&self) -> PathBuf {
-        self.options().spool_dir.clone().unwrap_or_else(std::env::temp_dir)
+    pub(crate) fn download_dir(&self) -> PathBuf {
+        self.options().download_dir.clone().unwrap_or_else(std::env::temp_dir)
     }
 
     pub(super) fn options(&self) -> &HttpOptions {

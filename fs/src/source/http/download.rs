@@ -65,9 +65,9 @@ enum End {
 impl WholeDownload {
     /// Goes on with `first`, an answer with the whole object.
     pub(super) fn start(object: Arc<Object>, first: Response) -> Result<Self, HttpError> {
-        let directory = object.client.spool_dir();
+        let directory = object.client.download_dir();
         let file = std::fs::create_dir_all(&directory).and_then(|()| tempfile::tempfile_in(&directory));
-        let file = file.map_err(|source| HttpError::Spool {
+        let file = file.map_err(|source| HttpError::TemporaryFile {
             url: object.route.label(),
             directory: directory.clone(),
             source,
@@ -262,7 +262,7 @@ impl Shared {
 
     /// Refuses to receive more than the object has, than anybody downloads whole unasked, and than the disk can spare.
     fn check_length(&self, len: u64) -> Result<(), HttpError> {
-        let limit = self.object.client.options().spool_limit;
+        let limit = self.object.client.options().download_limit;
         let url = || self.object.route.label();
         match self.object.size() {
             Some(size) if len > size => Err(HttpError::WrongLength { url: url(), wanted: size, got: len }),
@@ -273,7 +273,7 @@ impl Shared {
 
     /// Says before a download rather than at its end that the disk is too full for it.
     fn check_size(&self) -> Result<(), HttpError> {
-        let limit = self.object.client.options().spool_limit;
+        let limit = self.object.client.options().download_limit;
         match self.object.size() {
             Some(size) if size > limit => Err(HttpError::NoRanges { url: self.object.route.label(), limit }),
             Some(size) => self.check_room(size.saturating_sub(self.received.borrow().have)),
@@ -292,6 +292,6 @@ impl Shared {
     }
 
     fn failed_file(&self, source: io::Error) -> HttpError {
-        HttpError::Spool { url: self.object.route.label(), directory: self.directory.clone(), source }
+        HttpError::TemporaryFile { url: self.object.route.label(), directory: self.directory.clone(), source }
     }
 }

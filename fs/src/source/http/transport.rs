@@ -35,9 +35,9 @@ pub struct HttpOptions {
     pub credentials: Credentials,
     /// Where copies of objects are kept whose host serves no byte ranges: files without a name, gone with the process.
     /// `None`: the system's temporary directory.
-    pub spool_dir: Option<PathBuf>,
+    pub download_dir: Option<PathBuf>,
     /// Most bytes downloaded of such an object when neither a registry nor the host tells its size.
-    pub spool_limit: u64,
+    pub download_limit: u64,
 }
 
 impl Default for HttpOptions {
@@ -49,8 +49,8 @@ impl Default for HttpOptions {
             demand_requests: 32,
             prefetch_requests: 4,
             credentials: Credentials::default(),
-            spool_dir: None,
-            spool_limit: 16 << 30,
+            download_dir: None,
+            download_limit: 16 << 30,
         }
     }
 }
