@@ -15,7 +15,7 @@ use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryError, create_image, longest_runs};
 use forkd_vmm::pager::{
-    ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, PagerError, PagerStats, SourceFailure,
+    ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, PagerError, PagerStats, SourceFailure,
 };
 use forkd_vmm::process::Start;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -85,7 +85,7 @@ pub enum SandboxError {
 #[derive(Debug, Clone)]
 pub struct Unavailable {
     /// The chunk.
-    pub chunk: ChunkId,
+    pub chunk: ImageChunk,
     /// The machines that wait for it.
     pub waiters: Vec<ClientId>,
     /// Why, with causes.
@@ -107,20 +107,20 @@ struct StorePages {
 }
 
 impl StorePages {
-    fn pack_chunk(&self, chunk: ChunkId) -> Option<PackChunk> {
+    fn pack_chunk(&self, chunk: ImageChunk) -> Option<PackChunk> {
         let file = self.files[chunk.image.index()]?;
         let number = u32::try_from(chunk.chunk).ok()?;
         // The image may be longer than the file: its rest is zero.
         (number < self.store.index().chunk_count(file)).then_some(PackChunk { file, chunk: number })
     }
 
-    fn is_zero(&self, chunk: ChunkId) -> bool {
+    fn is_zero(&self, chunk: ImageChunk) -> bool {
         self.pack_chunk(chunk).is_none_or(|chunk| self.store.index().is_zero(chunk))
     }
 
     /// A pack's chunk as the image has it. A file that ends in the middle of a chunk is followed by zeros: the image is
     /// as long as the device needs.
-    fn content(&self, chunk: ChunkId, data: ChunkData) -> ChunkContent {
+    fn content(&self, chunk: ImageChunk, data: ChunkData) -> ChunkContent {
         let ChunkData::Data(bytes) = data else { return ChunkContent::Zero };
         let expected = self.shapes[chunk.image.index()].range(chunk.chunk);
         let expected = (expected.end - expected.start) as usize;
@@ -136,19 +136,19 @@ impl StorePages {
         ChunkContent::Data(whole.into())
     }
 
-    fn image_chunk(&self, chunk: PackChunk) -> Option<ChunkId> {
+    fn image_chunk(&self, chunk: PackChunk) -> Option<ImageChunk> {
         let position = self.files.iter().position(|file| *file == Some(chunk.file))?;
-        Some(ChunkId { image: ImageId::ALL[position], chunk: chunk.chunk.into() })
+        Some(ImageChunk { image: ImageId::ALL[position], chunk: chunk.chunk.into() })
     }
 }
 
 impl PageSource for StorePages {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let Some(wanted) = self.pack_chunk(chunk) else { return Ok(ChunkContent::Zero) };
         Ok(self.content(chunk, self.runtime.block_on(self.store.chunk(wanted))?))
     }
 
-    fn unavailable(&self, chunk: ChunkId, waiters: &[ClientId], failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, waiters: &[ClientId], failure: SourceFailure) {
         if matches!(failure.downcast_ref(), Some(ReadError::Stopped)) {
             // forkd is ending, and its machines with it.
             return;
@@ -163,7 +163,7 @@ impl PageSource for StorePages {
         self.faults.count(image, offset);
     }
 
-    fn served(&self, chunk: ChunkId, since: Instant, waiters: &[ClientId]) {
+    fn served(&self, chunk: ImageChunk, since: Instant, waiters: &[ClientId]) {
         if let Some(recorder) = self.recorder.get() {
             recorder.served(IMAGE_FILES[chunk.image.index()], chunk.chunk, since, waiters.len());
         }
@@ -444,7 +444,7 @@ fn images_of(configuration: &Configuration) -> impl Iterator<Item = ImageId> + u
 /// Runs of chunks that the pack does not store, in bytes of the image, the longest ones.
 fn zero_runs(pages: &StorePages, id: ImageId, shape: &ImageShape) -> Vec<(u64, u64)> {
     let mut runs: Vec<Range<u64>> = Vec::new();
-    for chunk in (0..shape.chunks()).filter(|chunk| pages.is_zero(ChunkId { image: id, chunk: *chunk })) {
+    for chunk in (0..shape.chunks()).filter(|chunk| pages.is_zero(ImageChunk { image: id, chunk: *chunk })) {
         let start = chunk * shape.chunk_bytes;
         let end = (start + shape.chunk_bytes).min(shape.bytes);
         match runs.last_mut() {

@@ -12,7 +12,7 @@ use forkd_guest::client::AgentClient;
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::ImageId;
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::process::{MachineSpec, Report, Start, monotonic_ns};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -108,7 +108,7 @@ struct Recorder {
 }
 
 impl PageSource for Recorder {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let touch = (chunk.image, monotonic_ns(), chunk.chunk as u32);
         self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(touch);
         std::thread::sleep(self.page_delay);
@@ -118,7 +118,7 @@ impl PageSource for Recorder {
         Ok(if zero { ChunkContent::Zero } else { ChunkContent::Data(page.into()) })
     }
 
-    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, _waiters: &[ClientId], failure: SourceFailure) {
         tracing::error!(
             ?chunk,
             error = crate::error::chain(&*failure),

@@ -18,7 +18,7 @@ mod source;
 
 pub use error::{DamagedPage, Misconduct, PagerError, PagerFailure};
 pub use image::ImageShape;
-pub use source::{ChunkContent, ChunkId, ClientId, PageSource, SourceFailure};
+pub use source::{ChunkContent, ClientId, ImageChunk, PageSource, SourceFailure};
 
 use crate::memory::ImageId;
 use crate::uffd::{Uffd, UffdReads};
@@ -143,7 +143,7 @@ impl Pager {
     }
 
     /// Puts a chunk in ahead of need; a chunk that is there already stays.
-    pub fn install(&self, chunk: ChunkId, content: &ChunkContent) -> Result<(), PagerError> {
+    pub fn install(&self, chunk: ImageChunk, content: &ChunkContent) -> Result<(), PagerError> {
         if self.is_present(chunk) {
             return Ok(());
         }
@@ -161,7 +161,7 @@ impl Pager {
     }
 
     /// Has everybody who waits for a chunk look again: the page they need may have come by itself.
-    pub fn wake_waiters(&self, chunk: ChunkId) {
+    pub fn wake_waiters(&self, chunk: ImageChunk) {
         let state = self.shared.lock();
         let waiters = state.wanted.get(&chunk).map(|wanted| wanted.waiters.clone()).unwrap_or_default();
         for client in waiters.iter().filter_map(|waiter| state.clients.get(waiter)) {
@@ -181,16 +181,16 @@ impl Pager {
     }
 
     /// Whether a chunk is in its image.
-    pub fn is_present(&self, chunk: ChunkId) -> bool {
+    pub fn is_present(&self, chunk: ImageChunk) -> bool {
         self.shared.is_present(chunk)
     }
 
     /// Ends all watching once every chunk of every image is present, zero chunks aside, which `zero` names: from then on
     /// machines run without any overhead. Returns whether that was so.
-    pub fn complete(&self, is_zero: impl Fn(ChunkId) -> bool) -> bool {
+    pub fn complete(&self, is_zero: impl Fn(ImageChunk) -> bool) -> bool {
         for (position, image) in self.shared.images.iter().enumerate() {
             let id = ImageId::ALL[position];
-            let missing = (0..image.shape.chunks()).map(|chunk| ChunkId { image: id, chunk });
+            let missing = (0..image.shape.chunks()).map(|chunk| ImageChunk { image: id, chunk });
             if !missing.into_iter().all(|chunk| self.is_present(chunk) || is_zero(chunk)) {
                 return false;
             }

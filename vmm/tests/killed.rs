@@ -8,7 +8,7 @@ use common::{hashing_machine, layout, noise, printed, wrong_pages};
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::{ImageId, create_image};
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start};
 use forkd_vmm::snapshot::MachineState;
 use forkd_vmm::zygote::Zygote;
@@ -47,7 +47,7 @@ fn main() {
 struct Origin {
     full: OwnedFd,
     loads: AtomicU64,
-    failed: Mutex<Vec<ChunkId>>,
+    failed: Mutex<Vec<ImageChunk>>,
 }
 
 impl Origin {
@@ -56,7 +56,7 @@ impl Origin {
         Arc::new(Origin { full, loads: AtomicU64::new(round << 20), failed: Mutex::default() })
     }
 
-    fn content(&self, chunk: ChunkId) -> ChunkContent {
+    fn content(&self, chunk: ImageChunk) -> ChunkContent {
         let mut bytes = vec![0; CHUNK as usize];
         rustix::io::pread(&self.full, &mut bytes, chunk.chunk * CHUNK).unwrap();
         ChunkContent::Data(Bytes::from(bytes))
@@ -71,7 +71,7 @@ impl Origin {
 }
 
 impl PageSource for Origin {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let number = self.loads.fetch_add(1, Ordering::Relaxed);
         std::thread::sleep(Duration::from_micros(noise(number) % 800));
         if noise(number + 1).is_multiple_of(17) {
@@ -80,7 +80,7 @@ impl PageSource for Origin {
         Ok(self.content(chunk))
     }
 
-    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], _failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, _waiters: &[ClientId], _failure: SourceFailure) {
         self.failed.lock().unwrap().push(chunk);
     }
 }

@@ -9,7 +9,7 @@ use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::machine::Machine;
 use forkd_vmm::memory::{GuestMemory, ImageId, Mapping, Sharing, create_image};
 use forkd_vmm::pager::{
-    ChunkContent, ChunkId, ClientId, ImageShape, Misconduct, PageSource, Pager, PagerError, PagerFailure,
+    ChunkContent, ClientId, ImageChunk, ImageShape, Misconduct, PageSource, Pager, PagerError, PagerFailure,
     SourceFailure,
 };
 use forkd_vmm::snapshot::MachineState;
@@ -31,13 +31,13 @@ const LIMIT: Duration = Duration::from_secs(20);
 struct Origin(OwnedFd);
 
 impl PageSource for Origin {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let mut bytes = vec![0; CHUNK as usize];
         rustix::io::pread(&self.0, &mut bytes, chunk.chunk * CHUNK)?;
         Ok(ChunkContent::Data(Bytes::from(bytes)))
     }
 
-    fn unavailable(&self, _chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
+    fn unavailable(&self, _chunk: ImageChunk, _waiters: &[ClientId], failure: SourceFailure) {
         eprintln!("unavailable: {failure}");
     }
 }

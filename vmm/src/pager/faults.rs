@@ -4,7 +4,7 @@
 use super::error::{Misconduct, PagerError, PagerFailure};
 use super::image::Image;
 use super::shared::Shared;
-use super::source::{ChunkId, ClientId};
+use super::source::{ClientId, ImageChunk};
 use crate::memory::ImageId;
 use crate::uffd::{Uffd, UffdEvent, UffdReads};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
@@ -143,16 +143,16 @@ impl Shared {
     }
 
     /// The chunk at an address of a machine, and the offset in its image.
-    fn locate(&self, bases: &[u64], address: u64) -> Option<(ChunkId, u64)> {
+    fn locate(&self, bases: &[u64], address: u64) -> Option<(ImageChunk, u64)> {
         let inside = |(position, (image, base)): (usize, (&Image, &u64))| {
             let offset = address.checked_sub(*base).filter(|offset| *offset < image.shape.bytes)?;
-            let chunk = ChunkId { image: ImageId::ALL[position], chunk: offset / image.shape.chunk_bytes };
+            let chunk = ImageChunk { image: ImageId::ALL[position], chunk: offset / image.shape.chunk_bytes };
             Some((chunk, offset))
         };
         self.images.iter().zip(bases).enumerate().find_map(inside)
     }
 
-    fn want(&self, id: ClientId, chunk: ChunkId, uffd: &Uffd, bases: &[u64]) -> Result<(), Misconduct> {
+    fn want(&self, id: ClientId, chunk: ImageChunk, uffd: &Uffd, bases: &[u64]) -> Result<(), Misconduct> {
         let state = &mut *self.lock();
         if self.is_present(chunk) {
             self.counters.faults_on_present.fetch_add(1, Ordering::Relaxed);

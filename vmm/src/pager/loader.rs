@@ -2,7 +2,7 @@
 
 use super::error::PagerError;
 use super::shared::Shared;
-use super::source::ChunkId;
+use super::source::ImageChunk;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
@@ -30,7 +30,7 @@ impl Shared {
         }
     }
 
-    fn load_chunk(&self, chunk: ChunkId) {
+    fn load_chunk(&self, chunk: ImageChunk) {
         // A worker that died of a panic would leave its chunk to nobody.
         let loaded = catch_unwind(AssertUnwindSafe(|| {
             self.source.load(chunk).and_then(|content| Ok(self.fill(chunk, &content)?))

@@ -3,7 +3,7 @@
 use super::client::Client;
 use super::error::{Misconduct, PagerError, PagerFailure};
 use super::image::Image;
-use super::source::{ChunkContent, ChunkId, ClientId, PageSource};
+use super::source::{ChunkContent, ClientId, ImageChunk, PageSource};
 use crate::uffd::{Uffd, UffdReads};
 use rustix::fd::OwnedFd;
 use std::collections::{HashMap, VecDeque};
@@ -21,8 +21,8 @@ pub(super) struct ChunkWait {
 #[derive(Default)]
 pub(super) struct State {
     pub(super) clients: HashMap<ClientId, Client>,
-    pub(super) wanted: HashMap<ChunkId, ChunkWait>,
-    pub(super) queue: VecDeque<ChunkId>,
+    pub(super) wanted: HashMap<ImageChunk, ChunkWait>,
+    pub(super) queue: VecDeque<ImageChunk>,
     pub(super) misconduct: Vec<(ClientId, Misconduct)>,
     pub(super) failure: Option<PagerFailure>,
     pub(super) stopping: bool,
@@ -60,7 +60,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn is_present(&self, chunk: ChunkId) -> bool {
+    pub(super) fn is_present(&self, chunk: ImageChunk) -> bool {
         self.images.get(chunk.image.index()).is_some_and(|image| image.is_present(chunk.chunk))
     }
 
@@ -84,7 +84,7 @@ impl Shared {
         filled
     }
 
-    pub(super) fn wake(&self, uffd: &Uffd, bases: &[u64], chunk: ChunkId) {
+    pub(super) fn wake(&self, uffd: &Uffd, bases: &[u64], chunk: ImageChunk) {
         let image = &self.images[chunk.image.index()];
         let range = image.shape.range(chunk.chunk);
         if let Some(base) = bases.get(chunk.image.index())
@@ -95,11 +95,11 @@ impl Shared {
     }
 
     /// Puts content into the image. Does not wake.
-    pub(super) fn fill(&self, chunk: ChunkId, content: &ChunkContent) -> Result<(), PagerError> {
+    pub(super) fn fill(&self, chunk: ImageChunk, content: &ChunkContent) -> Result<(), PagerError> {
         self.note_damage(self.images[chunk.image.index()].fill(&self.uffd, chunk.chunk, content))
     }
 
-    pub(super) fn finish(&self, chunk: ChunkId) {
+    pub(super) fn finish(&self, chunk: ImageChunk) {
         let wanted = {
             let state = &mut *self.lock();
             let Some(wanted) = state.wanted.remove(&chunk) else { return };

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 /// One chunk of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ChunkId {
+pub struct ImageChunk {
     /// The image.
     pub image: ImageId,
     /// Chunk number: offset divided by the image's chunk size.
@@ -29,18 +29,18 @@ pub type SourceFailure = Box<dyn Error + Send + Sync>;
 /// Where the content of images comes from. Called from the pager's worker threads; calls may block for long.
 pub trait PageSource: Send + Sync {
     /// The content of one chunk. An error is final: retrying is the source's own business.
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure>;
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure>;
 
     /// A chunk that these machines wait for will not come. They stay asleep; the owner must end them. Whoever asks for the
     /// chunk later has it tried again.
-    fn unavailable(&self, chunk: ChunkId, waiters: &[ClientId], failure: SourceFailure);
+    fn unavailable(&self, chunk: ImageChunk, waiters: &[ClientId], failure: SourceFailure);
 
     /// A machine needs the page at `offset` of an image, whose chunk is not there. For whoever counts; called by the thread
     /// that reads faults, so it must be quick.
     fn faulted(&self, _client: ClientId, _image: ImageId, _offset: u64) {}
 
     /// A chunk has come that these machines have waited for since the first of them asked. For whoever measures.
-    fn served(&self, _chunk: ChunkId, _since: Instant, _waiters: &[ClientId]) {}
+    fn served(&self, _chunk: ImageChunk, _since: Instant, _waiters: &[ClientId]) {}
 }
 
 /// A machine that the pager serves.

@@ -8,7 +8,7 @@ use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::jail::{self, FILE_BYTES, Isolation, Jail, JailOptions};
 use forkd_vmm::memory::{ImageId, create_image};
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, monotonic_ns};
 use forkd_vmm::sys::{self, ConfinedFork, Forked, Lifetime};
 use forkd_vmm::zygote::Zygote;
@@ -33,13 +33,13 @@ struct Origin {
 }
 
 impl PageSource for Origin {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let mut bytes = vec![0; CHUNK as usize];
         rustix::io::pread(&self.full, &mut bytes, chunk.chunk * CHUNK)?;
         Ok(ChunkContent::Data(Bytes::from(bytes)))
     }
 
-    fn unavailable(&self, chunk: ChunkId, _waiting: &[ClientId], failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, _waiting: &[ClientId], failure: SourceFailure) {
         panic!("chunk {chunk:?} of a file in memory: {failure}");
     }
 }
