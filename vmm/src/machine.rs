@@ -14,7 +14,7 @@ use crate::pvm;
 use crate::snapshot::MachineState;
 use crate::vcpu::{VcpuError, VcpuState};
 use crate::vcpu_loop;
-pub use crate::vcpu_loop::{Flow, Stop, VcpuRunError};
+pub use crate::vcpu_loop::{AfterRing, StopReason, VcpuRunError};
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };
@@ -100,7 +100,7 @@ pub struct Machine {
 
 /// What a machine starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub struct MachineShape {
     /// Sizes of its memory.
     pub layout: MemoryLayout,
     /// Number of vCPUs, 1 to [`arch::VCPUS_MAX`].
@@ -111,11 +111,11 @@ impl Machine {
     /// A new machine whose vCPUs are in their reset state. Callers set the first one's registers.
     pub fn new(
         hypervisor: Hypervisor,
-        shape: Shape,
+        shape: MachineShape,
         memory: GuestMemory,
         peripherals: Peripherals,
     ) -> Result<Machine, MachineError> {
-        let Shape { layout, vcpus: count } = shape;
+        let MachineShape { layout, vcpus: count } = shape;
         check_vcpus(count.into())?;
         let vm = hypervisor.create_vm(&layout, &memory)?;
         let kinds = default_devices(&layout, &peripherals);
@@ -137,7 +137,7 @@ impl Machine {
     /// A new machine about to execute a Linux kernel's first instruction.
     pub fn boot(
         hypervisor: Hypervisor,
-        shape: Shape,
+        shape: MachineShape,
         memory: GuestMemory,
         files: &mut BootFiles,
         more_command_line: &str,
@@ -217,7 +217,7 @@ impl Machine {
     }
 
     /// Runs the guest until `on_ring` stops it or it resets itself; its first vCPU on this thread.
-    pub fn run(&mut self, on_ring: impl FnMut(Ring) -> Flow + Send) -> Result<Stop, MachineError> {
+    pub fn run(&mut self, on_ring: impl FnMut(Ring) -> AfterRing + Send) -> Result<StopReason, MachineError> {
         self.bus.freeze(false);
         let (ram, kind) = (self.memory.ram(), self.hypervisor.kind());
         let stopped = vcpu_loop::run(&mut self.vcpus, &self.vm, &self.bus, ram, kind, on_ring);

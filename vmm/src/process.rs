@@ -17,7 +17,7 @@ use crate::devices::virtio::net::Link;
 use crate::jail::filter::Filter;
 use crate::jail::{Jail, JailDevices, JailError, JailOptions};
 use crate::kvm::KvmKind;
-use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
+use crate::machine::{AfterRing, Machine, MachineError, MachineShape, StopReason};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
 use crate::pvm;
 use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
@@ -237,7 +237,7 @@ impl MachineRun {
         let peripherals = Peripherals { console, record, scratch, link, second_console };
         let machine = match &spec.start {
             Start::Boot { command_line, vcpus, .. } => {
-                let shape = Shape { layout: spec.layout, vcpus: *vcpus };
+                let shape = MachineShape { layout: spec.layout, vcpus: *vcpus };
                 let (kernel, initrd) = (File::from(files.start), files.initrd.map(File::from));
                 let mut boot = BootFiles { kernel, initrd };
                 Machine::boot(hypervisor, shape, memory, &mut boot, command_line, peripherals)?
@@ -273,7 +273,7 @@ impl MachineRun {
             let stop = self.machine.run(|ring| {
                 // A guest can ring as often as it likes; only the first of each kind is news.
                 if ring != Ring::SnapshotHere && rung.contains(&ring) {
-                    return Flow::Continue;
+                    return AfterRing::Continue;
                 }
                 rung.push(ring);
                 let report = Report::Rang { ring, at_ns: monotonic_ns() };
@@ -281,12 +281,16 @@ impl MachineRun {
                 if held && ring == Ring::Resumed && lost.is_none() {
                     lost = channel.receive::<Order>().err();
                 }
-                if ring == Ring::SnapshotHere || lost.is_some() { Flow::Stop } else { Flow::Continue }
+                if ring == Ring::SnapshotHere || lost.is_some() {
+                    AfterRing::Stop
+                } else {
+                    AfterRing::Continue
+                }
             })?;
             if let Some(error) = lost {
                 return Err(error.into());
             }
-            if stop == Stop::Reset {
+            if stop == StopReason::Reset {
                 return Ok(());
             }
             let state = self.machine.save()?.encode()?;

@@ -42,7 +42,7 @@ pub enum VcpuRunError {
 
 /// Why [`crate::machine::Machine::run`] returned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stop {
+pub enum StopReason {
     /// The callback asked for it.
     Asked,
     /// The guest reset itself or crashed so hard that its CPU did.
@@ -51,7 +51,7 @@ pub enum Stop {
 
 /// Whether to go on after a ring of the doorbell.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flow {
+pub enum AfterRing {
     /// Run on.
     Continue,
     /// Leave [`crate::machine::Machine::run`], the instruction done.
@@ -66,26 +66,26 @@ struct Run<'a, F> {
     kind: KvmKind,
     on_ring: Mutex<F>,
     stopping: AtomicBool,
-    outcome: Mutex<Option<Result<Stop, VcpuRunError>>>,
+    outcome: Mutex<Option<Result<StopReason, VcpuRunError>>>,
     threads: Vec<Mutex<Option<ThreadId>>>,
 }
 
 /// What came of one exit.
 enum Step {
     Continue,
-    Stop(Stop),
+    Stop(StopReason),
 }
 
 /// Runs all `vcpus` until `on_ring` stops them or the guest resets itself. The first one runs on this thread. Afterwards no
 /// vCPU has an instruction half done.
-pub fn run<F: FnMut(Ring) -> Flow + Send>(
+pub fn run<F: FnMut(Ring) -> AfterRing + Send>(
     vcpus: &mut [VcpuFd],
     vm: &VmFd,
     bus: &Bus,
     ram: &GuestMemoryMmap,
     kind: KvmKind,
     on_ring: F,
-) -> Result<Stop, VcpuRunError> {
+) -> Result<StopReason, VcpuRunError> {
     let run = Run {
         vm,
         bus,
@@ -111,10 +111,10 @@ pub fn run<F: FnMut(Ring) -> Flow + Send>(
         }
     });
     let outcome = run.outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
-    outcome.unwrap_or(Ok(Stop::Reset))
+    outcome.unwrap_or(Ok(StopReason::Reset))
 }
 
-impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
+impl<F: FnMut(Ring) -> AfterRing> Run<'_, F> {
     fn vcpu(&self, number: usize, vcpu: &mut VcpuFd) {
         *lock(&self.threads[number]) = Some(sys::this_thread());
         let mut mender = InstructionMender::default();
@@ -134,7 +134,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
 
     /// The first outcome counts, as what other vCPUs run into while they stop is a consequence; but a machine that could not
     /// be stopped in good order has not stopped.
-    fn conclude(&self, outcome: Result<Stop, VcpuRunError>) {
+    fn conclude(&self, outcome: Result<StopReason, VcpuRunError>) {
         let mut known = lock(&self.outcome);
         match (&*known, &outcome) {
             (None, _) | (Some(Ok(_)), Err(_)) => *known = Some(outcome),
@@ -162,10 +162,10 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
         match exit {
             Ok(VcpuExit::IoOut(port, bytes)) => match self.bus.port_write(port, bytes) {
                 PortWrite::Done => {}
-                PortWrite::Reset => return Ok(Step::Stop(Stop::Reset)),
+                PortWrite::Reset => return Ok(Step::Stop(StopReason::Reset)),
                 PortWrite::Rang(ring) => {
-                    if lock(&self.on_ring)(ring) == Flow::Stop {
-                        return Ok(Step::Stop(Stop::Asked));
+                    if lock(&self.on_ring)(ring) == AfterRing::Stop {
+                        return Ok(Step::Stop(StopReason::Asked));
                     }
                 }
             },
@@ -180,7 +180,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
             Ok(VcpuExit::InternalError) if self.kind == KvmKind::Pvm => {
                 mender.mend(self.vm, vcpu, self.ram)?;
             }
-            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Step::Stop(Stop::Reset)),
+            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Step::Stop(StopReason::Reset)),
             Ok(exit) => return Err(VcpuRunError::Exit { exit: format!("{exit:?}") }),
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
             Err(error) => return Err(VcpuRunError::Run(error)),
