@@ -18,7 +18,7 @@ use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryError, MemoryLayout, PMEM_ALIGN, create_image};
 use forkd_vmm::pager::PagerError;
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineReport, MachineSpec, MachineStart};
 use forkd_vmm::zygote::{SpawnError, Zygote};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
@@ -280,17 +280,19 @@ impl<'a> Rig<'a> {
         &self,
         doing: &'static str,
         timeout: Duration,
-        mut wanted: impl FnMut(Report, Vec<OwnedFd>) -> Option<T>,
+        mut wanted: impl FnMut(MachineReport, Vec<OwnedFd>) -> Option<T>,
     ) -> Result<T, BuildError> {
         let deadline = Instant::now() + timeout;
         loop {
             let failed = |error: String| BuildError::Failed { doing, error };
             self.interrupt.check()?;
             let slice = deadline.min(Instant::now() + INTERRUPT_CHECK);
-            match self.process.channel.receive_until::<Report>(slice) {
+            match self.process.channel.receive_until::<MachineReport>(slice) {
                 Ok(None) if Instant::now() < deadline => {}
-                Ok(Some((Report::Failed { error }, _))) => return Err(failed(error)),
-                Ok(Some((Report::Ended, _))) => return Err(failed("the guest reset itself".to_owned())),
+                Ok(Some((MachineReport::Failed { error }, _))) => return Err(failed(error)),
+                Ok(Some((MachineReport::Ended, _))) => {
+                    return Err(failed("the guest reset itself".to_owned()));
+                }
                 Ok(Some((report, fds))) => {
                     if let Some(result) = wanted(report, fds) {
                         return Ok(result);
@@ -305,7 +307,7 @@ impl<'a> Rig<'a> {
     /// Returns when it rang, on CLOCK_MONOTONIC, ns.
     fn wait_for_ring(&self, doing: &'static str, timeout: Duration, wanted: Ring) -> Result<u64, BuildError> {
         self.wait(doing, timeout, |report, _| match report {
-            Report::Rang { ring, at_ns } if ring == wanted => Some(at_ns),
+            MachineReport::Rang { ring, at_ns } if ring == wanted => Some(at_ns),
             _ => None,
         })
     }
@@ -354,7 +356,7 @@ fn boot<'a>(
     let record = Generation::original().encode()?;
     let (command_line, vcpus) = (command_line(request)?, request.vcpus);
     let (initrd_comes, second_console) = (initrd.is_some(), request.second_console);
-    let start = Start::Boot { command_line, vcpus, initrd: initrd_comes, second_console };
+    let start = MachineStart::Boot { command_line, vcpus, initrd: initrd_comes, second_console };
     let scratch_bytes = request.scratch.bytes();
     let limits = Limits::of(machines.name(), &layout);
     let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
@@ -380,7 +382,7 @@ fn warm_up(
     let asked = machine.agent("taking the snapshot")?.snapshot(REQUEST_TIMEOUT);
     asked.map_err(|source| BuildError::Agent { doing: "taking the snapshot", source })?;
     let vmstate = machine.wait("taking the snapshot", REQUEST_TIMEOUT, |report, mut fds| match report {
-        Report::Snapshot => fds.pop(),
+        MachineReport::Snapshot => fds.pop(),
         _ => None,
     })?;
     if let Some(disk) = &machine.scratch

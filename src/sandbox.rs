@@ -17,7 +17,7 @@ use forkd_vmm::memory::{ImageId, MemoryError, create_image, longest_runs};
 use forkd_vmm::pager::{
     ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, PagerError, PagerStats, SourceFailure,
 };
-use forkd_vmm::process::Start;
+use forkd_vmm::process::MachineStart;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::fs::File;
 use std::io::Read;
@@ -351,8 +351,8 @@ impl Sandbox {
     }
 
     /// How machines of this sandbox start.
-    pub fn start(&self) -> Start {
-        Start::Restore { lazy: !self.complete, zero_runs: self.zero_runs.clone() }
+    pub fn start(&self) -> MachineStart {
+        MachineStart::Restore { lazy: !self.complete, zero_runs: self.zero_runs.clone() }
     }
 
     /// The machine's configuration.

@@ -13,7 +13,7 @@ use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::ImageId;
 use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::process::{MachineSpec, Report, Start, monotonic_ns};
+use forkd_vmm::process::{MachineReport, MachineSpec, MachineStart, monotonic_ns};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
@@ -188,7 +188,7 @@ fn record_touches(
     let variable = trial.variable.then(|| ("FORKD_TRIAL".to_owned(), "1".to_owned()));
     let environment = BTreeMap::from_iter(variable);
     let record = identity::fresh("trial", 1, None, environment)?;
-    let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
+    let start = MachineStart::Restore { lazy: true, zero_runs: Vec::new() };
     let scratch_bytes = trials.scratch.bytes();
     let limits = Limits::of(machines.name(), &layout);
     let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
@@ -214,7 +214,7 @@ fn run_trial(
 ) -> Result<[u64; PHASES - 1], BuildError> {
     let doing = "restoring the snapshot to record its trace";
     let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
-        Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
+        MachineReport::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
         _ => None,
     })?;
     pager.attach(ClientId(0), uffd, bases)?;

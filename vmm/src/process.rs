@@ -34,7 +34,7 @@ use std::os::unix::net::UnixListener;
 /// How a machine starts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Start {
+pub enum MachineStart {
     /// From a kernel. Its images are mapped shared, so that their owner can save them.
     Boot {
         /// More kernel command line.
@@ -67,10 +67,10 @@ pub struct MachineSpec {
     /// The Ethernet address of its end of the tap that comes with it; none, and it has no link.
     pub mac: Option<[u8; 6]>,
     /// How it starts.
-    pub start: Start,
+    pub start: MachineStart,
     /// Size of its scratch disk; 0 without one.
     pub scratch_bytes: u64,
-    /// After its first instruction it waits for [`Order::Resume`].
+    /// After its first instruction it waits for [`MachineOrder::Resume`].
     pub held: bool,
 }
 
@@ -84,7 +84,7 @@ impl MachineSpec {
         Expected {
             images: self.images().count(),
             scratch: self.scratch_bytes > 0,
-            initrd: matches!(self.start, Start::Boot { initrd: true, .. }),
+            initrd: matches!(self.start, MachineStart::Boot { initrd: true, .. }),
             tap: self.mac.is_some(),
         }
     }
@@ -93,7 +93,7 @@ impl MachineSpec {
 /// What a machine's process says.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Report {
+pub enum MachineReport {
     /// Its userfaultfd (with the message) and where it mapped each image.
     Attached {
         /// Addresses in its address space.
@@ -120,7 +120,7 @@ pub enum Report {
 /// What a machine's process is told when it waits: after a snapshot, or held at its first instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Order {
+pub enum MachineOrder {
     /// Run on.
     Resume,
 }
@@ -158,8 +158,8 @@ pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, opti
         .and_then(|confined| MachineRun::new(spec, confined, fds, &channel));
     let failure = machine.as_mut().map_or(None, |machine| machine.run(&channel).err());
     let (report, code) = match failure.as_ref().or(machine.as_ref().err()) {
-        None => (Report::Ended, 0),
-        Some(error) => (Report::Failed { error: chain(error) }, 1),
+        None => (MachineReport::Ended, 0),
+        Some(error) => (MachineReport::Failed { error: chain(error) }, 1),
     };
     let _ = channel.send(&report, &[]);
     sys::exit_now(code)
@@ -170,7 +170,7 @@ fn end_on_panic(channel: &Channel) {
     let Ok(channel) = channel.as_fd().try_clone_to_owned().map(Channel::from_fd) else { return };
     std::panic::set_hook(Box::new(move |panic| {
         let error = format!("the monitor has a defect: {panic}");
-        let _ = channel.send(&Report::Failed { error }, &[]);
+        let _ = channel.send(&MachineReport::Failed { error }, &[]);
         sys::exit_now(1)
     }));
 }
@@ -226,23 +226,23 @@ impl MachineRun {
         filter.install().map_err(JailError::from)?;
         if let Some(uffd) = &uffd {
             let bases = mappings.iter().map(Mapping::address).collect();
-            channel.send(&Report::Attached { bases }, &[uffd.as_fd()])?;
+            channel.send(&MachineReport::Attached { bases }, &[uffd.as_fd()])?;
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
-        let second_console = matches!(spec.start, Start::Boot { second_console: true, .. });
+        let second_console = matches!(spec.start, MachineStart::Boot { second_console: true, .. });
         let (console, record) = (Some(File::from(files.console)), spec.record);
         let link = spec.mac.zip(files.tap).map(|(mac, tap)| Link { tap, mac });
         let scratch =
             files.scratch.map(|file| ScratchDisk { file: File::from(file), bytes: spec.scratch_bytes });
         let peripherals = Peripherals { console, record, scratch, link, second_console };
         let machine = match &spec.start {
-            Start::Boot { command_line, vcpus, .. } => {
+            MachineStart::Boot { command_line, vcpus, .. } => {
                 let shape = MachineShape { layout: spec.layout, vcpus: *vcpus };
                 let (kernel, initrd) = (File::from(files.start), files.initrd.map(File::from));
                 let mut boot = BootFiles { kernel, initrd };
                 Machine::boot(hypervisor, shape, memory, &mut boot, command_line, peripherals)?
             }
-            Start::Restore { .. } => {
+            MachineStart::Restore { .. } => {
                 let (start, mut bytes) = (File::from(files.start), Vec::new());
                 read_shared(&start, &mut bytes).map_err(ProcessError::ReadState)?;
                 // Closed before it is understood, for the reason that images are.
@@ -276,10 +276,10 @@ impl MachineRun {
                     return AfterRing::Continue;
                 }
                 rung.push(ring);
-                let report = Report::Rang { ring, at_ns: monotonic_ns() };
+                let report = MachineReport::Rang { ring, at_ns: monotonic_ns() };
                 lost = channel.send(&report, &[]).err();
                 if held && ring == Ring::Resumed && lost.is_none() {
-                    lost = channel.receive::<Order>().err();
+                    lost = channel.receive::<MachineOrder>().err();
                 }
                 if ring == Ring::SnapshotHere || lost.is_some() {
                     AfterRing::Stop
@@ -296,8 +296,8 @@ impl MachineRun {
             let state = self.machine.save()?.encode()?;
             let mut file = File::from(create_image("vmstate", state.len() as u64)?);
             file.write_all(&state).map_err(ProcessError::WriteState)?;
-            channel.send(&Report::Snapshot, &[file.as_fd()])?;
-            let (Order::Resume, _) = channel.receive()?;
+            channel.send(&MachineReport::Snapshot, &[file.as_fd()])?;
+            let (MachineOrder::Resume, _) = channel.receive()?;
         }
     }
 }
@@ -321,8 +321,8 @@ fn map_images(
     uffd: Option<&Uffd>,
 ) -> Result<Vec<Mapping>, ProcessError> {
     let (sharing, zero_runs) = match &spec.start {
-        Start::Boot { .. } => (Sharing::Shared, &[][..]),
-        Start::Restore { zero_runs, .. } => (Sharing::Private, &zero_runs[..]),
+        MachineStart::Boot { .. } => (Sharing::Shared, &[][..]),
+        MachineStart::Restore { zero_runs, .. } => (Sharing::Private, &zero_runs[..]),
     };
     let mut mappings = Vec::new();
     for (position, (id, file)) in spec.images().zip(&files).enumerate() {

@@ -8,7 +8,9 @@ use crate::cgroup::{CgroupError, Group, Groups};
 use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
 use crate::jail::{FILE_BYTES, Jail, JailOptions};
-use crate::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, run_machine, take_channel};
+use crate::process::{
+    MachineFiles, MachineProcess, MachineReport, MachineSpec, MachineStart, run_machine, take_channel,
+};
 use crate::sys::{self, ConfinedFork, ForkError, Forked, Lifetime};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fd::{AsFd, OwnedFd};
@@ -220,7 +222,7 @@ impl ZygoteServer {
                 let options = JailOptions {
                     number: self.next_token as u32,
                     file_bytes: FILE_BYTES.max(spec.scratch_bytes),
-                    lazy: matches!(spec.start, Start::Restore { lazy: true, .. }),
+                    lazy: matches!(spec.start, MachineStart::Restore { lazy: true, .. }),
                 };
                 Some(NewMachine { spec, fds, options })
             }
@@ -277,7 +279,7 @@ impl ZygoteServer {
         if let Some(death) = death {
             // Its process may have left the channel full, and the owner may not read it any more.
             let _ = rustix::io::ioctl_fionbio(&channel, true);
-            let _ = channel.send(&Report::Failed { error: death.to_string() }, &[]);
+            let _ = channel.send(&MachineReport::Failed { error: death.to_string() }, &[]);
         }
         if let (Some(groups), Some(group)) = (&self.groups, &group) {
             let _ = groups.remove(group);

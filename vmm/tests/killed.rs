@@ -9,7 +9,7 @@ use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::{ImageId, create_image};
 use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineReport, MachineSpec, MachineStart};
 use forkd_vmm::snapshot::MachineState;
 use forkd_vmm::zygote::Zygote;
 use rustix::fd::{AsFd, OwnedFd};
@@ -159,7 +159,7 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
         layout: layout(),
         limits: Limits::of(format!("killed{}-{number}", std::process::id()), &layout()),
         record: Vec::new(),
-        start: Start::Restore { lazy: true, zero_runs: Vec::new() },
+        start: MachineStart::Restore { lazy: true, zero_runs: Vec::new() },
         scratch_bytes: 0,
         held: false,
         mac: None,
@@ -179,10 +179,12 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
 
 fn follow(child: &mut Child, pager: &Pager, id: ClientId) {
     let soon = Instant::now() + Duration::from_micros(200);
-    match child.process.channel.receive_until::<Report>(soon) {
+    match child.process.channel.receive_until::<MachineReport>(soon) {
         Ok(None) => {}
-        Ok(Some((Report::Attached { bases }, mut fds))) => pager.attach(id, fds.remove(0), bases).unwrap(),
-        Ok(Some((Report::Rang { ring, .. }, _))) => child.ready |= ring == Ring::Ready,
+        Ok(Some((MachineReport::Attached { bases }, mut fds))) => {
+            pager.attach(id, fds.remove(0), bases).unwrap()
+        }
+        Ok(Some((MachineReport::Rang { ring, .. }, _))) => child.ready |= ring == Ring::Ready,
         Ok(Some((report, _))) => panic!("a machine says {report:?}"),
         Err(_) => {
             assert!(child.killed, "a machine ended by itself");

@@ -20,7 +20,7 @@ pub struct Files<F> {
     pub vsock: F,
     /// Scratch disk, if [`super::MachineSpec::scratch_bytes`] says so.
     pub scratch: Option<F>,
-    /// Initramfs, if [`super::Start::Boot`] says that there is one.
+    /// Initramfs, if [`super::MachineStart::Boot`] says that there is one.
     pub initrd: Option<F>,
     /// The tap, if the machine's specification has a MAC.
     pub tap: Option<F>,

@@ -9,7 +9,9 @@ use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::jail::{self, FILE_BYTES, Isolation, Jail, JailOptions};
 use forkd_vmm::memory::{ImageId, create_image};
 use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, monotonic_ns};
+use forkd_vmm::process::{
+    MachineFiles, MachineProcess, MachineReport, MachineSpec, MachineStart, monotonic_ns,
+};
 use forkd_vmm::sys::{self, ConfinedFork, Forked, Lifetime};
 use forkd_vmm::zygote::Zygote;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -94,7 +96,7 @@ impl Bed {
             mac: None,
             scratch_bytes: 0,
             held: false,
-            start: Start::Restore { lazy, zero_runs: Vec::new() },
+            start: MachineStart::Restore { lazy, zero_runs: Vec::new() },
         };
         let files = MachineFiles {
             images: vec![if lazy {
@@ -117,11 +119,12 @@ impl Bed {
     fn follow(&self, child: &mut Child, number: u64, wanted: Ring) {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match child.process.channel.receive_until::<Report>(deadline).unwrap().expect("it reports") {
-                (Report::Attached { bases }, mut fds) => {
+            match child.process.channel.receive_until::<MachineReport>(deadline).unwrap().expect("it reports")
+            {
+                (MachineReport::Attached { bases }, mut fds) => {
                     self.pager.attach(ClientId(number), fds.pop().unwrap(), bases).unwrap();
                 }
-                (Report::Rang { ring, at_ns }, _) => {
+                (MachineReport::Rang { ring, at_ns }, _) => {
                     child.rung.push((ring, at_ns));
                     if ring == wanted {
                         return;
@@ -144,7 +147,7 @@ pub fn runs() {
         child.process.kill();
     }
     for child in &children {
-        let closed = child.process.channel.receive::<Report>();
+        let closed = child.process.channel.receive::<MachineReport>();
         assert!(matches!(closed, Err(ChannelError::Closed)), "killed on request is no failure: {closed:?}");
     }
 }
@@ -213,10 +216,11 @@ pub fn filtered() {
     bed.follow(&mut child, 1, Ring::Ready);
     trace::make_it_open_a_file(child.process.pid);
     let deadline = Instant::now() + PATIENCE;
-    let report = child.process.channel.receive_until::<Report>(deadline).unwrap().expect("a last report").0;
-    let Report::Failed { error } = report else { panic!("{report:?}") };
+    let report =
+        child.process.channel.receive_until::<MachineReport>(deadline).unwrap().expect("a last report").0;
+    let MachineReport::Failed { error } = report else { panic!("{report:?}") };
     assert_eq!(error, "the machine's process was ended by its system call filter");
-    assert!(matches!(child.process.channel.receive::<Report>(), Err(ChannelError::Closed)));
+    assert!(matches!(child.process.channel.receive::<MachineReport>(), Err(ChannelError::Closed)));
     // The zygote goes on.
     let mut next = bed.spawn(2, true);
     bed.follow(&mut next, 2, Ring::Ready);
@@ -426,7 +430,7 @@ fn machines(bed: &Bed, first: u64, count: u64) -> f64 {
     let last = children.iter().flat_map(|child| &child.rung).map(|(_, at)| *at).max().unwrap();
     for child in &children {
         child.process.kill();
-        while child.process.channel.receive::<Report>().is_ok() {}
+        while child.process.channel.receive::<MachineReport>().is_ok() {}
     }
     (last - started) as f64 / 1e6
 }
