@@ -359,7 +359,15 @@ fn boot<'a>(
     let start = MachineStart::Boot { command_line, vcpus, initrd: initrd_comes, second_console };
     let scratch_bytes = request.scratch.bytes();
     let limits = Limits::of(machines.name(), &layout);
-    let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
+    let spec = MachineSpec {
+        layout,
+        limits,
+        record,
+        mac: None,
+        start,
+        scratch_bytes,
+        waits_at_first_instruction: false,
+    };
     let images = images(&layout, ram, root_disk);
     let (scratch, interrupt) = (&request.scratch, request.interrupt);
     Rig::spawn(machines, &spec, &images, &kernel, initrd.as_ref(), (scratch, interrupt))

@@ -191,7 +191,15 @@ fn record_touches(
     let start = MachineStart::Restore { lazy: true, zero_runs: Vec::new() };
     let scratch_bytes = trials.scratch.bytes();
     let limits = Limits::of(machines.name(), &layout);
-    let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
+    let spec = MachineSpec {
+        layout,
+        limits,
+        record,
+        mac: None,
+        start,
+        scratch_bytes,
+        waits_at_first_instruction: false,
+    };
     let vmstate = open(&dir.join(snapshot::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();

@@ -71,7 +71,7 @@ pub struct MachineSpec {
     /// Size of its scratch disk; 0 without one.
     pub scratch_bytes: u64,
     /// After its first instruction it waits for [`MachineOrder::Resume`].
-    pub held: bool,
+    pub waits_at_first_instruction: bool,
 }
 
 impl MachineSpec {
@@ -204,7 +204,7 @@ enum ProcessError {
 struct MachineRun {
     machine: Machine,
     vsock: UnixListener,
-    held: bool,
+    waits_at_first_instruction: bool,
     /// Kept open: were the last descriptor closed, missing pages would become zero pages.
     _uffd: Option<Uffd>,
 }
@@ -256,7 +256,12 @@ impl MachineRun {
                 machine
             }
         };
-        Ok(MachineRun { machine, vsock: UnixListener::from(files.vsock), held: spec.held, _uffd: uffd })
+        Ok(MachineRun {
+            machine,
+            vsock: UnixListener::from(files.vsock),
+            waits_at_first_instruction: spec.waits_at_first_instruction,
+            _uffd: uffd,
+        })
     }
 
     fn run(&mut self, channel: &Channel) -> Result<(), ProcessError> {
@@ -267,7 +272,7 @@ impl MachineRun {
         if let Some(backend) = self.machine.net_backend()? {
             std::thread::spawn(move || backend.run());
         }
-        let (mut rung, held) = (Vec::new(), self.held);
+        let (mut rung, waits_at_first_instruction) = (Vec::new(), self.waits_at_first_instruction);
         loop {
             let mut lost = None;
             let stop = self.machine.run(|ring| {
@@ -278,7 +283,7 @@ impl MachineRun {
                 rung.push(ring);
                 let report = MachineReport::Rang { ring, at_ns: monotonic_ns() };
                 lost = channel.send(&report, &[]).err();
-                if held && ring == Ring::Resumed && lost.is_none() {
+                if waits_at_first_instruction && ring == Ring::Resumed && lost.is_none() {
                     lost = channel.receive::<MachineOrder>().err();
                 }
                 if ring == Ring::SnapshotHere || lost.is_some() {

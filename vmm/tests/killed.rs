@@ -161,7 +161,7 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
         record: Vec::new(),
         start: MachineStart::Restore { lazy: true, zero_runs: Vec::new() },
         scratch_bytes: 0,
-        held: false,
+        waits_at_first_instruction: false,
         mac: None,
     };
     let files = MachineFiles {

@@ -95,7 +95,7 @@ impl Bed {
             record: Vec::new(),
             mac: None,
             scratch_bytes: 0,
-            held: false,
+            waits_at_first_instruction: false,
             start: MachineStart::Restore { lazy, zero_runs: Vec::new() },
         };
         let files = MachineFiles {
