@@ -19,7 +19,7 @@ use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::{Hypervisor, KvmKind};
 use forkd_vmm::machine::{AfterRing, Machine, MachineShape};
 use forkd_vmm::memory::{GuestMemory, Mapping, MemoryLayout, PAGE_BYTES, Sharing};
-use forkd_vmm::snapshot::VERSION;
+use forkd_vmm::vmstate::VERSION;
 use std::error::Error;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;

@@ -24,7 +24,7 @@ use forkd_fs::trace::Trace;
 use forkd_vmm::pvm::instruction::{LONGEST, XsaveInstruction, XsaveOperation};
 use forkd_vmm::pvm::xsave::{self, XsaveOutcome, XsaveRegisters};
 use forkd_vmm::pvm::xsave_area::{XsaveLayout, amd_leaf};
-use forkd_vmm::snapshot::{MachineState, VERSION as VMSTATE_VERSION};
+use forkd_vmm::vmstate::{MachineState, VERSION as VMSTATE_VERSION};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use sha2::{Digest as _, Sha256};
 use tokio::runtime::Runtime;

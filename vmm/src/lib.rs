@@ -21,11 +21,11 @@ pub mod memory;
 pub mod pager;
 pub mod process;
 pub mod pvm;
-pub mod snapshot;
 #[allow(unsafe_code)]
 pub mod sys;
 #[allow(unsafe_code)]
 pub mod uffd;
 pub mod vcpu;
 mod vcpu_loop;
+pub mod vmstate;
 pub mod zygote;

@@ -11,10 +11,10 @@ use crate::devices::virtio::vsock::backend::Backend;
 use crate::kvm::{Hypervisor, KvmError, KvmKind, ioctl};
 use crate::memory::{GuestMemory, MemoryError, MemoryLayout};
 use crate::pvm;
-use crate::snapshot::MachineState;
 use crate::vcpu::{VcpuError, VcpuState};
 use crate::vcpu_loop;
 pub use crate::vcpu_loop::{AfterRing, StopReason, VcpuRunError};
+use crate::vmstate::MachineState;
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };

@@ -20,9 +20,9 @@ use crate::kvm::KvmKind;
 use crate::machine::{AfterRing, Machine, MachineError, MachineShape, StopReason};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
 use crate::pvm;
-use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
 use crate::sys;
 use crate::uffd::{Uffd, UffdError};
+use crate::vmstate::{BODY_MAX, MachineState, VmstateError};
 use files::Expected;
 use rustix::fd::{AsFd, OwnedFd};
 use serde::{Deserialize, Serialize};
@@ -190,7 +190,7 @@ enum ProcessError {
     #[error(transparent)]
     Uffd(#[from] UffdError),
     #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
+    Snapshot(#[from] VmstateError),
     #[error("the vsock's listener cannot be used")]
     Listener(#[source] io::Error),
     #[error("the vmstate cannot be read")]

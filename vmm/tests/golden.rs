@@ -1,5 +1,5 @@
 //! A vmstate of every version that this forkd reads, kept as a file: when its layout changes by accident, these tests
-//! fail; when it changes on purpose, `snapshot::VERSION` does too and a new file is made with
+//! fail; when it changes on purpose, `vmstate::VERSION` does too and a new file is made with
 //! `cargo test -p forkd-vmm --test golden -- --ignored`.
 
 mod common;
@@ -7,7 +7,7 @@ mod common;
 use common::{COUNTER, image, layout, machine_of, run_until};
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::machine::MachineShape;
-use forkd_vmm::snapshot::{MachineState, VERSION};
+use forkd_vmm::vmstate::{MachineState, VERSION};
 use std::path::PathBuf;
 
 fn golden() -> PathBuf {

@@ -10,7 +10,7 @@ use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::{ImageId, create_image};
 use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineReport, MachineSpec, MachineStart};
-use forkd_vmm::snapshot::MachineState;
+use forkd_vmm::vmstate::MachineState;
 use forkd_vmm::zygote::Zygote;
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;

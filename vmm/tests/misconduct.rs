@@ -12,8 +12,8 @@ use forkd_vmm::pager::{
     ChunkContent, ClientId, ImageChunk, ImageShape, Misconduct, PageSource, Pager, PagerError, PagerFailure,
     SourceFailure,
 };
-use forkd_vmm::snapshot::MachineState;
 use forkd_vmm::uffd::{Uffd, UffdReads};
+use forkd_vmm::vmstate::MachineState;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
 use std::fs::File;

@@ -8,7 +8,7 @@ use common::{
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::machine::{Machine, MachineError, MachineShape};
 use forkd_vmm::memory::{GuestMemory, MEMORY_MIB_MAX, Mapping, MemoryLayout, Sharing, create_image};
-use forkd_vmm::snapshot::MachineState;
+use forkd_vmm::vmstate::MachineState;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Where the other vCPUs' code lies.

@@ -8,7 +8,7 @@ use forkd_vmm::devices::virtio::block::ScratchDisk;
 use forkd_vmm::kvm::{Hypervisor, KvmKind};
 use forkd_vmm::machine::{AfterRing, Machine, MachineShape, StopReason};
 use forkd_vmm::memory::{GuestMemory, Mapping, MemoryLayout, Sharing, create_image};
-use forkd_vmm::snapshot::MachineState;
+use forkd_vmm::vmstate::MachineState;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use rustix::fd::{AsFd, OwnedFd};
