@@ -3,7 +3,7 @@
 //!
 //! Requests are served in the vCPU's own thread by pread(2) and pwrite(2): data mostly goes to and from the host's page
 //! cache, and a guest that waits for its disk needs no second thread to wait with. One notification serves the requests
-//! that were in the ring when it came and moves at most [`NOTIFY_BYTES`], so the device's lock is held for a bounded time.
+//! that were in the ring when it came and moves at most `NOTIFY_BYTES`, so the device's lock is held for a bounded time.
 //!
 //! No flushes are asked for (`VIRTIO_BLK_F_FLUSH` is not offered): a completed write outlives the guest's kernel, and
 //! what would lose it ends the machine, and with it the disk, anyway.
