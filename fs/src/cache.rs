@@ -1,8 +1,9 @@
 //! Verified frames on disk, named by their digests, so that versions of a pack and processes share them.
 //!
-//! Layout: `DIR/chunks/ab/abcdef...`, each file one frame exactly as in the pack. Entries are written to a temporary name and
-//! renamed, without fsync: whatever a crash leaves behind fails its digest when read, is moved to `DIR/damaged/` for the
-//! curious and counts as absent. The cache never fails: a full or unwritable disk makes it keep nothing, with one warning.
+//! Layout: `DIR/chunks/ab/abcdef...`, each file one frame exactly as in the pack. Entries are written to a temporary
+//! name and renamed, without fsync: whatever a crash leaves behind fails its digest when read, is moved to
+//! `DIR/damaged/` for the curious and counts as absent. The cache never fails: a full or unwritable disk makes it
+//! keep nothing, with one warning.
 
 use std::io;
 use std::path::Path;

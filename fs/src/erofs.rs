@@ -7,10 +7,10 @@
 //! block address << bits     contents of files, blocks of directories
 //! ```
 //!
-//! Layout after the kernel's `fs/erofs/erofs_fs.h`; what a field means after `fs/erofs/{super,inode,data,dir,namei}.c`
-//! (Linux 6.12). Nothing is kept in memory but the superblock, nothing is allocated before it is known to lie within the
-//! image, and nothing here follows one inode to the next without the caller asking. Checksums are not looked at: the
-//! pack's digests vouch for the bytes.
+//! Layout after the kernel's `fs/erofs/erofs_fs.h`; what a field means after
+//! `fs/erofs/{super,inode,data,dir,namei}.c` (Linux 6.12). Nothing is kept in memory but the superblock, nothing is
+//! allocated before it is known to lie within the image, and nothing here follows one inode to the next without the
+//! caller asking. Checksums are not looked at: the pack's digests vouch for the bytes.
 
 use std::future::Future;
 use std::time::SystemTime;

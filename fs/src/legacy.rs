@@ -1,10 +1,10 @@
-//! Packs of the predecessor: one zstd stream of a tar, which can only be read from start to end. `inspect` and `unpack` use
-//! this, `repack` turns them into v3; the mount fetches and unpacks them whole ([`whole`]); of one on an HTTP server,
-//! `inspect` reads the beginning alone ([`head`]).
+//! Packs of the predecessor: one zstd stream of a tar, which can only be read from start to end. `inspect` and
+//! `unpack` use this, `repack` turns them into v3; the mount fetches and unpacks them whole ([`whole`]); of one on an
+//! HTTP server, `inspect` reads the beginning alone ([`head`]).
 //!
-//! Layout 1 holds `manifest.toml`, `snapshot.json`, `vmstate`, `rootfs.ext4` (not always) and `memory.bin`; layout 2 holds the same
-//! under `TAG/` for every link of a chain. Members are recognised by those names alone, paths from the pack are never
-//! used, and the manifest's `rootfs.target_path` is not even read.
+//! Layout 1 holds `manifest.toml`, `snapshot.json`, `vmstate`, `rootfs.ext4` (not always) and `memory.bin`; layout 2
+//! holds the same under `TAG/` for every link of a chain. Members are recognised by those names alone, paths from the
+//! pack are never used, and the manifest's `rootfs.target_path` is not even read.
 
 use std::collections::HashSet;
 use std::fs::{self, File};

@@ -32,8 +32,8 @@ pub use options::StoreOptions;
 /// Parts of a bulk read under way at once: keeps a connection busy while others wait for their round trips. The HTTP
 /// client's prefetch budget bounds the requests of all stores together.
 const PARALLEL_PARTS: usize = 4;
-/// The same until a chunk has come that was asked for: four that begin together share the link, and what was asked for first,
-/// which is needed first, comes four times as late.
+/// The same until a chunk has come that was asked for: four that begin together share the link, and what was asked
+/// for first, which is needed first, comes four times as late.
 const FIRST_PARTS: usize = 2;
 
 /// Zeros at hand: as many as the mount's largest read.
@@ -80,8 +80,8 @@ pub struct Store {
 pub type OnChunk<'a> = &'a (dyn Fn(ChunkId, ChunkData) + Send + Sync);
 
 impl Store {
-    /// Opens a pack. With a pinned index that costs one request (two at once with `head_bytes`), none when the cache has
-    /// the index; without, up to three (size, end of the pack, index), one more for packs of over 30000 frames.
+    /// Opens a pack. With a pinned index that costs one request (two at once with `head_bytes`), none when the cache
+    /// has the index; without, up to three (size, end of the pack, index), one more for packs of over 30000 frames.
     pub async fn open(location: PackLocation, options: StoreOptions) -> Result<Arc<Self>, OpenError> {
         // Local packs are as near as the cache.
         let local = matches!(location.source, PackSource::Path(_));

@@ -110,8 +110,8 @@ impl Tree {
         })
     }
 
-    /// Some of the names in a directory from a position on (0: the start), `.` and `..` included; none at the end. Opens
-    /// the pack when it is one's.
+    /// Some of the names in a directory from a position on (0: the start), `.` and `..` included; none at the end.
+    /// Opens the pack when it is one's.
     pub async fn entries_from(&self, inode: Inode, position: u64) -> Result<Vec<Entry>, Errno> {
         match self.pack(inode)? {
             Some((pack, slot)) => pack.entries_from(slot, position).await,

@@ -1,8 +1,8 @@
 //! Building packs: a directory of files becomes one `.tar.zst` with an index.
 //!
-//! Two passes: the first digests every file and finds its zero chunks (the manifest, which comes first in the pack, needs
-//! the digests, and tar needs the sparse map before the data); the second compresses the rest on all cores. Memory stays at a few
-//! chunks a thread. The files must not change meanwhile.
+//! Two passes: the first digests every file and finds its zero chunks (the manifest, which comes first in the pack,
+//! needs the digests, and tar needs the sparse map before the data); the second compresses the rest on all cores.
+//! Memory stays at a few chunks a thread. The files must not change meanwhile.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -184,8 +184,8 @@ impl PackWriter {
         Self { options }
     }
 
-    /// Packs the files of `dir` (its own `manifest.toml` and hidden files excepted) into `out`, which appears complete or
-    /// not at all. `manifest` describes the pack; its version and files are filled in.
+    /// Packs the files of `dir` (its own `manifest.toml` and hidden files excepted) into `out`, which appears
+    /// complete or not at all. `manifest` describes the pack; its version and files are filled in.
     pub fn write(
         &self,
         dir: &Path,

@@ -1,8 +1,9 @@
 //! The jail of a machine's process: what a guest that has taken its monitor over finds around itself.
 //!
-//! The zygote builds it once (a root directory with nothing in it, an empty network, open devices, the compiled filter);
-//! every machine's process then enters it: namespaces of its own, a user of its own, no capabilities, small limits, none
-//! but its own descriptors and, last, the system call filter. Everything a guest can influence is read after that.
+//! The zygote builds it once (a root directory with nothing in it, an empty network, open devices, the compiled
+//! filter); every machine's process then enters it: namespaces of its own, a user of its own, no capabilities, small
+//! limits, none but its own descriptors and, last, the system call filter. Everything a guest can influence is read
+//! after that.
 
 pub mod filter;
 mod program;

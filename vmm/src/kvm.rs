@@ -205,8 +205,8 @@ impl XsaveBuffer {
     /// The state as the memory image that XSAVE writes.
     pub fn image(&mut self) -> &mut [u8] {
         let area = self.area.as_mut_fam_struct_ptr();
-        // SAFETY: the further words follow the region without a gap (both are u32 in a `repr(C)` struct), the wrapper has
-        // allocated `bytes` for both together, and the slice borrows it. Any bytes are words.
+        // SAFETY: the further words follow the region without a gap (both are u32 in a `repr(C)` struct), the wrapper
+        // has allocated `bytes` for both together, and the slice borrows it. Any bytes are words.
         unsafe { std::slice::from_raw_parts_mut((&raw mut (*area).xsave.region).cast(), self.bytes) }
     }
 }

@@ -192,12 +192,13 @@ impl Machine {
         Ok(Machine { hypervisor, vm, vcpus, memory, layout, bus, described: state.described })
     }
 
-    /// Gives a restored machine a generation of its own and has its kernel hear of it. One that has no ACPI tables has none.
+    /// Gives a restored machine a generation of its own and has its kernel hear of it. One that has no ACPI tables
+    /// has none.
     pub fn renew_generation(&self) -> Result<(), MachineError> {
         if self.described {
             acpi::write_generation(self.memory.ram())?;
-            // Emulated, the kernel's way from the interrupt to its random numbers takes longer than all else that a copy does
-            // before it is ready. The agent reseeds them in any case.
+            // Emulated, the kernel's way from the interrupt to its random numbers takes longer than all else that a
+            // copy does before it is ready. The agent reseeds them in any case.
             if self.hypervisor.kind() == KvmKind::Hardware {
                 self.bus.announce_generation();
             }

@@ -1,8 +1,8 @@
 //! Guest memory: the memfds behind it and how they are mapped.
 //!
 //! A machine's memory comes from *images* (RAM, root disk). An image is one file; a machine maps it shared (while it
-//! is being built) or private (a fork: its writes stay its own). The [`MemoryLayout`] says which part of which image appears
-//! at which guest-physical address.
+//! is being built) or private (a fork: its writes stay its own). The [`MemoryLayout`] says which part of which image
+//! appears at which guest-physical address.
 
 mod error;
 mod layout;
@@ -121,11 +121,11 @@ impl Mapping {
 
     /// Gives whole pages back to the host, because the guest says that it needs their content no more.
     ///
-    /// A shared mapping (a machine that is being built, whose image nobody else maps) loses them from its file: they read zero, and
-    /// are not stored in a snapshot. A private one loses its own copies only: the pages read as the snapshot had them, through
-    /// the pager where they are missing. It must never touch the image, which its siblings run on. So a balloon that discards
-    /// through this must not promise zeros (no VIRTIO_BALLOON_F_PAGE_POISON: Linux then reports no pages when it
-    /// counts on their content).
+    /// A shared mapping (a machine that is being built, whose image nobody else maps) loses them from its file: they
+    /// read zero, and are not stored in a snapshot. A private one loses its own copies only: the pages read as the
+    /// snapshot had them, through the pager where they are missing. It must never touch the image, which its siblings
+    /// run on. So a balloon that discards through this must not promise zeros (no VIRTIO_BALLOON_F_PAGE_POISON: Linux
+    /// then reports no pages when it counts on their content).
     pub fn discard(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
         let address = self.range(offset, bytes);
         let advice = match self.sharing {

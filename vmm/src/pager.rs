@@ -70,8 +70,8 @@ impl Pager {
         Pager::with_reading(None, shapes, source, workers)
     }
 
-    /// The same, with a way of reading that this kernel may be too new for. On kernels where reads may block every machine has a
-    /// thread of its own, so that a hostile one can hang nobody but itself.
+    /// The same, with a way of reading that this kernel may be too new for. On kernels where reads may block every
+    /// machine has a thread of its own, so that a hostile one can hang nobody but itself.
     pub fn with_reading(
         reading: Option<UffdReads>,
         shapes: &[(ImageId, ImageShape)],
@@ -185,8 +185,8 @@ impl Pager {
         self.shared.is_present(chunk)
     }
 
-    /// Ends all watching once every chunk of every image is present, zero chunks aside, which `zero` names: from then on
-    /// machines run without any overhead. Returns whether that was so.
+    /// Ends all watching once every chunk of every image is present, zero chunks aside, which `zero` names: from then
+    /// on machines run without any overhead. Returns whether that was so.
     pub fn complete(&self, is_zero: impl Fn(ImageChunk) -> bool) -> bool {
         for (position, image) in self.shared.images.iter().enumerate() {
             let id = ImageId::ALL[position];

@@ -1,5 +1,5 @@
-//! A machine's process, from both sides: what its owner tells it and hears from it, and what it does. Everything a machine
-//! needs comes as file descriptors; its process opens no path.
+//! A machine's process, from both sides: what its owner tells it and hears from it, and what it does. Everything a
+//! machine needs comes as file descriptors; its process opens no path.
 
 mod files;
 
@@ -144,8 +144,8 @@ impl MachineProcess {
     }
 }
 
-/// What a machine's process does, from its birth to its end. Nothing that a guest or a pack has a say in is looked at before
-/// it is in its jail; the images' sizes, which are, the owner has checked.
+/// What a machine's process does, from its birth to its end. Nothing that a guest or a pack has a say in is looked at
+/// before it is in its jail; the images' sizes, which are, the owner has checked.
 pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, options: &JailOptions) -> ! {
     let confined = jail.confine(options, &fds.iter().map(AsFd::as_fd).collect::<Vec<_>>());
     let mut fds = fds.into_iter();

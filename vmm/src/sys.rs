@@ -74,8 +74,8 @@ pub fn fork_process(lifetime: Lifetime) -> Result<Forked, ForkError> {
     }
 }
 
-/// Has a process that was just forked begin on another processor than this one, if it may: Linux tends to keep it here until
-/// its parent waits for something. Where it runs later is not restricted.
+/// Has a process that was just forked begin on another processor than this one, if it may: Linux tends to keep it
+/// here until its parent waits for something. Where it runs later is not restricted.
 pub fn start_elsewhere(process: Pid) {
     let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return };
     let mut others = allowed;
@@ -198,8 +198,8 @@ pub fn leave_keyring() -> io::Result<()> {
     if joined >= 0 || error.raw_os_error() == Some(libc::ENOSYS) { Ok(()) } else { Err(error) }
 }
 
-/// Keeps the allocator from opening files: it would read from /sys how many processors there are as soon as a thread finds
-/// all heaps busy, and from /proc how memory is promised as soon as it gives a part of a heap back.
+/// Keeps the allocator from opening files: it would read from /sys how many processors there are as soon as a thread
+/// finds all heaps busy, and from /proc how memory is promised as soon as it gives a part of a heap back.
 pub fn keep_allocator_from_files() {
     const HEAPS: libc::c_int = 4;
     // SAFETY: mallopt(3) changes settings of the allocator; there is one thread.
@@ -275,8 +275,8 @@ pub fn leave_network() -> io::Result<()> {
     Ok(unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?)
 }
 
-/// A new tap device `name` in the network namespace of the calling thread, without headers and non-blocking. It lives as
-/// long as its descriptor.
+/// A new tap device `name` in the network namespace of the calling thread, without headers and non-blocking. It lives
+/// as long as its descriptor.
 pub fn create_tap(name: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let tap = rustix::fs::open("/dev/net/tun", flags, Mode::empty())?;
@@ -324,14 +324,14 @@ pub fn prepare_kicks() -> io::Result<()> {
         .map_err(|error| io::Error::from_raw_os_error(error.errno()))
 }
 
-/// Has the calling thread, and none that it starts, run for up to `slice` before another of its kind has its turn; its share
-/// of a processor stays the same. Linux before 6.12 has one length for all and ignores this.
+/// Has the calling thread, and none that it starts, run for up to `slice` before another of its kind has its turn;
+/// its share of a processor stays the same. Linux before 6.12 has one length for all and ignores this.
 pub fn set_time_slice(slice: Duration) -> io::Result<()> {
     // SAFETY: sched_attr is plain old data for which all zeros is a value.
     let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
     let size = size_of::<libc::sched_attr>();
-    // SAFETY: sched_getattr(2) writes at most `size` bytes into the structure, and the thread is the calling one. What it
-    // says is kept: a niceness that forkd was started with cannot be taken back by an unprivileged user.
+    // SAFETY: sched_getattr(2) writes at most `size` bytes into the structure, and the thread is the calling one.
+    // What it says is kept: a niceness that forkd was started with cannot be taken back by an unprivileged user.
     if unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) } == -1 {
         return Err(io::Error::last_os_error());
     }

@@ -323,8 +323,8 @@ impl From<userfaultfd::Error> for Outcome {
     fn from(error: userfaultfd::Error) -> Outcome {
         use userfaultfd::Error as E;
         let errno = match &error {
-            // The crate casts a negative count (an errno: nothing was done) to usize; the kernel leaves zero when it does
-            // not even start.
+            // The crate casts a negative count (an errno: nothing was done) to usize; the kernel leaves zero when it
+            // does not even start.
             E::PartiallyCopied(count) => match *count as i64 {
                 filled @ 1.. => return Outcome::Partial(filled as u64),
                 _ => return Outcome::Changing(error),

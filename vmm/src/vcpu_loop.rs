@@ -76,8 +76,8 @@ enum Step {
     Stop(StopReason),
 }
 
-/// Runs all `vcpus` until `on_ring` stops them or the guest resets itself. The first one runs on this thread. Afterwards no
-/// vCPU has an instruction half done.
+/// Runs all `vcpus` until `on_ring` stops them or the guest resets itself. The first one runs on this thread.
+/// Afterwards no vCPU has an instruction half done.
 pub fn run<F: FnMut(Ring) -> AfterRing + Send>(
     vcpus: &mut [VcpuFd],
     vm: &VmFd,
@@ -132,8 +132,8 @@ impl<F: FnMut(Ring) -> AfterRing> Run<'_, F> {
         self.kick_others();
     }
 
-    /// The first outcome counts, as what other vCPUs run into while they stop is a consequence; but a machine that could not
-    /// be stopped in good order has not stopped.
+    /// The first outcome counts, as what other vCPUs run into while they stop is a consequence; but a machine that
+    /// could not be stopped in good order has not stopped.
     fn conclude(&self, outcome: Result<StopReason, VcpuRunError>) {
         let mut known = lock(&self.outcome);
         match (&*known, &outcome) {
@@ -188,7 +188,8 @@ impl<F: FnMut(Ring) -> AfterRing> Run<'_, F> {
         Ok(Step::Continue)
     }
 
-    /// KVM completes an I/O instruction only when it is entered again; this enters it until nothing is left to complete.
+    /// KVM completes an I/O instruction only when it is entered again; this enters it until nothing is left to
+    /// complete.
     fn finish_instruction(&self, vcpu: &mut VcpuFd) -> Result<(), VcpuRunError> {
         vcpu.set_kvm_immediate_exit(1);
         let mut finished = Err(VcpuRunError::Unfinished);

@@ -1,8 +1,8 @@
 //! The zygote: a process forked while forkd has no threads yet, which forks one process a machine into its jail, and
 //! sees how each ends.
 //!
-//! It ends when its owner does: it then kills the machines that are left, waits for them and removes their cgroups. If it
-//! is killed itself, the kernel kills the machines.
+//! It ends when its owner does: it then kills the machines that are left, waits for them and removes their cgroups.
+//! If it is killed itself, the kernel kills the machines.
 
 use crate::cgroup::{CgroupError, Group, Groups};
 use crate::chain::chain;

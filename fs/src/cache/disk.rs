@@ -28,7 +28,8 @@ const TEMPORARY: &str = ".tmp-";
 /// How large a cache may grow.
 #[derive(Debug, Clone, Copy)]
 pub struct CacheOptions {
-    /// Bytes of frames kept at most; the longest unused go first. One process may exceed it by a sixteenth before it looks.
+    /// Bytes of frames kept at most; the longest unused go first. One process may exceed it by a sixteenth before it
+    /// looks.
     pub max_bytes: u64,
     /// Bytes of the disk to leave to others: the cache shrinks, down to nothing, rather than take them. `None` is a
     /// twentieth of the disk and 1 GiB at most.
@@ -249,8 +250,9 @@ impl Disk {
         self.min_free_bytes.saturating_add(len).saturating_sub(free)
     }
 
-    /// Removes what was put aside and then the longest unused entries, until an eighth of the cache is free again and a
-    /// sixteenth of the reserve beyond `len` more bytes on the disk. Another process doing so at the same time is enough.
+    /// Removes what was put aside and then the longest unused entries, until an eighth of the cache is free again and
+    /// a sixteenth of the reserve beyond `len` more bytes on the disk. Another process doing so at the same time is
+    /// enough.
     fn evict(&self, len: u64) {
         let Some(_lock) = self.lock(FlockOperation::NonBlockingLockExclusive) else { return };
         let Entries { frames, damaged, unfinished } = self.entries();
@@ -351,8 +353,8 @@ impl Disk {
         Ok(removed)
     }
 
-    /// Held by whoever removes entries for space. Reading and writing need no lock: names are digests, and a file in use
-    /// stays readable when it is removed.
+    /// Held by whoever removes entries for space. Reading and writing need no lock: names are digests, and a file in
+    /// use stays readable when it is removed.
     fn lock(&self, operation: FlockOperation) -> Option<File> {
         let file = File::create(self.chunks.join(".lock")).ok()?;
         flock(&file, operation).ok()?;

@@ -1,6 +1,6 @@
-//! A predecessor's pack fetched whole, once: downloaded into a file without a name, checked against the registry's digest
-//! of the whole file before anything is decoded, and unpacked into sparse files without names. Nothing
-//! of it outlives the process.
+//! A predecessor's pack fetched whole, once: downloaded into a file without a name, checked against the registry's
+//! digest of the whole file before anything is decoded, and unpacked into sparse files without names. Nothing of it
+//! outlives the process.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};

@@ -1,14 +1,14 @@
 //! Packs on HTTP servers: single byte ranges, one object pinned by its strong ETag, retries up to a deadline. Nothing
 //! outside this folder knows reqwest.
 //!
-//! What is retried: what got lost, and what came but is no answer to what was asked. What is final at once: a refusal, and
-//! an answer that shows that the object is another one.
+//! What is retried: what got lost, and what came but is no answer to what was asked. What is final at once: a
+//! refusal, and an answer that shows that the object is another one.
 //!
-//! How long one read can take. A demand read ends at the latest when, for its deadline, fewer than 64 KiB have arrived;
-//! the attempt that is under way then may add one idle timeout. Waiting for a free request counts; a pause the server
-//! asks for (Retry-After) counts and is not begun when it would not fit. A read of `n` bytes therefore takes at most
-//! `(n / 64 KiB + 1) x deadline + idle timeout`, and never waits for a silent host longer than one deadline and one idle
-//! timeout. For prefetch, time spent waiting for a free request does not count.
+//! How long one read can take. A demand read ends at the latest when, for its deadline, fewer than 64 KiB have
+//! arrived; the attempt that is under way then may add one idle timeout. Waiting for a free request counts; a pause
+//! the server asks for (Retry-After) counts and is not begun when it would not fit. A read of `n` bytes therefore
+//! takes at most `(n / 64 KiB + 1) x deadline + idle timeout`, and never waits for a silent host longer than one
+//! deadline and one idle timeout. For prefetch, time spent waiting for a free request does not count.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};

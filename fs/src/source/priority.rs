@@ -7,8 +7,8 @@ use std::time::Duration;
 pub enum Priority {
     /// Someone is waiting for them now.
     Demand,
-    /// A machine that starts will want them before it answers. Does not make way for demand, which would be for the same
-    /// bytes a moment later; otherwise as prefetch.
+    /// A machine that starts will want them before it answers. Does not make way for demand, which would be for the
+    /// same bytes a moment later; otherwise as prefetch.
     WorkingSet,
     /// Someone may want them soon.
     Prefetch,
@@ -21,8 +21,8 @@ impl Priority {
     }
 }
 
-/// How long a read may fail and be retried before it ends in an error. Counts from the last sign of progress; one silent
-/// attempt may add the HTTP idle timeout.
+/// How long a read may fail and be retried before it ends in an error. Counts from the last sign of progress; one
+/// silent attempt may add the HTTP idle timeout.
 #[derive(Debug, Clone, Copy)]
 pub struct ReadDeadlines {
     /// For [`Priority::Demand`].

@@ -1,5 +1,5 @@
-//! Getting chunks: from memory, the disk cache or the source, several frames in one request, each checked against the index
-//! before it is decoded. The only place where bytes become trusted.
+//! Getting chunks: from memory, the disk cache or the source, several frames in one request, each checked against the
+//! index before it is decoded. The only place where bytes become trusted.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -207,7 +207,8 @@ impl Fetcher {
         Ok(())
     }
 
-    /// Delivers what is at hand and takes the lead for what nobody fetches yet; what others fetch is returned to wait for.
+    /// Delivers what is at hand and takes the lead for what nobody fetches yet; what others fetch is returned to wait
+    /// for.
     async fn claim(
         self: &Arc<Self>,
         work: &Part,
@@ -283,7 +284,8 @@ impl Fetcher {
         Cut { max_gap: self.max_gap, head_len: self.head.len() }
     }
 
-    /// The next frame of those in `range`: from the head, or else from `request`, which is made when it is first needed.
+    /// The next frame of those in `range`: from the head, or else from `request`, which is made when it is first
+    /// needed.
     async fn next_frame(
         &self,
         number: u32,

@@ -1,4 +1,5 @@
-//! Single flight: who is fetching which frame, so that everyone else who wants it waits for that instead of asking again.
+//! Single flight: who is fetching which frame, so that everyone else who wants it waits for that instead of asking
+//! again.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};

@@ -1,5 +1,5 @@
-//! The start of a pack, asked for beside its index and read from while it arrives: the small members and the first hot pages
-//! lie there.
+//! The start of a pack, asked for beside its index and read from while it arrives: the small members and the first
+//! hot pages lie there.
 
 use bytes::Bytes;
 use tokio::sync::watch;

@@ -61,8 +61,8 @@ impl PackOpener {
         }
     }
 
-    /// The pinned index frame, checked against its digest. The head of the pack, if one is wanted, is asked for at the same
-    /// time, as whoever opens a pack to restore it needs the small members next; it is not waited for.
+    /// The pinned index frame, checked against its digest. The head of the pack, if one is wanted, is asked for at
+    /// the same time, as whoever opens a pack to restore it needs the small members next; it is not waited for.
     async fn fetch_pinned(&self, pin: &IndexPin, options: &StoreOptions) -> Result<(Bytes, Head), OpenError> {
         let size = self.source.known_size().unwrap_or(u64::MAX);
         if pin.length > MAX_INDEX_LEN || pin.offset.checked_add(pin.length).is_none_or(|end| end > size) {

@@ -253,8 +253,8 @@ impl PackNode {
 
     /// What `stat` shows.
     pub(super) async fn attributes(&self, slot: Slot) -> Result<Attributes, Errno> {
-        // One link means: nobody has counted the subdirectories. For the root disk's own links, the image would have to be
-        // read, which listing a pack must not cost.
+        // One link means: nobody has counted the subdirectories. For the root disk's own links, the image would have
+        // to be read, which listing a pack must not cost.
         let directory = |links| self.show_for(slot, (Kind::Directory, 0, 0, links), LISTING);
         let report = |report: Bytes| {
             let len = report.len() as u64;

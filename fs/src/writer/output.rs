@@ -62,7 +62,8 @@ impl<'a> Output<'a> {
         Ok(record)
     }
 
-    /// Appends the index of `files` (name, plain size, stored chunks) and the seek table; returns the index with its place, and the pack's size.
+    /// Appends the index of `files` (name, plain size, stored chunks) and the seek table; returns the index with its
+    /// place, and the pack's size.
     pub(super) fn finish(
         &mut self,
         chunk_size: u32,

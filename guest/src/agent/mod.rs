@@ -1,8 +1,8 @@
 //! The agent: one thread, one `poll`, everything it serves.
 //!
-//! `main.rs` sets it up, as PID 1 ([`init`], [`machine`]) or as an ordinary process for tests, and calls [`Agent::run`].
-//! Few system calls and no timers: on kvm_pvm a system call costs 0.2 ms and a page fault 1.2 ms, so buffers are made
-//! once, sockets are tried before they are polled, and nothing runs while nothing is asked.
+//! `main.rs` sets it up, as PID 1 ([`init`], [`machine`]) or as an ordinary process for tests, and calls
+//! [`Agent::run`]. Few system calls and no timers: on kvm_pvm a system call costs 0.2 ms and a page fault 1.2 ms, so
+//! buffers are made once, sockets are tried before they are polled, and nothing runs while nothing is asked.
 
 pub mod init;
 pub mod machine;

@@ -237,8 +237,8 @@ impl Bus {
         Ok(())
     }
 
-    /// Has restored devices say what they have to, once. After the guest's first exit: an interrupt that waits for a guest
-    /// runs its handler before the first instruction, 3 ms where KVM emulates its kernel.
+    /// Has restored devices say what they have to, once. After the guest's first exit: an interrupt that waits for a
+    /// guest runs its handler before the first instruction, 3 ms where KVM emulates its kernel.
     pub fn resume_devices(&self) {
         if self.resume_owed.load(Ordering::Relaxed) && self.resume_owed.swap(false, Ordering::AcqRel) {
             for slot in &self.slots {

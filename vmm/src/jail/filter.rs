@@ -1,5 +1,5 @@
-//! The system calls that a machine's process may make; any other ends it with SIGSYS. One filter for all of its threads:
-//! it is installed while there is one.
+//! The system calls that a machine's process may make; any other ends it with SIGSYS. One filter for all of its
+//! threads: it is installed while there is one.
 //!
 //! Whatever is opened, bound or connected was so before: there is no call here that takes the name of anything.
 
@@ -88,9 +88,9 @@ const SELF: &[c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// Calls that the C library makes and does without, so they are no reason to end anybody. clone3(2): its flags lie in memory,
-/// which a filter cannot read; threads are then started with clone(2). mremap(2): memory that is moved loses its
-/// userfaultfd, and the kernel would fill what is missing of it with zeros, in the image that siblings share.
+/// Calls that the C library makes and does without, so they are no reason to end anybody. clone3(2): its flags lie in
+/// memory, which a filter cannot read; threads are then started with clone(2). mremap(2): memory that is moved loses
+/// its userfaultfd, and the kernel would fill what is missing of it with zeros, in the image that siblings share.
 const MISSING: &[c_long] = &[libc::SYS_clone3, libc::SYS_mremap];
 
 /// clone(2) flags of glibc's pthread_create: VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID,
@@ -115,8 +115,8 @@ const fn both<T>(number: u32) -> u32 {
     ioctl_expr(_IOC_READ | _IOC_WRITE, KVM, number, size_of::<T>() as u32) as u32
 }
 
-/// Requests of ioctl(2), numbers from linux/kvm.h. The filter compares one after the other, so the first are those that a
-/// running machine makes.
+/// Requests of ioctl(2), numbers from linux/kvm.h. The filter compares one after the other, so the first are those
+/// that a running machine makes.
 const REQUESTS: &[u32] = &[
     none(0x80),                        // KVM_RUN
     write::<kvm::kvm_irq_level>(0x61), // KVM_IRQ_LINE

@@ -1,8 +1,8 @@
 //! Assembles a system call filter for seccomp(2): which calls pass, and with which arguments.
 //!
-//! The kernel translates a filter in time proportional to its length, once for every machine that installs it. This one
-//! needs one instruction for a call or value where seccompiler's needs five: 163 instead of 660, 0.12 instead of 0.30 ms.
-//! Tests of `filter.rs`, the only caller, compare what the two decide.
+//! The kernel translates a filter in time proportional to its length, once for every machine that installs it. This
+//! one needs one instruction for a call or value where seccompiler's needs five: 163 instead of 660, 0.12 instead of
+//! 0.30 ms. Tests of `filter.rs`, the only caller, compare what the two decide.
 
 use seccompiler::{BpfProgram, sock_filter};
 
@@ -18,7 +18,8 @@ const AND: u32 = libc::BPF_ALU | libc::BPF_AND | libc::BPF_K;
 const EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
 const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
 
-/// What a call's argument must be. The kernel's calls take these arguments as 32 bits, but for [`SyscallArgument::Is64`].
+/// What a call's argument must be. The kernel's calls take these arguments as 32 bits, but for
+/// [`SyscallArgument::Is64`].
 #[derive(Debug, Clone)]
 pub enum SyscallArgument {
     /// One of these.
@@ -53,8 +54,8 @@ pub struct TooLong {
     pub instructions: usize,
 }
 
-/// A filter with these verdicts on calls by number; the first ones are found fastest. Any other call, and any of another
-/// instruction set, ends the process.
+/// A filter with these verdicts on calls by number; the first ones are found fastest. Any other call, and any of
+/// another instruction set, ends the process.
 pub fn assemble(calls: &[(libc::c_long, FilterAction)]) -> Result<BpfProgram, TooLong> {
     let mut tails: Vec<Vec<Step>> = Vec::new();
     let mut head = vec![Step::Load(ARCHITECTURE), Step::Unless(X86_64, Exit::Kill), Step::Load(NUMBER)];

@@ -1,4 +1,5 @@
-//! Where guest memory lies: which part of which image appears at which guest-physical address, and how large either may be.
+//! Where guest memory lies: which part of which image appears at which guest-physical address, and how large either
+//! may be.
 
 use super::error::MemoryError;
 use serde::{Deserialize, Serialize};

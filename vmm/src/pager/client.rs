@@ -55,8 +55,8 @@ impl Client {
         })
     }
 
-    /// Counts a fault whose page was there already. It can only have raced with the filling of its chunk, and once it is
-    /// mapped it does not fault again: there are fewer of them than pages.
+    /// Counts a fault whose page was there already. It can only have raced with the filling of its chunk, and once it
+    /// is mapped it does not fault again: there are fewer of them than pages.
     pub(super) fn may_fault_on_present(&mut self) -> Result<(), Misconduct> {
         self.on_present += 1;
         if self.on_present > self.on_present_max {

@@ -44,8 +44,8 @@ pub enum PagerError {
     Misconduct(#[from] Misconduct),
 }
 
-/// A page of an image was not put there by the pager: a machine that got rid of its watch has made the kernel put a zero
-/// page there. Every machine of the image can have seen it.
+/// A page of an image was not put there by the pager: a machine that got rid of its watch has made the kernel put a
+/// zero page there. Every machine of the image can have seen it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
     "the page at {offset:#x} of {image:?} was filled by somebody else than the pager, with other content"

@@ -31,12 +31,12 @@ pub trait PageSource: Send + Sync {
     /// The content of one chunk. An error is final: retrying is the source's own business.
     fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure>;
 
-    /// A chunk that these machines wait for will not come. They stay asleep; the owner must end them. Whoever asks for the
-    /// chunk later has it tried again.
+    /// A chunk that these machines wait for will not come. They stay asleep; the owner must end them. Whoever asks
+    /// for the chunk later has it tried again.
     fn unavailable(&self, chunk: ImageChunk, waiters: &[ClientId], failure: SourceFailure);
 
-    /// A machine needs the page at `offset` of an image, whose chunk is not there. For whoever counts; called by the thread
-    /// that reads faults, so it must be quick.
+    /// A machine needs the page at `offset` of an image, whose chunk is not there. For whoever counts; called by the
+    /// thread that reads faults, so it must be quick.
     fn faulted(&self, _client: ClientId, _image: ImageId, _offset: u64) {}
 
     /// A chunk has come that these machines have waited for since the first of them asked. For whoever measures.

@@ -1,5 +1,5 @@
-//! Who may send requests when: a budget of requests for each priority, and prefetch making way for demand on the link they
-//! share.
+//! Who may send requests when: a budget of requests for each priority, and prefetch making way for demand on the link
+//! they share.
 //!
 //! Not reading a body does not free the link: what the server may send ahead waits in socket buffers that are larger
 //! than a frame (measured: pausing prefetch bodies changes nothing). What helps is not to have asked for it. So while

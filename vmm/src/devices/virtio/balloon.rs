@@ -1,9 +1,9 @@
-//! virtio-balloon (virtio 1.2, section 5.5) with free page reporting: a guest tells which of its memory holds nothing, and
-//! while a snapshot is being built that memory is given back, so that it does not travel in packs.
+//! virtio-balloon (virtio 1.2, section 5.5) with free page reporting: a guest tells which of its memory holds
+//! nothing, and while a snapshot is being built that memory is given back, so that it does not travel in packs.
 //!
-//! Only a machine that was booted gives memory back: its RAM is an image of its own, mapped shared, and a hole in it reads
-//! as zero. In a fork the page would be another copy of what the snapshot has there, or a fault to the pager; reports are
-//! answered there and change nothing.
+//! Only a machine that was booted gives memory back: its RAM is an image of its own, mapped shared, and a hole in it
+//! reads as zero. In a fork the page would be another copy of what the snapshot has there, or a fault to the pager;
+//! reports are answered there and change nothing.
 //!
 //! A kernel that relies on the content of free pages (poisoned, or zeroed when freed) does not report without
 //! `VIRTIO_BALLOON_F_PAGE_POISON`, which is not offered.

@@ -1,9 +1,10 @@
 //! virtio-blk (virtio 1.2, section 5.2): a scratch disk of the machine's own, for workloads that write more than memory
 //! holds. It is a sparse file without a name: empty in every machine, and gone with it.
 //!
-//! Requests are served in the vCPU's own thread by pread(2) and pwrite(2): data mostly goes to and from the host's page
-//! cache, and a guest that waits for its disk needs no second thread to wait with. One notification serves the requests
-//! that were in the ring when it came and moves at most `NOTIFY_BYTES`, so the device's lock is held for a bounded time.
+//! Requests are served in the vCPU's own thread by pread(2) and pwrite(2): data mostly goes to and from the host's
+//! page cache, and a guest that waits for its disk needs no second thread to wait with. One notification serves the
+//! requests that were in the ring when it came and moves at most `NOTIFY_BYTES`, so the device's lock is held for a
+//! bounded time.
 //!
 //! No flushes are asked for (`VIRTIO_BLK_F_FLUSH` is not offered): a completed write outlives the guest's kernel, and
 //! what would lose it ends the machine, and with it the disk, anyway.

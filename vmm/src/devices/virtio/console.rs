@@ -1,5 +1,5 @@
-//! virtio-console (virtio 1.2, section 5.3), one port, `/dev/hvc0` in a Linux guest: what is written there goes where the
-//! serial port's output goes, a page at a time instead of a byte. There is no input.
+//! virtio-console (virtio 1.2, section 5.3), one port, `/dev/hvc0` in a Linux guest: what is written there goes where
+//! the serial port's output goes, a page at a time instead of a byte. There is no input.
 
 use super::device::{VirtioDevice, VirtioError};
 use crate::devices::serial::Console;

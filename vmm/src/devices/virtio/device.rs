@@ -99,7 +99,8 @@ pub trait VirtioDevice: Send {
     fn is_reconfigured(&self) -> bool {
         false
     }
-    /// The machine is about to go on from a snapshot: what the driver must hear of that. Returns whether to interrupt it.
+    /// The machine is about to go on from a snapshot: what the driver must hear of that. Returns whether to interrupt
+    /// it.
     fn resume(&mut self, _queues: &mut [Queue], _ram: &GuestMemoryMmap) -> Result<bool, VirtioError> {
         Ok(false)
     }

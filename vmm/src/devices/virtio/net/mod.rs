@@ -18,6 +18,7 @@ pub const HEADER: usize = 12;
 pub struct Link {
     /// A tap device without headers (`IFF_TAP | IFF_NO_PI`).
     pub tap: OwnedFd,
-    /// The Ethernet address that the device shows. A driver that read another before a snapshot must be told by other means.
+    /// The Ethernet address that the device shows. A driver that read another before a snapshot must be told by other
+    /// means.
     pub mac: [u8; 6],
 }
