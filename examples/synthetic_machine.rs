@@ -17,9 +17,9 @@ use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_vmm::devices::bus::Peripherals;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::{Hypervisor, KvmKind};
-use forkd_vmm::machine::{Flow, Machine, Shape};
+use forkd_vmm::machine::{AfterRing, Machine, MachineShape};
 use forkd_vmm::memory::{GuestMemory, Mapping, MemoryLayout, PAGE_BYTES, Sharing};
-use forkd_vmm::snapshot::VERSION;
+use forkd_vmm::vmstate::VERSION;
 use std::error::Error;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -215,9 +215,10 @@ fn main() -> Result<(), Failure> {
     let peripherals =
         Peripherals { console: None, record: Vec::new(), scratch: None, link: None, second_console: false };
     let kind = KvmKind::detect();
-    let mut machine = Machine::new(Hypervisor::open(kind)?, Shape { layout, vcpus: 1 }, memory, peripherals)?;
+    let mut machine =
+        Machine::new(Hypervisor::open(kind)?, MachineShape { layout, vcpus: 1 }, memory, peripherals)?;
     enter(&machine)?;
-    machine.run(|ring| if ring == Ring::SnapshotHere { Flow::Stop } else { Flow::Continue })?;
+    machine.run(|ring| if ring == Ring::SnapshotHere { AfterRing::Stop } else { AfterRing::Continue })?;
     fs::write(wanted.dir.join(snapshots::VMSTATE), machine.save()?.encode()?)?;
     println!("{{\"tsc_khz\": {}}}", machine.vcpu().get_tsc_khz()?);
     drop(machine);

@@ -1,16 +1,15 @@
-//! Verified frames on disk, named by their digests, so that versions of a pack and processes share them. Used by
-//! [`crate::store`]; `forkd` opens one per process.
+//! Verified frames on disk, named by their digests, so that versions of a pack and processes share them.
 //!
-//! Layout: `DIR/chunks/ab/abcdef...`, each file one frame exactly as in the pack. Entries are written to a temporary name and
-//! renamed, without fsync: whatever a crash leaves behind fails its digest when read, is moved to `DIR/damaged/` for the
-//! curious and counts as absent. The cache never fails: a full or unwritable disk makes it keep nothing, with one warning.
+//! Layout: `DIR/chunks/ab/abcdef...`, each file one frame exactly as in the pack. Entries are written to a temporary
+//! name and renamed, without fsync: whatever a crash leaves behind fails its digest when read, is moved to
+//! `DIR/damaged/` for the curious and counts as absent. The cache never fails: a full or unwritable disk makes it
+//! keep nothing, with one warning.
 
 use std::io;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
-use std::time::SystemTime;
 
 use bytes::Bytes;
 
@@ -20,60 +19,10 @@ use crate::index::Index;
 mod disk;
 
 use disk::Disk;
+pub use disk::{CacheCheck, CacheContents, CacheOptions, RemovedFiles};
 
 /// Frames waiting to be written; more are written by whoever has them.
 const QUEUE: usize = 256;
-
-/// How large a cache may grow.
-#[derive(Debug, Clone, Copy)]
-pub struct CacheOptions {
-    /// Bytes of frames kept at most; the longest unused go first. One process may exceed it by a sixteenth before it looks.
-    pub max_bytes: u64,
-    /// Bytes of the disk to leave to others: the cache shrinks, down to nothing, rather than take them. `None` is a
-    /// twentieth of the disk and 1 GiB at most.
-    pub min_free_bytes: Option<u64>,
-}
-
-impl Default for CacheOptions {
-    fn default() -> Self {
-        Self { max_bytes: 10 << 30, min_free_bytes: None }
-    }
-}
-
-/// What a cache holds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Survey {
-    /// Frames.
-    pub entries: u64,
-    /// Their bytes.
-    pub bytes: u64,
-    /// Frames that failed their digest and were put aside.
-    pub damaged: u64,
-    /// Files that are being written, or were when their process died.
-    pub unfinished: u64,
-    /// When the longest unused entry was last used, to about ten minutes.
-    pub oldest_use: Option<SystemTime>,
-}
-
-/// What [`ChunkCache::verify`] found.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Verified {
-    /// Frames read and hashed.
-    pub entries: u64,
-    /// Their bytes.
-    pub bytes: u64,
-    /// How many of them failed, and are put aside now.
-    pub damaged: u64,
-}
-
-/// What [`ChunkCache::collect`] removed.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Collected {
-    /// Files.
-    pub files: u64,
-    /// Their bytes.
-    pub bytes: u64,
-}
 
 /// Verified frames on disk. Reads happen on the calling thread, writes on a thread of its own.
 #[derive(Debug)]
@@ -116,7 +65,7 @@ impl ChunkCache {
     pub fn put(&self, digest: Digest, frame: Bytes) {
         let Some(disk) = &self.disk else { return };
         match self.sender(disk).map(|jobs| jobs.try_send(Job::Put(digest, frame))) {
-            Some(Err(TrySendError::Full(job) | TrySendError::Disconnected(job))) => disk.run(job),
+            Some(Err(TrySendError::Full(job) | TrySendError::Disconnected(job))) => job.run(disk),
             Some(Ok(())) | None => {}
         }
     }
@@ -138,28 +87,37 @@ impl ChunkCache {
     }
 
     /// Counts what is there.
-    pub fn survey(&self) -> Survey {
-        self.disk.as_ref().map_or_else(Survey::default, |disk| disk.survey())
+    pub fn contents(&self) -> CacheContents {
+        self.disk.as_ref().map_or_else(CacheContents::default, |disk| disk.contents())
     }
 
     /// Reads every frame and puts aside those that fail their digest. `on_progress` gets the bytes read so far.
-    pub fn verify(&self, on_progress: &dyn Fn(u64)) -> Verified {
-        self.disk.as_ref().map_or_else(Verified::default, |disk| disk.verify(on_progress))
+    pub fn verify(&self, on_progress: &dyn Fn(u64)) -> CacheCheck {
+        self.disk.as_ref().map_or_else(CacheCheck::default, |disk| disk.verify(on_progress))
     }
 
     /// Removes what was put aside or left unfinished, and the longest unused frames until the limits hold; with
     /// `everything`, all frames. An error is that of a file that cannot be removed.
-    pub fn collect(&self, everything: bool) -> io::Result<Collected> {
-        self.disk.as_ref().map_or(Ok(Collected::default()), |disk| disk.collect(everything))
+    pub fn collect(&self, everything: bool) -> io::Result<RemovedFiles> {
+        self.disk.as_ref().map_or(Ok(RemovedFiles::default()), |disk| disk.collect(everything))
     }
 
     /// Removes files that processes were writing when they died. An error is that of a file that cannot be removed.
-    pub fn remove_abandoned(&self) -> io::Result<Collected> {
-        self.disk.as_ref().map_or(Ok(Collected::default()), |disk| disk.remove_abandoned())
+    pub fn remove_abandoned(&self) -> io::Result<RemovedFiles> {
+        self.disk.as_ref().map_or(Ok(RemovedFiles::default()), |disk| disk.remove_abandoned())
     }
 
     fn sender(&self, disk: &Arc<Disk>) -> Option<SyncSender<Job>> {
         self.writer.get_or_init(|| Writer::start(disk.clone())).jobs()
+    }
+}
+
+impl Job {
+    fn run(self, disk: &Disk) {
+        match self {
+            Job::Flush(done) => drop(done.send(())),
+            Job::Put(digest, frame) => disk.put(digest, &frame),
+        }
     }
 }
 
@@ -177,7 +135,7 @@ impl Drop for ChunkCache {
 impl Writer {
     fn start(disk: Arc<Disk>) -> Self {
         let (jobs, queue): (_, Receiver<Job>) = sync_channel(QUEUE);
-        let work = move || queue.into_iter().for_each(|job| disk.run(job));
+        let work = move || queue.into_iter().for_each(|job: Job| job.run(&disk));
         // Without a thread the queue is disconnected and callers write by themselves.
         let thread = std::thread::Builder::new().name("forkd-cache".into()).spawn(work).ok();
         Self { jobs: Mutex::new(Some(jobs)), thread: Mutex::new(thread) }

@@ -1,5 +1,5 @@
 //! EROFS images as `mkfs.erofs` makes them without compression, read in user space through whatever can read a range of
-//! bytes. Used by the mount to show a pack's root disk as files: a hostile image must not reach the kernel's parser.
+//! bytes. The mount shows a pack's root disk as files through it: a hostile image must not reach the kernel's parser.
 //!
 //! ```text
 //! 1024                      superblock, 128 bytes
@@ -7,22 +7,24 @@
 //! block address << bits     contents of files, blocks of directories
 //! ```
 //!
-//! Layout after the kernel's `fs/erofs/erofs_fs.h`; what a field means after `fs/erofs/{super,inode,data,dir,namei}.c`
-//! (Linux 6.12). Nothing is kept in memory but the superblock, nothing is allocated before it is known to lie within the
-//! image, and nothing here follows one inode to the next without the caller asking. Checksums are not looked at: the
-//! pack's digests vouch for the bytes.
+//! Layout after the kernel's `fs/erofs/erofs_fs.h`; what a field means after
+//! `fs/erofs/{super,inode,data,dir,namei}.c` (Linux 6.12). Nothing is kept in memory but the superblock, nothing is
+//! allocated before it is known to lie within the image, and nothing here follows one inode to the next without the
+//! caller asking. Checksums are not looked at: the pack's digests vouch for the bytes.
 
 use std::future::Future;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use bytes::{Bytes, BytesMut};
 
 mod directory;
+mod fields;
 mod inode;
 
 pub use directory::DirEntry;
-use inode::Data;
-pub use inode::{Node, mode};
+use fields::{time, u16_at, u32_at, u64_at};
+use inode::InodeData;
+pub use inode::{ErofsInode, mode};
 
 const SUPERBLOCK_AT: u64 = 1024;
 const SUPERBLOCK_LEN: u64 = 128;
@@ -75,7 +77,7 @@ pub enum ErofsError<E: std::error::Error + 'static> {
 
 /// An opened image.
 #[derive(Debug)]
-pub struct Image<R> {
+pub struct ErofsImage<R> {
     reader: R,
     block_bits: u8,
     /// Offset of inode 0 in bytes.
@@ -85,7 +87,7 @@ pub struct Image<R> {
     made: SystemTime,
 }
 
-impl<R: ReadImage> Image<R> {
+impl<R: ReadImage> ErofsImage<R> {
     /// Reads and checks the superblock.
     pub async fn open(reader: R) -> Result<Self, ErofsError<R::Error>> {
         if reader.size() < SUPERBLOCK_AT + SUPERBLOCK_LEN {
@@ -123,7 +125,7 @@ impl<R: ReadImage> Image<R> {
     }
 
     /// The inode with that number.
-    pub async fn node(&self, nid: u64) -> Result<Node, ErofsError<R::Error>> {
+    pub async fn node(&self, nid: u64) -> Result<ErofsInode, ErofsError<R::Error>> {
         let Some(offset) = self.inode_offset(nid) else {
             return Err(ErofsError::Corrupt { nid, what: "it lies outside the image" });
         };
@@ -137,22 +139,27 @@ impl<R: ReadImage> Image<R> {
             made: self.made,
         };
         geometry.parse(&raw).map_err(|refused| match refused {
-            inode::Refused::Corrupt(what) => ErofsError::Corrupt { nid, what },
-            inode::Refused::Unsupported(what) => ErofsError::Unsupported { what },
+            inode::BadInode::Corrupt(what) => ErofsError::Corrupt { nid, what },
+            inode::BadInode::Unsupported(what) => ErofsError::Unsupported { what },
         })
     }
 
     /// Bytes `offset..offset + len` of a file, directory or symbolic link, clipped to its end. The caller bounds `len`.
-    pub async fn read(&self, node: &Node, offset: u64, len: u64) -> Result<Bytes, ErofsError<R::Error>> {
+    pub async fn read(
+        &self,
+        node: &ErofsInode,
+        offset: u64,
+        len: u64,
+    ) -> Result<Bytes, ErofsError<R::Error>> {
         let end = offset.saturating_add(len).min(node.size);
         if offset >= end {
             return Ok(Bytes::new());
         }
         match node.data {
-            Data::None => Ok(Bytes::new()),
-            Data::Compressed => Err(ErofsError::Unsupported { what: "compression" }),
-            Data::Flat { start } => self.stored(start + offset, end - offset).await,
-            Data::Inline { start, tail_from, tail } => {
+            InodeData::None => Ok(Bytes::new()),
+            InodeData::Compressed => Err(ErofsError::Unsupported { what: "compression" }),
+            InodeData::Flat { start } => self.stored(start + offset, end - offset).await,
+            InodeData::Inline { start, tail_from, tail } => {
                 if offset >= tail_from {
                     return self.stored(tail + (offset - tail_from), end - offset).await;
                 }
@@ -165,7 +172,7 @@ impl<R: ReadImage> Image<R> {
                 all.extend_from_slice(&self.stored(tail, end - tail_from).await?);
                 Ok(all.freeze())
             }
-            Data::Chunks { table, entry_len, chunk_bits } => {
+            InodeData::Chunks { table, entry_len, chunk_bits } => {
                 self.chunks(node, (table, entry_len, chunk_bits), offset, end).await
             }
         }
@@ -179,7 +186,7 @@ impl<R: ReadImage> Image<R> {
     /// Bytes `offset..end` of a file made of chunks, some of which may be holes.
     async fn chunks(
         &self,
-        node: &Node,
+        node: &ErofsInode,
         (table, entry_len, chunk_bits): (u64, u64, u32),
         offset: u64,
         end: u64,
@@ -213,7 +220,7 @@ impl<R: ReadImage> Image<R> {
     }
 
     /// Where a symbolic link leads.
-    pub async fn link_target(&self, node: &Node) -> Result<Bytes, ErofsError<R::Error>> {
+    pub async fn link_target(&self, node: &ErofsInode) -> Result<Bytes, ErofsError<R::Error>> {
         // PATH_MAX counts the NUL that images leave out.
         const LONGEST: u64 = 4095;
         let corrupt = |what| Err(ErofsError::Corrupt { nid: node.nid, what });
@@ -226,28 +233,4 @@ impl<R: ReadImage> Image<R> {
         }
         Ok(target)
     }
-}
-
-/// Seconds and nanoseconds since 1970 as a time; before it when the seconds are negative.
-fn time(seconds: u64, nanoseconds: u32) -> SystemTime {
-    let seconds = seconds as i64;
-    let whole = Duration::from_secs(seconds.unsigned_abs());
-    let time = match seconds < 0 {
-        true => SystemTime::UNIX_EPOCH.checked_sub(whole),
-        false => SystemTime::UNIX_EPOCH.checked_add(whole),
-    };
-    let within = Duration::from_nanos(u64::from(nanoseconds.min(999_999_999)));
-    time.and_then(|time| time.checked_add(within)).unwrap_or(SystemTime::UNIX_EPOCH)
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes([bytes[at], bytes[at + 1]])
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from(u16_at(bytes, at)) | u32::from(u16_at(bytes, at + 2)) << 16
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) | u64::from(u32_at(bytes, at + 4)) << 32
 }

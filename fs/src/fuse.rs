@@ -24,7 +24,7 @@ use fuser::{
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use crate::tree::{Attributes, Changed, Kind, MAX_READ, Opened, ROOT, SharedTree};
+use crate::tree::{Attributes, ChangedName, Kind, MAX_READ, OpenedFile, ROOT, SharedTree};
 
 /// Name of the file system in /proc/mounts where fusermount3 mounts: `fuse.forkd`. What root mounts is plain `fuse`.
 pub const SUBTYPE: &str = "forkd";
@@ -62,12 +62,12 @@ pub enum MountError {
 
 /// A running mount; unmounted when dropped.
 #[derive(Debug)]
-pub struct Mounted {
+pub struct MountedTree {
     session: BackgroundSession,
     ended: watch::Receiver<bool>,
 }
 
-impl Mounted {
+impl MountedTree {
     /// Mounts `tree` on an existing directory. Tasks that answer reads run on `runtime`.
     ///
     /// Blocks until the kernel has accepted the mount; when it returns, reads are answered.
@@ -76,7 +76,7 @@ impl Mounted {
         mountpoint: &Path,
         source: &str,
         runtime: Handle,
-    ) -> Result<Mounted, MountError> {
+    ) -> Result<MountedTree, MountError> {
         // Says clearly what fuser would wrap into a text.
         let device = std::fs::File::options().read(true).write(true).open("/dev/fuse");
         drop(device.map_err(MountError::NoFuse)?);
@@ -93,18 +93,18 @@ impl Mounted {
         let session = Session::new(adapter, mountpoint, &config(source)).map_err(failed)?;
         let session = session.spawn().map_err(MountError::Threads)?;
         raise_readahead(mountpoint);
-        Ok(Mounted { session, ended })
+        Ok(MountedTree { session, ended })
     }
 
     /// Makes the kernel forget what names in the tree led to. Call it after [`crate::tree::Tree::refresh`].
-    pub fn forget(&self, changed: Vec<Changed>) {
+    pub fn forget(&self, changed: Vec<ChangedName>) {
         if changed.is_empty() {
             return;
         }
         let notifier = self.session.notifier();
         // A thread of its own: the kernel may wait for a reply to a lookup in that directory before it returns.
         let forget = move || {
-            for Changed { directory, name } in changed {
+            for ChangedName { directory, name } in changed {
                 // Fails for what the kernel does not know; then there is nothing to forget.
                 let _ = notifier.inval_entry(INodeNo(directory), OsStr::new(&name));
                 let _ = notifier.inval_inode(INodeNo(directory), 0, 0);
@@ -149,7 +149,7 @@ fn config(source: &str) -> Config {
 fn raise_readahead(mountpoint: &Path) {
     let Ok(metadata) = std::fs::metadata(mountpoint) else { return };
     let (major, minor) = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
-    let knob = format!("/sys/class/bdi/{major}:{minor}/read_ahead_kb");
+    let knob = format!("/sys/priority/bdi/{major}:{minor}/read_ahead_kb");
     if let Err(error) = std::fs::write(&knob, READAHEAD_KIB.to_string()) {
         tracing::debug!(%error, knob, "readahead stays as it is");
     }
@@ -259,10 +259,10 @@ impl Filesystem for Adapter {
 
     fn open(&self, _: &Request, inode: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         match self.tree.open(inode.0) {
-            Ok(Opened::Immutable) => {
+            Ok(OpenedFile::Immutable) => {
                 reply.opened(NO_REPORT, FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH)
             }
-            Ok(Opened::Report(report)) => {
+            Ok(OpenedFile::Report(report)) => {
                 let handle = self.next_report.fetch_add(1, Ordering::Relaxed);
                 self.reports.lock().expect("no panics while held").insert(handle, report);
                 reply.opened(FileHandle(handle), FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH);

@@ -1,10 +1,10 @@
-//! Packs of the predecessor: one zstd stream of a tar, which can only be read from start to end. `inspect` and `unpack` use
-//! this, `repack` turns them into v3; the mount fetches and unpacks them whole ([`whole`]); of one on an HTTP server,
-//! `inspect` reads the beginning alone ([`head`]).
+//! Packs of the predecessor: one zstd stream of a tar, which can only be read from start to end. `inspect` and
+//! `unpack` use this, `repack` turns them into v3; the mount fetches and unpacks them whole ([`whole`]); of one on an
+//! HTTP server, `inspect` reads the beginning alone ([`head`]).
 //!
-//! Layout 1 holds `manifest.toml`, `snapshot.json`, `vmstate`, `rootfs.ext4` (not always) and `memory.bin`; layout 2 holds the same
-//! under `TAG/` for every link of a chain. Members are recognised by those names alone, paths from the pack are never
-//! used, and the manifest's `rootfs.target_path` is not even read.
+//! Layout 1 holds `manifest.toml`, `snapshot.json`, `vmstate`, `rootfs.ext4` (not always) and `memory.bin`; layout 2
+//! holds the same under `TAG/` for every link of a chain. Members are recognised by those names alone, paths from the
+//! pack are never used, and the manifest's `rootfs.target_path` is not even read.
 
 use std::collections::HashSet;
 use std::fs::{self, File};
@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use crate::digest::{Digest, Hasher};
 use crate::format::{MANIFEST, MAX_FILE_SIZE, MEMORY, SNAPSHOT, VMSTATE, is_plain_name};
-use crate::manifest::{self, MAX_MANIFEST_LEN, ManifestError};
+use crate::manifest::{MAX_MANIFEST_LEN, ManifestError};
 
 pub mod head;
 pub mod whole;
@@ -25,6 +25,8 @@ const MEMBERS: [&str; 5] = [MANIFEST, SNAPSHOT, VMSTATE, "rootfs.ext4", MEMORY];
 const MAX_ENTRIES: usize = 4096;
 /// Plain bytes handled at a time; holes are as coarse as this.
 const PIECE: usize = 64 << 10;
+/// Bytes of the disk left to others.
+const RESERVE: u64 = 256 << 20;
 
 /// A predecessor's pack.
 #[derive(Debug, Clone)]
@@ -89,7 +91,7 @@ struct LegacyLink {
 
 /// A member as a predecessor's manifest lists it, which need not be true.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LegacyListed {
+pub struct LegacyListedFile {
     /// `NAME` or `TAG/NAME`, of any form.
     pub path: String,
     /// Plain size in bytes, if it says.
@@ -181,18 +183,6 @@ pub enum LegacyError {
     },
 }
 
-/// The layout a file has, judged by its first bytes: the `forkd_pack_version` of the manifest it begins with.
-pub(crate) fn sniff(start: &[u8]) -> Option<u32> {
-    let mut archive = tar::Archive::new(zstd::Decoder::new(start).ok()?);
-    let mut entry = archive.entries().ok()?.raw(true).next()?.ok()?;
-    if !entry.path_bytes().ends_with(MANIFEST.as_bytes()) {
-        return None;
-    }
-    let mut text = String::new();
-    entry.by_ref().take(MAX_MANIFEST_LEN).read_to_string(&mut text).ok()?;
-    manifest::pack_version(&text).ok()
-}
-
 /// Reads through a pack and lists its members. `limit` bounds the plain bytes it may hold.
 pub fn list(path: &Path, limit: u64) -> Result<LegacyPack, LegacyError> {
     walk(path, open(path)?, limit, &mut |_, _| Ok(()))
@@ -211,7 +201,7 @@ pub fn unpack(path: &Path, dest: &Path, limit: u64) -> Result<LegacyPack, Legacy
 
 /// Does what [`unpack`] does with a pack read from `data`; `path` names it in errors.
 pub fn unpack_from(path: &Path, data: impl Read, dest: &Path, limit: u64) -> Result<LegacyPack, LegacyError> {
-    let room = whole::room(dest).map_err(|source| LegacyError::Write { path: dest.to_owned(), source })?;
+    let room = room(dest).map_err(|source| LegacyError::Write { path: dest.to_owned(), source })?;
     let limits = Limits { plain: limit, stored: room };
     unpack_into(path, data, limits, &mut |member| {
         let directory = member.tag.as_ref().map_or_else(|| dest.to_owned(), |tag| dest.join(tag));
@@ -297,8 +287,8 @@ impl LegacyMember {
 
 impl LegacyManifest {
     /// The members it lists, in its order.
-    pub fn listed(&self) -> Vec<LegacyListed> {
-        let listed = |tag: Option<&str>, file: &LegacyFile| LegacyListed {
+    pub fn listed(&self) -> Vec<LegacyListedFile> {
+        let listed = |tag: Option<&str>, file: &LegacyFile| LegacyListedFile {
             path: match tag {
                 Some(tag) if !file.path.contains('/') => format!("{tag}/{}", file.path),
                 _ => file.path.clone(),
@@ -412,7 +402,7 @@ fn copy_sparse(
         }
         hasher.update(plain);
         len += filled as u64;
-        if crate::survey::is_zero(plain) {
+        if crate::scan::is_zero(plain) {
             file.seek(io::SeekFrom::Start(len)).map_err(&failed)?;
         } else {
             spend(filled as u64)?;
@@ -421,4 +411,10 @@ fn copy_sparse(
     }
     file.set_len(len).map_err(failed)?;
     Ok(hasher.finish())
+}
+
+/// Bytes that may be written to a directory's disk.
+fn room(directory: &Path) -> io::Result<u64> {
+    let disk = rustix::fs::statvfs(directory)?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize).saturating_sub(RESERVE))
 }

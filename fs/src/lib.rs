@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 pub mod cache;
+pub mod chain;
 pub mod digest;
 pub mod erofs;
 pub mod format;
@@ -16,9 +17,9 @@ pub mod legacy;
 pub mod manifest;
 pub mod observe;
 pub mod prefetch;
+mod scan;
 pub mod source;
 pub mod store;
-mod survey;
 pub mod trace;
 pub mod tree;
 pub mod unpack;

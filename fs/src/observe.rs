@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::source::Class;
+use crate::source::priority::Priority;
 
 /// Hears of what one store does. Called from its tasks and threads: an observer that blocks holds them up.
 pub trait Observer: Debug + Send + Sync {
@@ -26,7 +26,7 @@ pub struct Transfer {
     /// Bytes that came.
     pub bytes: u64,
     /// Why it was sent.
-    pub class: Class,
+    pub priority: Priority,
 }
 
 /// One frame becoming a chunk.
@@ -44,16 +44,16 @@ pub struct Decoding {
 #[derive(Debug)]
 pub(crate) struct Watched {
     observer: Arc<dyn Observer>,
-    class: Class,
+    priority: Priority,
     began: Instant,
     bytes: u64,
 }
 
 impl Watched {
     /// A request is about to be sent.
-    pub(crate) fn start(observer: Option<&Arc<dyn Observer>>, class: Class) -> Option<Watched> {
+    pub(crate) fn start(observer: Option<&Arc<dyn Observer>>, priority: Priority) -> Option<Watched> {
         let observer = Arc::clone(observer?);
-        Some(Watched { observer, class, began: Instant::now(), bytes: 0 })
+        Some(Watched { observer, priority, began: Instant::now(), bytes: 0 })
     }
 
     /// So many bytes have come.
@@ -64,7 +64,7 @@ impl Watched {
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        let Watched { class, began, bytes, .. } = *self;
-        self.observer.transferred(&Transfer { began, ended: Instant::now(), bytes, class });
+        let Watched { priority, began, bytes, .. } = *self;
+        self.observer.transferred(&Transfer { began, ended: Instant::now(), bytes, priority });
     }
 }

@@ -1,4 +1,4 @@
-//! Unpacking a v3 pack into plain files through the verified index. Used by `forkd unpack` and `forkd pull`.
+//! Unpacking a v3 pack into plain files through the verified index.
 
 use std::fs::File;
 use std::io;
@@ -10,9 +10,9 @@ use crate::digest::Digest;
 use crate::format::{DEFAULT_CHUNK_SIZE, MANIFEST};
 use crate::index::{ChunkId, FileId};
 use crate::manifest::Manifest;
-use crate::source::Class;
-use crate::store::{ChunkData, Progress, ReadError, Store};
-use crate::survey::survey;
+use crate::scan::scan;
+use crate::source::Priority;
+use crate::store::{ChunkData, FetchProgress, ReadError, Store};
 
 /// Why a pack could not be unpacked.
 #[derive(Debug, thiserror::Error)]
@@ -71,7 +71,7 @@ struct Output {
 pub async fn unpack(
     store: &Arc<Store>,
     dest: &Path,
-    on_progress: &(dyn Fn(Progress) + Send + Sync),
+    on_progress: &(dyn Fn(FetchProgress) + Send + Sync),
 ) -> Result<Arc<Manifest>, UnpackError> {
     let unreadable =
         |error| UnpackError::Read { location: store.location().to_owned(), source: Box::new(error) };
@@ -95,7 +95,7 @@ pub async fn unpack(
         .flat_map(|(file, _)| store.index().stored_chunks(file).map(|(id, _)| id))
         .collect();
     for batch in stored.chunks(4096) {
-        store.fetch(&[batch.to_vec()], Class::Prefetch, &write).await.map_err(unreadable)?;
+        store.fetch(&[batch.to_vec()], Priority::Prefetch, &write).await.map_err(unreadable)?;
         if let Some(error) = failure.lock().expect("no panics while held").take() {
             return Err(error);
         }
@@ -132,9 +132,8 @@ fn create(store: &Store, manifest: &Manifest, dest: &Path) -> Result<Vec<Output>
 async fn check(store: &Store, outputs: Vec<Output>) -> Result<(), UnpackError> {
     let check_one = |output: Output| {
         tokio::task::spawn_blocking(move || {
-            let reopened =
-                File::open(&output.path).and_then(|file| survey(&file, DEFAULT_CHUNK_SIZE, &|_| ()));
-            let found = reopened.and_then(|survey| output.file.sync_data().map(|()| survey.digest));
+            let reopened = File::open(&output.path).and_then(|file| scan(&file, DEFAULT_CHUNK_SIZE, &|_| ()));
+            let found = reopened.and_then(|scan| output.file.sync_data().map(|()| scan.digest));
             (output, found)
         })
     };

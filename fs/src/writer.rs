@@ -1,11 +1,11 @@
-//! Building packs: a directory of files becomes one `.tar.zst` with an index. Used by `forkd pack`.
+//! Building packs: a directory of files becomes one `.tar.zst` with an index.
 //!
-//! Two passes: the first digests every file and finds its zero chunks (the manifest, which comes first in the pack, needs
-//! the digests, and tar needs the sparse map before the data); the second compresses the rest on all cores. Memory stays at a few
-//! chunks a thread. The files must not change meanwhile.
+//! Two passes: the first digests every file and finds its zero chunks (the manifest, which comes first in the pack,
+//! needs the digests, and tar needs the sparse map before the data); the second compresses the rest on all cores.
+//! Memory stays at a few chunks a thread. The files must not change meanwhile.
 
 use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -16,12 +16,16 @@ use std::thread;
 use zstd::bulk::Compressor;
 use zstd::zstd_safe::CParameter;
 
-use crate::digest::{Digest, Hasher};
+use crate::digest::Digest;
 use crate::format::{self, DEFAULT_CHUNK_SIZE, MANIFEST, MEMBER_ORDER, PACK_VERSION};
 use crate::index::{ChunkRecord, Index};
 use crate::manifest::{Manifest, ManifestFile};
+use crate::scan::{FileScan, scan};
 use crate::store::IndexPin;
-use crate::survey::{Survey, survey};
+
+mod output;
+
+use output::{Frame, Output};
 
 /// How to build a pack.
 #[derive(Debug, Clone, Copy)]
@@ -84,7 +88,7 @@ pub struct PackProgress {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
     /// Digests and zero chunks.
-    Survey,
+    Scan,
     /// Compressing what is not zero.
     Compress,
 }
@@ -154,7 +158,7 @@ struct Member {
     name: String,
     path: PathBuf,
     file: File,
-    survey: Survey,
+    scan: FileScan,
     mtime: u64,
 }
 
@@ -164,13 +168,6 @@ enum Step {
     Tar(Vec<u8>),
     /// A chunk of a member, being compressed.
     Chunk { member: usize, chunk: u32, frame: Receiver<io::Result<Frame>> },
-}
-
-/// A compressed chunk.
-struct Frame {
-    bytes: Vec<u8>,
-    digest: Digest,
-    plain_len: u32,
 }
 
 /// A chunk waiting for a thread.
@@ -187,8 +184,8 @@ impl PackWriter {
         Self { options }
     }
 
-    /// Packs the files of `dir` (its own `manifest.toml` and hidden files excepted) into `out`, which appears complete or
-    /// not at all. `manifest` describes the pack; its version and files are filled in.
+    /// Packs the files of `dir` (its own `manifest.toml` and hidden files excepted) into `out`, which appears
+    /// complete or not at all. `manifest` describes the pack; its version and files are filled in.
     pub fn write(
         &self,
         dir: &Path,
@@ -199,11 +196,11 @@ impl PackWriter {
         if !format::is_chunk_size(self.options.chunk_size) {
             return Err(WriteError::ChunkSize { chunk_size: self.options.chunk_size });
         }
-        let mut members = self.survey_all(dir, on_progress)?;
+        let mut members = self.scan_all(dir, on_progress)?;
         let manifest = complete(manifest, &members);
         let text = manifest.to_toml().into_bytes();
         members.insert(0, self.manifest_member(&text, &members, out)?);
-        let stored: usize = members.iter().map(|member| member.survey.stored.len()).sum();
+        let stored: usize = members.iter().map(|member| member.scan.stored.len()).sum();
         if Index::encoded_len(members.len(), stored) > format::MAX_INDEX_LEN {
             return Err(WriteError::TooManyChunks { chunks: stored });
         }
@@ -214,7 +211,9 @@ impl PackWriter {
             tempfile::Builder::new().prefix(".forkd-pack-").tempfile_in(parent).map_err(failed)?;
         let mut output = Output::new(temporary.as_file_mut(), self.compressor()?);
         let records = self.compress_all(&members, &mut output, out, on_progress)?;
-        let (index, pack_size) = output.finish(self.options.chunk_size, &members, records).map_err(failed)?;
+        let files = members.iter().zip(records);
+        let files = files.map(|(member, records)| (member.name.clone(), member.scan.size, records)).collect();
+        let (index, pack_size) = output.finish(self.options.chunk_size, files).map_err(failed)?;
         let pack_sha256 = output.close().map_err(failed)?;
         check_unchanged(&members)?;
         temporary.as_file().set_permissions(fs::Permissions::from_mode(0o644)).map_err(failed)?;
@@ -231,13 +230,13 @@ impl PackWriter {
             manifest,
             stored_chunks: index.stored_chunk_count(),
             zero_chunks: chunks - index.stored_chunk_count(),
-            plain_bytes: members.iter().map(|member| member.survey.size).sum(),
+            plain_bytes: members.iter().map(|member| member.scan.size).sum(),
             stored_bytes: index.stored_bytes(),
         })
     }
 
-    /// First pass: opens and surveys the files, one thread each.
-    fn survey_all(&self, dir: &Path, on_progress: OnProgress<'_>) -> Result<Vec<Member>, WriteError> {
+    /// First pass: opens and scans the files, one thread each.
+    fn scan_all(&self, dir: &Path, on_progress: OnProgress<'_>) -> Result<Vec<Member>, WriteError> {
         let mut files = Vec::new();
         for (name, path) in member_files(dir)? {
             let failed = |source| WriteError::Read { path: path.clone(), source };
@@ -248,21 +247,21 @@ impl PackWriter {
         let (total, done) = (files.iter().map(|(.., size, _)| size).sum(), AtomicU64::new(0));
         let on_bytes = |len: u64| {
             let done = done.fetch_add(len, Relaxed) + len;
-            on_progress(PackProgress { pass: Pass::Survey, done, total });
+            on_progress(PackProgress { pass: Pass::Scan, done, total });
         };
         let chunk_size = self.options.chunk_size;
         thread::scope(|scope| {
-            let survey_one =
-                |file: File| scope.spawn(move || survey(&file, chunk_size, &on_bytes).map(|s| (s, file)));
+            let scan_one =
+                |file: File| scope.spawn(move || scan(&file, chunk_size, &on_bytes).map(|s| (s, file)));
             let running: Vec<_> = files
                 .into_iter()
-                .map(|(name, path, file, _, mtime)| (name, path, mtime, survey_one(file)))
+                .map(|(name, path, file, _, mtime)| (name, path, mtime, scan_one(file)))
                 .collect();
             let finish =
                 |(name, path, mtime, running): (String, PathBuf, u64, thread::ScopedJoinHandle<_>)| {
-                    let surveyed: io::Result<(Survey, File)> = running.join().expect("surveys do not panic");
-                    match surveyed {
-                        Ok((survey, file)) => Ok(Member { name, path, file, survey, mtime }),
+                    let scanned: io::Result<(FileScan, File)> = running.join().expect("scans do not panic");
+                    match scanned {
+                        Ok((scan, file)) => Ok(Member { name, path, file, scan, mtime }),
                         Err(source) => Err(WriteError::Read { path, source }),
                     }
                 };
@@ -275,12 +274,12 @@ impl PackWriter {
         let store = || {
             let mut file = tempfile::tempfile()?;
             file.write_all(text)?;
-            let survey = survey(&file, self.options.chunk_size, &|_| ())?;
-            Ok((file, survey))
+            let scan = scan(&file, self.options.chunk_size, &|_| ())?;
+            Ok((file, scan))
         };
-        let (file, survey) = store().map_err(|source| WriteError::Write { path: out.to_owned(), source })?;
+        let (file, scan) = store().map_err(|source| WriteError::Write { path: out.to_owned(), source })?;
         let mtime = others.iter().map(|member| member.mtime).max().unwrap_or(0);
-        Ok(Member { name: MANIFEST.into(), path: out.to_owned(), file, survey, mtime })
+        Ok(Member { name: MANIFEST.into(), path: out.to_owned(), file, scan, mtime })
     }
 
     /// Second pass: writes every member, returns each one's records.
@@ -336,15 +335,14 @@ impl PackWriter {
         let chunk_size = self.options.chunk_size;
         let mut padding = 0;
         for (position, member) in members.iter().enumerate() {
-            let Member { name, survey, mtime, .. } = member;
-            let (head, tar_len) =
-                format::tar_member_head(name, survey.size, chunk_size, &survey.stored, *mtime);
+            let Member { name, scan, mtime, .. } = member;
+            let (head, tar_len) = format::tar_member_head(name, scan.size, chunk_size, &scan.stored, *mtime);
             let tar = [vec![0; padding], head].concat();
             padding = format::tar_padding(tar_len);
             if steps.send(Step::Tar(tar)).is_err() {
                 return Ok(());
             }
-            for (&chunk, len) in survey.stored.iter().zip(self.stored_lens(member)) {
+            for (&chunk, len) in scan.stored.iter().zip(self.stored_lens(member)) {
                 let mut plain = vec![0; len as usize];
                 let read = member.file.read_exact_at(&mut plain, u64::from(chunk) * u64::from(chunk_size));
                 read.map_err(|source| WriteError::Read { path: member.path.clone(), source })?;
@@ -361,8 +359,8 @@ impl PackWriter {
     }
 
     fn stored_lens<'a>(&self, member: &'a Member) -> impl Iterator<Item = u64> + use<'a> {
-        let (size, chunk_size) = (member.survey.size, self.options.chunk_size);
-        member.survey.stored.iter().map(move |&chunk| u64::from(format::chunk_len(size, chunk_size, chunk)))
+        let (size, chunk_size) = (member.scan.size, self.options.chunk_size);
+        member.scan.stored.iter().map(move |&chunk| u64::from(format::chunk_len(size, chunk_size, chunk)))
     }
 
     fn compressor(&self) -> Result<Compressor<'static>, WriteError> {
@@ -404,8 +402,8 @@ fn member_files(dir: &Path) -> Result<Vec<(String, PathBuf)>, WriteError> {
 fn complete(manifest: Manifest, members: &[Member]) -> Manifest {
     let file = |member: &Member| ManifestFile {
         path: member.name.clone(),
-        size: member.survey.size,
-        sha256: member.survey.digest,
+        size: member.scan.size,
+        sha256: member.scan.digest,
     };
     Manifest { forkd_pack_version: PACK_VERSION, files: members.iter().map(file).collect(), ..manifest }
 }
@@ -415,7 +413,7 @@ fn check_unchanged(members: &[Member]) -> Result<(), WriteError> {
     for member in &members[1..] {
         let now = member.file.metadata();
         let same =
-            |now: fs::Metadata| now.len() == member.survey.size && now.mtime().max(0) as u64 == member.mtime;
+            |now: fs::Metadata| now.len() == member.scan.size && now.mtime().max(0) as u64 == member.mtime;
         if !now.is_ok_and(same) {
             return Err(WriteError::Changed { path: member.path.clone() });
         }
@@ -433,77 +431,5 @@ fn compress_jobs(queue: &Mutex<Receiver<Job>>, compressor: &mut Compressor<'stat
             plain_len: plain.len() as u32,
         });
         let _ = reply.send(frame);
-    }
-}
-
-/// The pack as it grows.
-struct Output<'a> {
-    file: BufWriter<&'a mut File>,
-    compressor: Compressor<'static>,
-    hasher: Hasher,
-    offset: u64,
-    /// Compressed and plain length of every frame.
-    frames: Vec<(u32, u32)>,
-}
-
-impl<'a> Output<'a> {
-    fn new(file: &'a mut File, compressor: Compressor<'static>) -> Self {
-        let file = BufWriter::with_capacity(1 << 20, file);
-        Self { file, compressor, hasher: Hasher::new(), offset: 0, frames: Vec::new() }
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.hasher.update(bytes);
-        self.offset += bytes.len() as u64;
-        self.file.write_all(bytes)
-    }
-
-    fn frame(&mut self, bytes: &[u8], plain_len: usize) -> io::Result<()> {
-        self.frames.push((bytes.len() as u32, plain_len as u32));
-        self.append(bytes)
-    }
-
-    fn tar_bytes(&mut self, plain: &[u8]) -> io::Result<()> {
-        let frame = self.compressor.compress(plain)?;
-        self.frame(&frame, plain.len())
-    }
-
-    fn chunk(&mut self, chunk: u32, frame: &Frame) -> io::Result<ChunkRecord> {
-        let record = ChunkRecord {
-            chunk,
-            length: frame.bytes.len() as u32,
-            offset: self.offset,
-            digest: frame.digest,
-        };
-        self.frame(&frame.bytes, frame.plain_len as usize)?;
-        Ok(record)
-    }
-
-    /// Appends index and seek table; returns the index with its place, and the pack's size.
-    fn finish(
-        &mut self,
-        chunk_size: u32,
-        members: &[Member],
-        records: Vec<Vec<ChunkRecord>>,
-    ) -> io::Result<((Index, IndexPin), u64)> {
-        let index_len = Index::encoded_len(members.len(), records.iter().map(Vec::len).sum());
-        // The index frame itself has an entry in the seek table, with nothing in it.
-        let pack_size = self.offset + index_len + format::seek_table_len(self.frames.len() as u64 + 1);
-        let files = members.iter().zip(records);
-        let files =
-            files.map(|(member, records)| (member.name.clone(), member.survey.size, records)).collect();
-        let index = Index::new(chunk_size, pack_size, files);
-        let bytes = index.encode();
-        let pin = IndexPin { offset: self.offset, length: index_len, sha256: Digest::of(&bytes) };
-        self.frame(&bytes, 0)?;
-        self.append(&format::encode_seek_table(&self.frames))?;
-        debug_assert_eq!(self.offset, pack_size);
-        Ok(((index, pin), pack_size))
-    }
-
-    /// Writes out what is buffered; returns the digest of the whole pack.
-    fn close(mut self) -> io::Result<Digest> {
-        self.file.flush()?;
-        Ok(self.hasher.finish())
     }
 }

@@ -1,6 +1,6 @@
 //! Who learns who we are: the hosts the user named, and no one else.
 
-use forkd_fs::source::{Class, Credentials, HttpClient, HttpError, HttpOptions, SourceError};
+use forkd_fs::source::{Credentials, HttpClient, HttpError, HttpOptions, Priority, SourceError};
 
 mod support;
 use support::server::{Fault, Server};
@@ -35,7 +35,7 @@ async fn a_named_host_gets_the_token_and_another_port_does_not() {
     http.get(&hub.url(), 2000).await.unwrap();
     // A pack the hub has itself, and one it points at elsewhere.
     for (server, expected) in [(&hub, Some(TOKEN)), (&other, None)] {
-        source(&http, &server.url(), None).read_at(0, 10, Class::Demand).await.unwrap();
+        source(&http, &server.url(), None).read_at(0, 10, Priority::Demand).await.unwrap();
         assert_eq!(authorizations(server).last().unwrap().as_deref(), expected);
     }
 }
@@ -65,7 +65,7 @@ async fn a_redirect_takes_no_credentials_along() {
     http.get(&hub.url(), 2000).await.unwrap();
     let source = source(&http, &hub.url(), None);
     for _ in 0..2 {
-        source.read_at(0, 10, Class::Demand).await.unwrap();
+        source.read_at(0, 10, Priority::Demand).await.unwrap();
     }
     assert!(authorizations(&hub).iter().all(|sent| sent.as_deref() == Some(TOKEN)));
     assert_eq!(authorizations(&other), [None, None, None]);
@@ -94,11 +94,11 @@ async fn user_and_password_in_the_url_work_and_are_never_shown() {
     let url = hub.url().replace("http://", "http://me:hush@");
     let http = client(Credentials::default());
     let read = source(&http, &url, None);
-    read.read_at(0, 10, Class::Demand).await.unwrap();
+    read.read_at(0, 10, Priority::Demand).await.unwrap();
     http.get(&url, 2000).await.unwrap();
     assert_eq!(read.describe(), hub.url());
     hub.require("Basic other");
-    let failed = read.read_at(0, 10, Class::Demand).await.unwrap_err();
+    let failed = read.read_at(0, 10, Priority::Demand).await.unwrap_err();
     assert!(matches!(failed, SourceError::Http(HttpError::Denied { .. })));
     let document = http.get(&url, 2000).await.unwrap_err();
     let mistyped = http.get(&url.replace("http:", "htp:"), 2000).await.unwrap_err();
@@ -108,7 +108,7 @@ async fn user_and_password_in_the_url_work_and_are_never_shown() {
     // A pack the registry names without them, on the same host.
     hub.require(BASIC);
     http.authorize(&url);
-    source(&http, &hub.url(), None).read_at(0, 10, Class::Demand).await.unwrap();
+    source(&http, &hub.url(), None).read_at(0, 10, Priority::Demand).await.unwrap();
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
 //! The root disk's files: what mkfs.erofs makes is shown as it was, through the tree and through the kernel, fetching no
-//! more than needed; what it does not make is refused without a panic, a hang or a large allocation.
+//! more than needed.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
@@ -7,33 +7,19 @@ use std::fs::{self, File};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use bytes::Bytes;
 use forkd_fs::digest::Digest;
-use forkd_fs::erofs::{ErofsError, Image, Node, ReadImage};
-use forkd_fs::fuse::Mounted;
+use forkd_fs::fuse::MountedTree;
 use forkd_fs::store::{PackLocation, PackSource};
-use forkd_fs::tree::{Attributes, Entry, Inode, Kind, Listing, Opened, ROOT, Tree};
-use futures_util::FutureExt;
-use proptest::prelude::*;
+use forkd_fs::tree::{Attributes, Entry, Inode, Kind, OpenedFile, PackListing, ROOT, Tree};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::io::Errno;
 
 mod support;
 use support::server::Server;
-use support::{Fixture, noise, options};
-
-/// Runs mkfs.erofs over a directory.
-fn mkfs(tree: &Path, args: &[&str]) -> Vec<u8> {
-    let out = tempfile::NamedTempFile::new().unwrap();
-    let made = Command::new("mkfs.erofs").arg("--quiet").args(args).arg(out.path()).arg(tree).output();
-    let made = made.expect("mkfs.erofs (erofs-utils) is there");
-    assert!(made.status.success(), "{args:?}: {}", String::from_utf8_lossy(&made.stderr));
-    fs::read(out.path()).unwrap()
-}
+use support::{Fixture, mkfs, noise, options};
 
 /// One of everything a root disk can hold.
 fn varied(dir: &Path) {
@@ -176,7 +162,7 @@ async fn facts_of(tree: &Tree, found: &Attributes) -> Facts {
     let contents = match found.kind {
         Kind::Symlink => tree.link_target(found.inode).await.unwrap().to_vec(),
         Kind::File => {
-            assert!(matches!(tree.open(found.inode), Ok(Opened::Immutable)));
+            assert!(matches!(tree.open(found.inode), Ok(OpenedFile::Immutable)));
             let mut plain = Vec::new();
             // A length that is no multiple of anything.
             while let piece = tree.read(found.inode, plain.len() as u64, 99_991).await.unwrap()
@@ -214,7 +200,7 @@ fn pack(image: Vec<u8>) -> Fixture {
 }
 
 fn tree_of(location: PackLocation) -> Tree {
-    let listing = Listing {
+    let listing = PackListing {
         owner: "o".into(),
         name: "n".into(),
         version: "v1".into(),
@@ -275,7 +261,7 @@ async fn the_kernel_sees_the_same_through_fuse() {
     varied(dir.path());
     let fixture = pack(mkfs(dir.path(), &["-Enoinline_data"]));
     let tree = Arc::new(tree_of(fixture.local()));
-    let mounted = Mounted::new(tree, at.path(), "test", tokio::runtime::Handle::current()).unwrap();
+    let mounted = MountedTree::new(tree, at.path(), "test", tokio::runtime::Handle::current()).unwrap();
     let (version, source) = (at.path().join("o/n/v1"), dir.path().to_owned());
     tokio::task::spawn_blocking(move || {
         let root = version.join("rootfs");
@@ -357,7 +343,7 @@ async fn what_cannot_be_read_says_why() {
     let text = walk(&tree, "o/n/v1/rootfs/text").await.unwrap();
     assert_eq!(tree.read(text.inode, 0, 10).await, Err(Errno::OPNOTSUPP));
     let report = walk(&tree, "o/n/v1/.forkd/stats.json").await.unwrap();
-    let Ok(Opened::Report(report)) = tree.open(report.inode) else { panic!("no report") };
+    let Ok(OpenedFile::Report(report)) = tree.open(report.inode) else { panic!("no report") };
     assert!(String::from_utf8_lossy(&report).contains("uses compression, which forkd does not read"));
 
     let image = mkfs(dir.path(), &[]);
@@ -403,189 +389,6 @@ async fn a_hub_that_fails_gives_eio_and_then_the_bytes() {
     assert_eq!(tree.read(file.inode, 900_000, 10).await, Err(Errno::IO));
     server.resume().await;
     assert_eq!(tree.read(file.inode, 900_000, 10).await.unwrap(), noise(1, 1 << 20)[900_000..900_010]);
-}
-
-/// An image in memory that checks what it is asked for.
-struct InMemory(Vec<u8>);
-
-impl ReadImage for InMemory {
-    type Error = std::convert::Infallible;
-
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-
-    async fn read(&self, offset: u64, len: u64) -> Result<Bytes, Self::Error> {
-        assert!(offset.checked_add(len).is_some_and(|end| end <= self.size()), "{offset}+{len}");
-        Ok(Bytes::copy_from_slice(&self.0[offset as usize..(offset + len) as usize]))
-    }
-}
-
-type Refused = ErofsError<std::convert::Infallible>;
-
-/// Looks at everything reachable, as a `find | xargs cat` would, and counts it. Each directory is entered by lookup.
-async fn visit(image: Vec<u8>) -> Result<usize, Refused> {
-    let image = Image::open(InMemory(image)).await?;
-    let root = image.node(image.root()).await?;
-    let (mut left, mut seen) = (vec![root], 0);
-    while let Some(directory) = left.pop() {
-        let mut position = 0;
-        loop {
-            // A directory that cannot be read must not keep the others from being looked at.
-            let Ok(entries) = image.entries_from(&directory, position).await else { break };
-            let Some(last) = entries.last() else { break };
-            assert!(last.next > position, "listing goes on");
-            position = last.next;
-            for entry in entries {
-                seen += 1;
-                assert!(seen < 100_000, "there is no end to it");
-                if let Ok(Some(node)) = image.lookup(&directory, &entry.name).await {
-                    look_at(&image, &node).await;
-                    if node.is_directory() {
-                        left.push(node);
-                    }
-                }
-            }
-        }
-    }
-    Ok(seen)
-}
-
-async fn look_at(image: &Image<InMemory>, node: &Node) {
-    for offset in [0, 4000, node.size / 2, node.size.saturating_sub(10), u64::MAX - 5] {
-        if let Ok(bytes) = image.read(node, offset, 70_000).await {
-            assert_eq!(bytes.len() as u64, node.size.saturating_sub(offset).min(70_000));
-        }
-    }
-    if node.is_symlink()
-        && let Ok(target) = image.link_target(node).await
-    {
-        assert!((1..4096).contains(&target.len()));
-    }
-}
-
-fn visit_now(image: Vec<u8>) -> Result<usize, Refused> {
-    visit(image).now_or_never().expect("memory never waits")
-}
-
-/// A small image with every kind of inode and layout in it.
-fn small_image(args: &[&str]) -> Vec<u8> {
-    let dir = tempfile::tempdir().unwrap();
-    let at = |name: &str| dir.path().join(name);
-    fs::create_dir_all(at("a/b/c")).unwrap();
-    for n in 0..30 {
-        fs::write(at("a").join(format!("file {n}")), noise(n, n as usize * 61)).unwrap();
-    }
-    fs::write(at("two blocks"), noise(9, 9000)).unwrap();
-    (0..200).for_each(|n| drop(File::create(at("a/b").join(format!("{n:040}"))).unwrap()));
-    symlink("a/b", at("link")).unwrap();
-    fs::hard_link(at("two blocks"), at("a/b/c/again")).unwrap();
-    mknodat(CWD, at("null"), FileType::CharacterDevice, Mode::RWXU, makedev(1, 3)).unwrap();
-    mkfs(dir.path(), args)
-}
-
-const SMALL: [&[&str]; 3] = [&[], &["--chunksize=4096", "-Eforce-chunk-indexes"], &["-zlz4"]];
-
-#[test]
-fn random_damage_is_survived() {
-    // Where the structure is: the superblock, inodes and directories; contents are just bytes.
-    for args in SMALL {
-        let good = small_image(args);
-        let whole = visit_now(good.clone()).unwrap();
-        assert!(whole > 230, "{whole}");
-        let mut rng = fastrand::Rng::with_seed(7);
-        let started = Instant::now();
-        for _ in 0..4000 {
-            let mut image = good.clone();
-            for _ in 0..rng.usize(1..12) {
-                let at = rng.usize(1024..image.len());
-                let value = [0, 1, 0x7f, 0x80, 0xff, rng.u8(..)][rng.usize(..6)];
-                image[at..][..1].fill(value);
-                if rng.bool() {
-                    let len = rng.usize(1..8).min(image.len() - at);
-                    image[at..at + len].fill(value);
-                }
-            }
-            if rng.u8(..) < 20 {
-                image.truncate(rng.usize(..good.len()));
-            }
-            let _ = visit_now(image);
-        }
-        println!("{args:?}: 4000 damaged images in {:?}", started.elapsed());
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
-
-    /// Nothing but an arbitrary inode: wherever it says its data lies, reads stay within the image.
-    #[test]
-    fn arbitrary_inodes_stay_within_the_image(raw in prop::collection::vec(any::<u8>(), 64), nid in 36u64..100) {
-        let mut image = noise(5, 16 << 10);
-        image[1024..1152].fill(0);
-        image[1024..1028].copy_from_slice(&0xE0F5_E1E2u32.to_le_bytes());
-        image[1024 + 12] = 12;
-        let at = nid as usize * 32;
-        image[at..at + 64].copy_from_slice(&raw);
-        // Formats that mean something are rare by chance.
-        image[at] &= 0x0f;
-        image[at + 1] = 0;
-        let check = async {
-            let image = Image::open(InMemory(image)).await.unwrap();
-            if let Ok(node) = image.node(nid).await {
-                look_at(&image, &node).await;
-                let _ = image.entries_from(&node, 0).await;
-                let _ = image.find(&node, b"name").await;
-            }
-        };
-        check.now_or_never().expect("memory never waits");
-    }
-}
-
-/// Where a directory entry's inode number is in an image.
-fn entry_at(image: &[u8], name: &[u8], nid: u64) -> usize {
-    let names = image.windows(name.len()).position(|window| window == name).unwrap();
-    let block = names & !4095;
-    let found = (block..names).find(|&at| image[at..at + 8] == nid.to_le_bytes() && image[at + 11] == 0);
-    found.expect("the entry is in the block of its name")
-}
-
-#[test]
-fn directories_with_two_parents_and_names_that_are_paths_are_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    fs::create_dir_all(dir.path().join("inner-name/leaf-name")).unwrap();
-    let good = mkfs(dir.path(), &[]);
-    let nids = async {
-        let image = Image::open(InMemory(good.clone())).await.unwrap();
-        let root = image.node(image.root()).await.unwrap();
-        let inner = image.lookup(&root, b"inner-name").await.unwrap().unwrap();
-        let leaf = image.lookup(&inner, b"leaf-name").await.unwrap().unwrap();
-        (root.nid, inner.nid, leaf.nid)
-    };
-    let (root, inner, leaf) = nids.now_or_never().unwrap();
-    // The leaf is the root, or its own parent.
-    for other in [root, inner] {
-        let mut image = good.clone();
-        let at = entry_at(&image, b"leaf-name", leaf);
-        image[at..at + 8].copy_from_slice(&other.to_le_bytes());
-        assert_eq!(visit_now(image.clone()).unwrap(), 2, "both names are listed, the second is not entered");
-        let found = async {
-            let image = Image::open(InMemory(image)).await.unwrap();
-            let inner = image.node(inner).await.unwrap();
-            image.lookup(&inner, b"leaf-name").await
-        };
-        let found = found.now_or_never().unwrap();
-        assert!(matches!(found, Err(ErofsError::Corrupt { nid, .. }) if nid == other), "{found:?}");
-    }
-    for (from, to) in
-        [(&b"leaf-name"[..], &b"leaf/name"[..]), (b"leaf-name", b"/eaf-name"), (b"leaf-name", b"!eaf-name")]
-    {
-        let mut image = good.clone();
-        let at = image.windows(from.len()).position(|window| window == from).unwrap();
-        image[at..at + to.len()].copy_from_slice(to);
-        // A slash is refused, and so is a name out of order.
-        assert_eq!(visit_now(image).unwrap(), 1, "{}", String::from_utf8_lossy(to));
-    }
 }
 
 #[tokio::test]

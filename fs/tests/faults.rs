@@ -3,17 +3,17 @@
 use std::time::{Duration, Instant};
 
 use forkd_fs::index::ChunkId;
-use forkd_fs::source::{Class, HttpError, SourceError};
+use forkd_fs::source::{HttpError, Priority, SourceError};
 use forkd_fs::store::{OpenError, PackLocation, PackSource, ReadError, Store, StoreOptions};
 
 mod support;
 use support::server::{Fault, Server};
 use support::{CHUNK, Fixture, http, noise, options, source};
 
-type Opened = (Fixture, Server, std::sync::Arc<Store>, ChunkId);
+type OpenedFile = (Fixture, Server, std::sync::Arc<Store>, ChunkId);
 
 /// A pack of two chunks on a server, opened, and the first chunk.
-async fn opened() -> Opened {
+async fn opened() -> OpenedFile {
     let fixture = Fixture::with(&[("memory.bin", noise(1, 100_000))]);
     let server = Server::start(fixture.bytes()).await;
     let store = Store::open(fixture.pinned(server.url()), options()).await.unwrap();
@@ -23,13 +23,13 @@ async fn opened() -> Opened {
 
 #[tokio::test]
 async fn a_lasting_flipped_byte_is_named_and_its_neighbours_are_not_affected() {
-    for class in [Class::Demand, Class::WorkingSet, Class::Prefetch] {
+    for priority in [Priority::Demand, Priority::WorkingSet, Priority::Prefetch] {
         let (fixture, server, store, id) = opened().await;
         server.flip(store.index().record(id).unwrap().offset as usize + 100, u32::MAX);
-        let failed = match class {
-            Class::Demand => store.chunk(id).await.map(drop),
-            Class::WorkingSet | Class::Prefetch => {
-                store.fetch(&[vec![id]], class, &|_, _| panic!("handed over")).await
+        let failed = match priority {
+            Priority::Demand => store.chunk(id).await.map(drop),
+            Priority::WorkingSet | Priority::Prefetch => {
+                store.fetch(&[vec![id]], priority, &|_, _| panic!("handed over")).await
             }
         };
         let Err(ReadError::Corrupt { file, chunk, expected, found, location }) = failed else {
@@ -97,7 +97,7 @@ async fn a_fetch_goes_on_where_it_broke_off() {
         .files()
         .flat_map(|(file, _)| store.index().stored_chunks(file).map(|(id, _)| id))
         .collect();
-    store.fetch(&[all], Class::Prefetch, &|_, _| ()).await.unwrap();
+    store.fetch(&[all], Priority::Prefetch, &|_, _| ()).await.unwrap();
     let starts: Vec<_> =
         server.requests()[1..].iter().map(|request| request.range.clone().unwrap().start).collect();
     assert!(starts.len() == 3 && starts.is_sorted(), "each attempt asked for the rest only: {starts:?}");
@@ -209,10 +209,10 @@ async fn a_host_that_has_sent_ranges_is_asked_for_ranges_ever_after() {
     let object = noise(1, 5000);
     let server = Server::start(object.clone()).await;
     let source = source(&http(), &server.url(), Some(5000));
-    assert_eq!(source.read_at(0, 100, Class::Demand).await.unwrap(), object[..100]);
+    assert_eq!(source.read_at(0, 100, Priority::Demand).await.unwrap(), object[..100]);
     server.fail_next([Fault::WrongRange, Fault::Chunked(noise(2, 300)), Fault::WholeChunked]);
-    assert_eq!(source.read_at(100, 100, Class::Demand).await.unwrap(), object[100..200]);
-    assert_eq!(source.read_at(200, 100, Class::Demand).await.unwrap(), object[200..300]);
+    assert_eq!(source.read_at(100, 100, Priority::Demand).await.unwrap(), object[100..200]);
+    assert_eq!(source.read_at(200, 100, Priority::Demand).await.unwrap(), object[200..300]);
     let asked = server.requests();
     assert!(asked.len() == 6 && asked.iter().all(|asked| asked.range.is_some()), "{asked:?}");
     assert_eq!(source.counters().bytes, 300, "nothing was downloaded whole");
@@ -222,15 +222,15 @@ async fn a_host_that_has_sent_ranges_is_asked_for_ranges_ever_after() {
 async fn reads_of_every_class_get_over_wrong_answers() {
     let memory = noise(1, 300 * CHUNK);
     let fixture = Fixture::with(&[("memory.bin", memory)]);
-    for class in [Class::Demand, Class::WorkingSet, Class::Prefetch] {
+    for priority in [Priority::Demand, Priority::WorkingSet, Priority::Prefetch] {
         for wrong in &WRONG {
             let server = Server::start(fixture.bytes()).await;
             let store = Store::open(fixture.pinned(server.url()), options()).await.unwrap();
             server.fail_every_fifth(wrong.clone());
             let file = store.index().file("memory.bin").unwrap();
             let all = store.index().stored_chunks(file).map(|(id, _)| id).collect();
-            let fetched = store.fetch(&[all], class, &|_, _| ()).await;
-            fetched.unwrap_or_else(|error| panic!("{class:?} {wrong:?}: {error:?}"));
+            let fetched = store.fetch(&[all], priority, &|_, _| ()).await;
+            fetched.unwrap_or_else(|error| panic!("{priority:?} {wrong:?}: {error:?}"));
             assert_eq!(store.progress().chunks_fetched, 300);
             assert!(server.request_count() > 10 && store.progress().retrying_since.is_none());
         }
@@ -245,7 +245,7 @@ async fn what_is_asked_again_is_asked_over_another_connection() {
     let source = source(&http(), &server.url(), Some(5000));
     for at in 0..10 {
         server.fail_next([Fault::BadConnection]);
-        let bytes = source.read_at(at * 100, 100, Class::Demand).await.unwrap();
+        let bytes = source.read_at(at * 100, 100, Priority::Demand).await.unwrap();
         assert_eq!(bytes, object[at as usize * 100..][..100]);
     }
     assert_eq!(server.request_count(), 20, "one that is kept answers wrongly for ever");
@@ -258,13 +258,13 @@ async fn one_wrong_answer_costs_one_connection() {
     server.set_bandwidth(10 << 20);
     let source = source(&http(), &server.url(), Some(4 << 20));
     // Beside a demand read, prefetch asks for little at a time: one body takes many requests.
-    let mut beside = source.stream_at(0, 1 << 20, Class::Prefetch);
+    let mut beside = source.stream_at(0, 1 << 20, Priority::Prefetch);
     beside.next().await.unwrap();
-    source.read_at(0, 100, Class::Demand).await.unwrap();
+    source.read_at(0, 100, Priority::Demand).await.unwrap();
     while beside.next().await.unwrap().is_some() {}
     let (requests, connections) = (server.request_count(), server.connection_count());
     server.fail_next([Fault::WrongRange]);
-    let mut body = source.stream_at(0, 4 << 20, Class::Prefetch);
+    let mut body = source.stream_at(0, 4 << 20, Priority::Prefetch);
     let mut got = Vec::new();
     while let Some(piece) = body.next().await.unwrap() {
         got.extend_from_slice(&piece);
@@ -280,7 +280,7 @@ async fn bytes_beyond_the_end_are_asked_for_once() {
     let server = Server::start(noise(1, 5000)).await;
     server.fail_always(Fault::UpToTheEnd);
     let source = source(&http(), &server.url(), None);
-    let error = source.read_at(4000, 2000, Class::Demand).await.unwrap_err();
+    let error = source.read_at(4000, 2000, Priority::Demand).await.unwrap_err();
     assert!(matches!(error, SourceError::Http(HttpError::OutOfRange { .. })), "{error:?}");
     assert_eq!(server.request_count(), 1);
 }
@@ -298,7 +298,7 @@ async fn a_host_that_keeps_answering_wrongly_is_said_to() {
         server.fail_always(fault);
         let source = source(&http(), &server.url(), Some(5000));
         let SourceError::Http(HttpError::Deadline { url, attempts, waited, last }) =
-            source.read_at(10, 10, Class::Demand).await.unwrap_err()
+            source.read_at(10, 10, Priority::Demand).await.unwrap_err()
         else {
             panic!("{says}")
         };

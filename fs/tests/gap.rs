@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use forkd_fs::index::ChunkId;
-use forkd_fs::source::Class;
+use forkd_fs::source::Priority;
 use forkd_fs::store::{Store, StoreOptions};
 
 mod support;
@@ -35,7 +35,7 @@ async fn fetch(fixture: &Fixture, link: u64, rtt: Duration, max_gap: u64) -> Fet
     server.set_bandwidth(link);
     let before = store.progress();
     let started = Instant::now();
-    store.fetch(&[wanted(&store)], Class::Demand, &|_, _| ()).await.unwrap();
+    store.fetch(&[wanted(&store)], Priority::Demand, &|_, _| ()).await.unwrap();
     let after = store.progress();
     Fetched {
         requests: after.requests - before.requests,
@@ -90,7 +90,7 @@ async fn larger_gaps_mean_fewer_requests_and_more_bytes() {
         let store = Store::open(fixture.pinned(server.url()), options).await.unwrap();
         let file = store.index().file("memory.bin").unwrap();
         let every_fourth = (0..32).step_by(4).map(|chunk| ChunkId { file, chunk }).collect();
-        store.fetch(&[every_fourth], Class::Demand, &|_, _| ()).await.unwrap();
+        store.fetch(&[every_fourth], Priority::Demand, &|_, _| ()).await.unwrap();
         seen.push((server.request_count() - 1, store.progress().chunks_fetched));
     }
     assert_eq!(seen, [(8, 8), (1, 29)], "what lies between is kept");

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant, SystemTime};
 use forkd_fs::digest::Digest;
 use forkd_fs::legacy::{self, LegacyError};
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
-use forkd_fs::tree::{Attributes, Kind, Listing, Opened, ROOT, Tree};
+use forkd_fs::tree::{Attributes, Kind, OpenedFile, PackListing, ROOT, Tree};
 use rustix::io::Errno;
 
 mod support;
@@ -235,7 +235,7 @@ fn a_pack_of_layout_3_is_not_mistaken_for_one() {
 }
 
 fn mounted(source: PackSource, sha256: Option<Digest>, options: StoreOptions) -> Tree {
-    let listing = Listing {
+    let listing = PackListing {
         owner: "o".into(),
         name: "n".into(),
         version: "v1".into(),
@@ -276,7 +276,7 @@ async fn contents(tree: &Tree, path: &str) -> Vec<u8> {
 
 async fn stats(tree: &Tree) -> serde_json::Value {
     let report = walk(tree, "o/n/v1/.forkd/stats.json").await.unwrap();
-    let Ok(Opened::Report(bytes)) = tree.open(report.inode) else { panic!("no report") };
+    let Ok(OpenedFile::Report(bytes)) = tree.open(report.inode) else { panic!("no report") };
     serde_json::from_slice(&bytes).unwrap()
 }
 

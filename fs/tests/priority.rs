@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use forkd_fs::source::{Class, Deadlines, HttpClient, HttpOptions, Source};
+use forkd_fs::source::{HttpClient, HttpOptions, HttpSource, Priority, ReadDeadlines, Source};
 
 mod support;
 use support::noise;
@@ -34,10 +34,10 @@ async fn measure(bandwidth: u64, streams: usize, pause: Duration, rtt: Duration)
     server.set_bandwidth(bandwidth);
     server.set_latency(rtt);
     let http = HttpClient::new(HttpOptions::default());
-    let deadlines = Deadlines { demand: Duration::from_secs(30), prefetch: Duration::from_secs(30) };
-    let source = Arc::new(Source::Http(http.source(&server.url(), None, deadlines).unwrap()));
+    let deadlines = ReadDeadlines { demand: Duration::from_secs(30), prefetch: Duration::from_secs(30) };
+    let source = Arc::new(Source::Http(HttpSource::new(&http, &server.url(), None, deadlines).unwrap()));
     // The connection demand uses is there already.
-    source.read_at(0, 10, Class::Demand).await.unwrap();
+    source.read_at(0, 10, Priority::Demand).await.unwrap();
     let stop = Arc::new(AtomicBool::new(false));
     let tasks: Vec<_> = (0..streams as u64)
         .map(|stream| {
@@ -45,7 +45,7 @@ async fn measure(bandwidth: u64, streams: usize, pause: Duration, rtt: Duration)
             tokio::spawn(async move {
                 let mut got = 0;
                 for run in 0.. {
-                    let mut body = source.stream_at((stream * 3 + run) % 15 * RUN, RUN, Class::Prefetch);
+                    let mut body = source.stream_at((stream * 3 + run) % 15 * RUN, RUN, Priority::Prefetch);
                     while let Some(piece) = body.next().await.unwrap() {
                         got += piece.len() as u64;
                         if stop.load(Relaxed) {
@@ -62,7 +62,7 @@ async fn measure(bandwidth: u64, streams: usize, pause: Duration, rtt: Duration)
     for read in 0..16 {
         tokio::time::sleep(pause).await;
         let asked = Instant::now();
-        source.read_at(read * 7 % 100 * FRAME, FRAME, Class::Demand).await.unwrap();
+        source.read_at(read * 7 % 100 * FRAME, FRAME, Priority::Demand).await.unwrap();
         latencies.push(asked.elapsed());
     }
     stop.store(true, Relaxed);

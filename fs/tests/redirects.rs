@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use forkd_fs::source::{Class, HttpError, Source, SourceError};
+use forkd_fs::source::{HttpError, Priority, Source, SourceError};
 
 mod support;
 use support::server::{Fault, Server};
@@ -39,7 +39,7 @@ impl Hosts {
     }
 
     async fn check(&self, source: &Source, at: usize) {
-        let bytes = source.read_at(at as u64, 1000, Class::Demand).await.unwrap();
+        let bytes = source.read_at(at as u64, 1000, Priority::Demand).await.unwrap();
         assert_eq!(bytes, self.object[at..at + 1000]);
     }
 }
@@ -82,7 +82,7 @@ async fn a_target_that_stays_refused_is_asked_for_once_again_and_denied() {
         hosts.check(&source, 0).await;
         hosts.back.fail_always(Fault::Status(status, None));
         hosts.front.set_latency(Duration::from_millis(100));
-        let reads = (0..8).map(|_| source.read_at(0, 10, Class::Demand));
+        let reads = (0..8).map(|_| source.read_at(0, 10, Priority::Demand));
         for failed in futures_util::future::join_all(reads).await {
             let error = http_error(failed.unwrap_err());
             let expected = match &error {
@@ -134,7 +134,7 @@ async fn no_error_and_no_description_shows_a_signature() {
         let hosts = Hosts::start().await;
         let source = hosts.source();
         hosts.back.fail_always(fault.clone());
-        let error = source.read_at(0, 10, Class::Demand).await.unwrap_err();
+        let error = source.read_at(0, 10, Priority::Demand).await.unwrap_err();
         let shown = format!("{error} {error:?} {source:?} {}", source.describe());
         assert!(!shown.contains("Signature"), "{fault:?}: {shown}");
     }

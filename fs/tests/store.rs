@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::index::ChunkId;
 use forkd_fs::prefetch;
-use forkd_fs::source::Class;
+use forkd_fs::source::Priority;
 use forkd_fs::store::{ChunkData, OpenError, PackLocation, ReadError, Store, StoreOptions};
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 
@@ -237,7 +237,7 @@ async fn a_bulk_read_begins_with_two_requests() {
     let all = stored(&store);
     let reading = tokio::spawn({
         let store = store.clone();
-        async move { store.fetch(&[all], Class::WorkingSet, &|_, _| {}).await }
+        async move { store.fetch(&[all], Priority::WorkingSet, &|_, _| {}).await }
     });
     tokio::time::sleep(LATENCY / 2).await;
     assert_eq!(server.request_count(), 1 + 2, "what was asked for first has the link");
@@ -253,7 +253,7 @@ async fn fetching_everything_takes_few_requests_and_hands_over_each_chunk() {
     let store = Store::open(fixture.pinned(server.url()), options.clone()).await.unwrap();
     let (all, collected) = (stored(&store), Collected::default());
     store
-        .fetch(std::slice::from_ref(&all), Class::Prefetch, &|id, data| collected.take(id, data))
+        .fetch(std::slice::from_ref(&all), Priority::Prefetch, &|id, data| collected.take(id, data))
         .await
         .unwrap();
     assert_eq!(collected.ids(), all);
@@ -269,7 +269,7 @@ async fn fetching_everything_takes_few_requests_and_hands_over_each_chunk() {
     drop(server);
     let again = Collected::default();
     offline
-        .fetch(std::slice::from_ref(&all), Class::Prefetch, &|id, data| again.take(id, data))
+        .fetch(std::slice::from_ref(&all), Priority::Prefetch, &|id, data| again.take(id, data))
         .await
         .unwrap();
     assert_eq!(again.ids(), all);
@@ -287,19 +287,19 @@ async fn fetching_hands_over_zeros_and_what_lies_between() {
     let chunk = |chunk| ChunkId { file, chunk };
     let collected = Collected::default();
     let batches = [vec![chunk(0), chunk(2)], vec![chunk(4), chunk(2)]];
-    store.fetch(&batches, Class::Prefetch, &|id, data| collected.take(id, data)).await.unwrap();
+    store.fetch(&batches, Priority::Prefetch, &|id, data| collected.take(id, data)).await.unwrap();
     assert_eq!(collected.ids(), [chunk(0), chunk(2), chunk(4)]);
     let between = Collected::default();
     store
-        .fetch(&[vec![chunk(7), chunk(9)]], Class::Prefetch, &|id, data| between.take(id, data))
+        .fetch(&[vec![chunk(7), chunk(9)]], Priority::Prefetch, &|id, data| between.take(id, data))
         .await
         .unwrap();
     assert_eq!(between.ids(), [chunk(7), chunk(8), chunk(9)], "8 came along");
     between.check(&store, &fixture);
     let nothing =
-        store.fetch(&[vec![], vec![]], Class::Demand, &|_, _| panic!("nothing was asked for")).await;
+        store.fetch(&[vec![], vec![]], Priority::Demand, &|_, _| panic!("nothing was asked for")).await;
     nothing.unwrap();
-    let beyond = store.fetch(&[vec![chunk(99)]], Class::Prefetch, &|_, _| ()).await;
+    let beyond = store.fetch(&[vec![chunk(99)]], Priority::Prefetch, &|_, _| ()).await;
     assert!(matches!(beyond, Err(ReadError::NoSuchChunk { .. })));
 }
 
@@ -309,7 +309,7 @@ async fn runs_are_cut_at_two_mebibytes() {
     let server = Server::start(fixture.bytes()).await;
     let store = Store::open(fixture.pinned(server.url()), options()).await.unwrap();
     let collected = Collected::default();
-    store.fetch(&[stored(&store)], Class::Prefetch, &|id, data| collected.take(id, data)).await.unwrap();
+    store.fetch(&[stored(&store)], Priority::Prefetch, &|id, data| collected.take(id, data)).await.unwrap();
     collected.check(&store, &fixture);
     let longest = server.requests().iter().map(|request| request.range.clone().unwrap().len()).max().unwrap();
     assert!(longest <= 2 << 20 && server.request_count() <= 1 + 4, "{:?}", server.requests());
@@ -326,7 +326,7 @@ async fn a_trace_is_fetched_bucket_by_bucket() {
     let trace = Trace { regions: vec![RegionTrace { file: "memory.bin".into(), buckets }] };
     let plan = prefetch::plan(store.index(), &trace);
     let order = Mutex::new(Vec::new());
-    store.fetch(&plan, Class::Demand, &|id, _| order.lock().unwrap().push(id.chunk)).await.unwrap();
+    store.fetch(&plan, Priority::Demand, &|id, _| order.lock().unwrap().push(id.chunk)).await.unwrap();
     let mut order = order.into_inner().unwrap();
     order.sort();
     assert_eq!(order, [10, 90, 91]);
@@ -345,7 +345,7 @@ async fn demand_joins_a_prefetch_under_way() {
     let store = Store::open(fixture.pinned(server.url()), options()).await.unwrap();
     server.set_latency(Duration::from_millis(50));
     let all = stored(&store);
-    let prefetch = store.fetch(std::slice::from_ref(&all), Class::Prefetch, &|_, _| ());
+    let prefetch = store.fetch(std::slice::from_ref(&all), Priority::Prefetch, &|_, _| ());
     let demand = async {
         tokio::time::sleep(Duration::from_millis(20)).await;
         store.chunk(all[9]).await
@@ -363,7 +363,7 @@ async fn demand_overtakes_a_prefetch_that_hangs() {
     let store = Store::open(fixture.pinned(server.url()), options()).await.unwrap();
     server.fail_next([Fault::Stall]);
     let all = stored(&store);
-    let prefetch = store.fetch(std::slice::from_ref(&all), Class::Prefetch, &|_, _| ());
+    let prefetch = store.fetch(std::slice::from_ref(&all), Priority::Prefetch, &|_, _| ());
     let demand = async {
         tokio::time::sleep(Duration::from_millis(20)).await;
         let (one, two) = tokio::join!(store.chunk(all[9]), store.chunk(all[9]));
@@ -387,7 +387,7 @@ async fn a_prefetch_takes_what_demand_is_fetching_from_it() {
         tokio::time::sleep(Duration::from_millis(20)).await;
         let collected = Collected::default();
         store
-            .fetch(std::slice::from_ref(&all), Class::Prefetch, &|id, data| collected.take(id, data))
+            .fetch(std::slice::from_ref(&all), Priority::Prefetch, &|id, data| collected.take(id, data))
             .await
             .unwrap();
         assert_eq!(collected.ids(), all);
@@ -407,7 +407,7 @@ async fn a_fetch_given_up_leaves_nothing_behind() {
     let store = Store::open(fixture.pinned(server.url()), options()).await.unwrap();
     server.fail_next([Fault::StallHalfway]);
     let all = stored(&store);
-    let fetch = store.fetch(std::slice::from_ref(&all), Class::Prefetch, &|_, _| ());
+    let fetch = store.fetch(std::slice::from_ref(&all), Priority::Prefetch, &|_, _| ());
     assert!(tokio::time::timeout(Duration::from_millis(50), fetch).await.is_err());
     for &id in &all {
         store.chunk(id).await.unwrap();

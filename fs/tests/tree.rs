@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use forkd_fs::manifest::{KvmKind, Manifest, Requires};
 use forkd_fs::store::{PackLocation, PackSource, StoreOptions};
-use forkd_fs::tree::{Attributes, Kind, Listing, MAX_READ, Opened, ROOT, Tree};
+use forkd_fs::tree::{Attributes, Kind, MAX_READ, OpenedFile, PackListing, ROOT, Tree};
 use forkd_fs::writer::{PackOptions, PackWriter};
 use rustix::io::Errno;
 
@@ -51,8 +51,8 @@ fn pack(dir: &Path) -> PathBuf {
     out
 }
 
-fn listing(name: &str, version: &str, path: &Path) -> Listing {
-    Listing {
+fn listing(name: &str, version: &str, path: &Path) -> PackListing {
+    PackListing {
         owner: "o".into(),
         name: name.into(),
         version: version.into(),
@@ -115,7 +115,7 @@ async fn members_have_their_bytes_and_holes() {
     let tree = Tree::new(vec![listing("n", "v1", &path)], StoreOptions::default());
     let memory = walk(&tree, "o/n/v1/memory.bin").await.unwrap();
     assert_eq!((memory.size, memory.allocated), (CHUNK * 4 + 10, CHUNK * 3));
-    assert!(matches!(tree.open(memory.inode), Ok(Opened::Immutable)));
+    assert!(matches!(tree.open(memory.inode), Ok(OpenedFile::Immutable)));
     for (offset, len) in
         [(0, 10), (CHUNK - 1, 2), (CHUNK * 3 - 1, 70_000), (CHUNK * 4, MAX_READ), (CHUNK * 5, 1)]
     {
@@ -152,7 +152,7 @@ async fn reports_open_no_pack_and_name_what_failed() {
     let report = async |path: &str| {
         let inode = walk(&tree, path).await.unwrap().inode;
         match tree.open(inode) {
-            Ok(Opened::Report(bytes)) => serde_json::from_slice::<serde_json::Value>(&bytes).unwrap(),
+            Ok(OpenedFile::Report(bytes)) => serde_json::from_slice::<serde_json::Value>(&bytes).unwrap(),
             other => panic!("{other:?}"),
         }
     };
@@ -217,7 +217,7 @@ async fn readers_of_a_pack_that_does_not_open_share_one_failure() {
     let location = PackLocation { source: PackSource::Url(server.url()), size: None, index: None };
     let deadline = std::time::Duration::from_millis(400);
     let tree = std::sync::Arc::new(Tree::new(
-        vec![Listing { location, ..listing("n", "v1", Path::new("unused")) }],
+        vec![PackListing { location, ..listing("n", "v1", Path::new("unused")) }],
         StoreOptions { demand_deadline: deadline, ..support::options() },
     ));
     let version = walk(&tree, "o/n/v1").await.unwrap().inode;

@@ -66,7 +66,7 @@ async fn a_manifest_that_lies_is_caught() {
     let vmstate = from.join("vmstate");
     let time = std::fs::metadata(&vmstate).unwrap().modified().unwrap();
     let swap = |progress: forkd_fs::writer::PackProgress| {
-        if progress.pass == forkd_fs::writer::Pass::Survey && progress.done == progress.total {
+        if progress.pass == forkd_fs::writer::Pass::Scan && progress.done == progress.total {
             use std::os::unix::fs::FileExt;
             let file = std::fs::File::options().write(true).open(&vmstate).unwrap();
             file.write_all_at(b"SAME", 0).unwrap();

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use forkd_engine::hub::registry::{HubAddress, Registry, RegistryCopies};
 use forkd_engine::local::paths::Paths;
 use forkd_fs::digest::Digest;
-use forkd_fs::erofs::{Image, ReadImage};
+use forkd_fs::erofs::{ErofsImage, ReadImage};
 use forkd_fs::format::{self, MAX_NAME_LEN};
 use forkd_fs::index::{ChunkId, Index, TRAILER_LEN};
 use forkd_fs::legacy;
@@ -21,10 +21,10 @@ use forkd_fs::manifest::Manifest;
 use forkd_fs::source::HttpClient;
 use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
 use forkd_fs::trace::Trace;
-use forkd_vmm::pvm::instruction::{LONGEST, Operation, XsaveInstruction};
-use forkd_vmm::pvm::xsave::{self, Outcome, Registers};
-use forkd_vmm::pvm::xsave_area::Layout;
-use forkd_vmm::snapshot::{MachineState, VERSION as VMSTATE_VERSION};
+use forkd_vmm::pvm::instruction::{LONGEST, XsaveInstruction, XsaveOperation};
+use forkd_vmm::pvm::xsave::{self, XsaveOutcome, XsaveRegisters};
+use forkd_vmm::pvm::xsave_area::{XsaveLayout, amd_leaf};
+use forkd_vmm::vmstate::{MachineState, VERSION as VMSTATE_VERSION};
 use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use sha2::{Digest as _, Sha256};
 use tokio::runtime::Runtime;
@@ -160,7 +160,7 @@ impl ReadImage for InMemory<'_> {
 /// A root disk: every name that can be reached, and the beginning of what it names.
 pub fn erofs(bytes: &[u8]) {
     RUNTIME.block_on(async {
-        let Ok(image) = Image::open(InMemory(bytes)).await else { return };
+        let Ok(image) = ErofsImage::open(InMemory(bytes)).await else { return };
         let Ok(root) = image.node(image.root()).await else { return };
         let (mut directories, mut seen) = (vec![root], 0);
         // Many names of one directory below one parent are allowed; looking into it once is enough.
@@ -244,26 +244,19 @@ pub fn xsave(bytes: &[u8]) {
     let ss = kvm_segment { dpl: (number(7) >> 32) as u8 & 3, ..Default::default() };
     let special = kvm_sregs { cr0: number(3), cr3: number(4), cr4: number(5), ss, ..Default::default() };
     let instruction = XsaveInstruction::decode(&head[NUMBERS..], &general).unwrap_or(XsaveInstruction {
-        operation: if number(0) & 8 == 0 { Operation::Save } else { Operation::Restore },
+        operation: if number(0) & 8 == 0 { XsaveOperation::Save } else { XsaveOperation::Restore },
         wide: true,
         address: number(2),
         length: 4,
     });
     assert!((3..=LONGEST).contains(&instruction.length));
-    let layout = Layout::new(|subleaf| match subleaf {
-        0 => [0xe7, 0, 0, 0],
-        2 => [0x100, 0x240, 0, 0],
-        5 => [0x40, 0x340, 0, 0],
-        6 => [0x200, 0x380, 0, 0],
-        7 => [0x400, 0x580, 0, 0],
-        _ => [0; 4],
-    });
+    let layout = XsaveLayout::new(amd_leaf);
     let mut state = vec![0x5a; number(7) as usize % 4097];
     let before = state.clone();
-    let registers = Registers { general: &general, special: &special, xcr0: number(6) };
+    let registers = XsaveRegisters { general: &general, special: &special, xcr0: number(6) };
     let outcome = xsave::execute(&instruction, registers, &ram, &layout, &mut state);
-    let done = outcome == Ok(Outcome::Done);
-    if !(done && instruction.operation == Operation::Save) {
+    let done = outcome == Ok(XsaveOutcome::Done);
+    if !(done && instruction.operation == XsaveOperation::Save) {
         let mut after = vec![0; RAM];
         ram.read_slice(&mut after, GuestAddress(0)).expect("it is there");
         // A walk marks entries of tables as accessed and dirty, and changes nothing else.

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::SystemTime;
 
-use forkd_fs::cache::{CacheOptions, ChunkCache, Survey};
+use forkd_fs::cache::{CacheContents, CacheOptions, ChunkCache};
 use serde::Serialize;
 
 use crate::cli::CacheGcArgs;
@@ -50,7 +50,7 @@ struct Collected {
 pub fn ls(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
-    let Survey { entries, bytes, damaged, unfinished, oldest_use } = cache.survey();
+    let CacheContents { entries, bytes, damaged, unfinished, oldest_use } = cache.contents();
     let report = Report {
         directory: paths.cache.display().to_string(),
         chunks: entries,
@@ -95,7 +95,7 @@ fn show(report: &Report, oldest_use: Option<SystemTime>) -> String {
 pub fn verify(output: &Output) -> Result<ExitCode, CommandError> {
     let paths = Paths::from_env()?;
     let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
-    let progress = output.begin("checking", Amount::Bytes(cache.survey().bytes));
+    let progress = output.begin("checking", Amount::Bytes(cache.contents().bytes));
     let found = cache.verify(&|bytes| progress.to(bytes));
     drop(progress);
     let report = Verified { chunks: found.entries, bytes: found.bytes, damaged: found.damaged };
@@ -113,7 +113,7 @@ pub fn gc(args: &CacheGcArgs, output: &Output) -> Result<ExitCode, CommandError>
     let failed = |source| PathsError::Directory { path: paths.cache.clone(), source };
     let removed = cache.collect(args.all).map_err(failed)?;
     let (downloads, download_bytes) = download::collect(&paths, args.all);
-    let left = cache.survey();
+    let left = cache.contents();
     let report = Collected {
         removed_files: removed.files + downloads,
         removed_bytes: removed.bytes + download_bytes,

@@ -88,7 +88,7 @@ fn hint_of_http(row: Row, error: &HttpError) -> Row {
             "if you trust the host, add its CA to the system's certificates or name its PEM file in SSL_CERT_FILE",
         ),
         HttpError::Downgrade { .. } => row.hint("the publisher has to mend the redirect"),
-        HttpError::Spool { .. } => row.hint("make room there, or point XDG_CACHE_HOME elsewhere"),
+        HttpError::TemporaryFile { .. } => row.hint("make room there, or point XDG_CACHE_HOME elsewhere"),
         HttpError::Download { last, .. } => hint_of_http(row, last),
         HttpError::WrongRange { .. }
         | HttpError::WrongLength { .. }

@@ -4,7 +4,7 @@
 use bytes::Bytes;
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
 use forkd_vmm::memory::{GuestMemory, ImageId, Mapping, MemoryLayout, Sharing};
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::uffd::Uffd;
 use rustix::fd::AsFd;
 use std::sync::Arc;
@@ -22,11 +22,11 @@ const CLIENTS_MAX: u64 = 100;
 struct Warm(Bytes);
 
 impl PageSource for Warm {
-    fn load(&self, _chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, _chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         Ok(ChunkContent::Data(self.0.clone()))
     }
 
-    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, _waiters: &[ClientId], failure: SourceFailure) {
         panic!("{chunk:?} is always there: {failure}");
     }
 }

@@ -1,6 +1,6 @@
 //! ACPI tables: what a stock kernel needs to find the machine's processors and devices without a command line, and the
 //! generation device ("Virtual Machine Generation ID", Microsoft 2012) by which a kernel hears that it is a copy and
-//! reseeds its random numbers. Callers: `boot.rs`, `machine.rs`.
+//! reseeds its random numbers.
 //!
 //! ```text
 //! GENERATION_PAGE   16 random bytes, new in every copy

@@ -1,5 +1,5 @@
 //! x86-64 facts of a forkd machine: guest-physical addresses, interrupt lines, and the register state in which a Linux
-//! kernel is entered. Callers: `boot.rs`, `machine.rs`, `devices/`.
+//! kernel is entered.
 //!
 //! Boot state: Documentation/arch/x86/boot.rst of Linux, "64-bit Boot Protocol".
 

@@ -1,5 +1,4 @@
-//! Loads a Linux kernel into a new machine: its image, an initramfs, command line, zero page, random seed. Callers:
-//! `machine.rs`.
+//! Loads a Linux kernel into a new machine: its image, an initramfs, command line, zero page, random seed.
 
 use crate::arch;
 use crate::kvm::KvmKind;

@@ -3,9 +3,9 @@
 //! ```text
 //! <ancestor>/forkd/<name>      one a machine, named by its child or build
 //! ```
-//! `<ancestor>` is this process's own cgroup or the nearest one above it in which this user may make others and that has
-//! controllers to hand down. `forkd` itself stays, empty: another process may be about to use it. A host without such a place sets no limits; `forkd doctor` says so. Callers: `zygote.rs`,
-//! and the root crate's `run_dir.rs` and `doctor.rs`.
+//! `<ancestor>` is this process's own cgroup or the nearest one above it in which this user may make others and that
+//! has controllers to hand down. `forkd` itself stays, empty: another process may be about to use it. A host without
+//! such a place sets no limits; `forkd doctor` says so.
 
 use crate::memory::MemoryLayout;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};

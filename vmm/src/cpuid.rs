@@ -1,6 +1,6 @@
 //! What a guest's CPUID instruction shows: the host's supported leaves, with each vCPU's place among its siblings, and
 //! without what a lazily filled machine must not have. Also tells which features a snapshot needs and a host lacks.
-//! Leaves: Intel SDM volume 2, "CPUID"; KVM's: Documentation/virt/kvm/x86/cpuid.rst. Callers: `machine.rs`.
+//! Leaves: Intel SDM volume 2, "CPUID"; KVM's: Documentation/virt/kvm/x86/cpuid.rst.
 
 use crate::kvm::{Hypervisor, KvmError, KvmKind};
 use crate::pvm;

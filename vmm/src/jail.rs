@@ -1,16 +1,16 @@
 //! The jail of a machine's process: what a guest that has taken its monitor over finds around itself.
 //!
-//! The zygote builds it once (a root directory with nothing in it, an empty network, open devices, the compiled filter);
-//! every machine's process then enters it: namespaces of its own, a user of its own, no capabilities, small limits, none
-//! but its own descriptors and, last, the system call filter. Everything a guest can influence is read after that.
-//! Callers: `zygote.rs` (building), `process.rs` (entering), the root crate's `doctor.rs`, tests.
+//! The zygote builds it once (a root directory with nothing in it, an empty network, open devices, the compiled
+//! filter); every machine's process then enters it: namespaces of its own, a user of its own, no capabilities, small
+//! limits, none but its own descriptors and, last, the system call filter. Everything a guest can influence is read
+//! after that.
 
 pub mod filter;
 mod program;
 
+use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
 use crate::kvm::{Hypervisor, KvmError, KvmKind};
-use crate::process::describe;
 use crate::sys::{self, ForkError, Forked, Lifetime};
 use crate::uffd::{Uffd, UffdDevice, UffdError};
 use filter::{Filter, FilterError};
@@ -86,7 +86,7 @@ pub fn try_out() -> Result<Isolation, JailError> {
     match sys::fork_process(Lifetime::BoundToParent)? {
         Forked::Child => {
             let built = Jail::build().map(|jail| jail.isolation());
-            let _ = theirs.send(&built.map_err(|error| describe(&error)), &[]);
+            let _ = theirs.send(&built.map_err(|error| chain(&error)), &[]);
             sys::exit_now(0)
         }
         Forked::Parent(child) => {
@@ -138,7 +138,7 @@ pub struct Jail {
 
 /// What distinguishes one machine's jail.
 #[derive(Debug, Clone, Copy)]
-pub struct Cell {
+pub struct JailOptions {
     /// Counted from 0 in its fork.
     pub number: u32,
     /// Largest file that its process may write, bytes; [`FILE_BYTES`] unless it has a disk to write to.
@@ -149,10 +149,10 @@ pub struct Cell {
 
 /// What was opened for a machine before its process lost the means to.
 #[derive(Debug)]
-pub struct Opened {
+pub struct JailDevices {
     /// /dev/kvm.
     pub hypervisor: Hypervisor,
-    /// For [`Cell::lazy`] machines.
+    /// For [`JailOptions::lazy`] machines.
     pub uffd: Option<Uffd>,
 }
 
@@ -189,28 +189,32 @@ impl Jail {
     }
 
     /// Where machines' processes are to be forked.
-    pub fn place<'a>(&self, cgroup: Option<BorrowedFd<'a>>) -> sys::Place<'a> {
-        sys::Place { pid_namespace: self.isolation != Isolation::None, cgroup }
+    pub fn place<'a>(&self, cgroup: Option<BorrowedFd<'a>>) -> sys::ProcessPlace<'a> {
+        sys::ProcessPlace { pid_namespace: self.isolation != Isolation::None, cgroup }
     }
 
     /// Shuts this process, just forked, into the jail with nothing but `files`.
-    pub fn enter(self, cell: &Cell, files: &[BorrowedFd<'_>]) -> Result<Opened, JailError> {
-        let (opened, filter) = self.confine(cell, files)?;
+    pub fn enter(self, options: &JailOptions, files: &[BorrowedFd<'_>]) -> Result<JailDevices, JailError> {
+        let (opened, filter) = self.confine(options, files)?;
         filter.install()?;
         Ok(opened)
     }
 
     /// Everything that [`Jail::enter`] does but the filter, which the caller installs.
-    pub fn confine(self, cell: &Cell, files: &[BorrowedFd<'_>]) -> Result<(Opened, Filter), JailError> {
+    pub fn confine(
+        self,
+        options: &JailOptions,
+        files: &[BorrowedFd<'_>],
+    ) -> Result<(JailDevices, Filter), JailError> {
         let Jail { isolation, users, zygote, hypervisor, uffd: device, filter } = self;
         // Without the device only a capability gives a userfaultfd, so it comes before they go.
-        let uffd = cell.lazy.then(|| Uffd::from_device(&device?)).transpose()?;
+        let uffd = options.lazy.then(|| Uffd::from_device(&device?)).transpose()?;
         if isolation != Isolation::None {
             sys::unshare(PER_MACHINE).map_err(step("leaving namespaces"))?;
         }
         sys::leave_keyring().map_err(step("leaving the session keyring"))?;
-        limit_resources(cell, users)?;
-        become_nobody(cell, users)?;
+        limit_resources(options, users)?;
+        become_nobody(options, users)?;
         sys::bind_to_parent(&zygote).map_err(step("binding it to its parent"))?;
         drop(zygote);
         let mut kept = files.to_vec();
@@ -221,7 +225,7 @@ impl Jail {
             Some(filter) => filter,
             None => Filter::new(rustix::process::getpid().as_raw_nonzero().get() as u32)?,
         };
-        Ok((Opened { hypervisor, uffd }, filter))
+        Ok((JailDevices { hypervisor, uffd }, filter))
     }
 }
 
@@ -308,12 +312,12 @@ fn drop_bounding_set() {
     }
 }
 
-fn limit_resources(cell: &Cell, users: Users) -> Result<(), JailError> {
+fn limit_resources(options: &JailOptions, users: Users) -> Result<(), JailError> {
     let mut limits = vec![
         // A core dump of a machine would hold the guest's memory.
         (Resource::Core, 0),
         (Resource::Nofile, DESCRIPTORS),
-        (Resource::Fsize, cell.file_bytes),
+        (Resource::Fsize, options.file_bytes),
         (Resource::Memlock, 0),
         (Resource::Msgqueue, 0),
         (Resource::Rtprio, 0),
@@ -331,11 +335,11 @@ fn limit_resources(cell: &Cell, users: Users) -> Result<(), JailError> {
     Ok(())
 }
 
-fn become_nobody(cell: &Cell, users: Users) -> Result<(), JailError> {
+fn become_nobody(options: &JailOptions, users: Users) -> Result<(), JailError> {
     // The group of whoever is signalled by group; its siblings would be in it.
     rustix::process::setsid().map_err(step("leaving the session"))?;
     let id = match users {
-        Users::From(first) => Some(first + cell.number % UIDS_PER_FORK),
+        Users::From(first) => Some(first + options.number % UIDS_PER_FORK),
         Users::One(id) => Some(id),
         Users::Unchanged => None,
     };

@@ -1,5 +1,4 @@
 //! The edge to /dev/kvm: opening it, telling its kind, memory slots, and the few ioctls that kvm-ioctls marks unsafe.
-//! Callers: `vcpu.rs`, `machine.rs`, `pvm.rs`, `process.rs`.
 
 use crate::memory::{GuestMemory, MemoryLayout};
 use kvm_bindings::{
@@ -174,40 +173,64 @@ fn set_memory_slots(vm: &VmFd, layout: &MemoryLayout, memory: &GuestMemory) -> R
     Ok(())
 }
 
-/// Size of this VM's XSAVE area, bytes.
-fn xsave_bytes(vm: &VmFd) -> usize {
-    (vm.check_extension_int(Cap::Xsave2).max(0) as usize).max(size_of::<kvm_xsave>())
+/// A vCPU's floating point and vector state, as KVM passes it. It is sized for one VM and can be used again.
+#[derive(Debug)]
+pub struct XsaveBuffer {
+    area: Xsave,
+    bytes: usize,
 }
 
-fn xsave_buffer(bytes: usize) -> Result<Xsave, KvmError> {
-    let extra = (bytes - size_of::<kvm_xsave>()).div_ceil(size_of::<<kvm_xsave2 as FamStruct>::Entry>());
-    Xsave::new(extra).map_err(|_| KvmError::XsaveSize { found: bytes, expected: XSAVE_MAX })
+impl XsaveBuffer {
+    /// A buffer of the size that this VM's state has.
+    pub fn new(vm: &VmFd) -> Result<XsaveBuffer, KvmError> {
+        let fixed = size_of::<kvm_xsave>();
+        let needed = (vm.check_extension_int(Cap::Xsave2).max(0) as usize).max(fixed);
+        let more = (needed - fixed).div_ceil(size_of::<<kvm_xsave2 as FamStruct>::Entry>());
+        let too_large = |_| KvmError::XsaveSize { found: needed, expected: XSAVE_MAX };
+        Ok(XsaveBuffer { area: Xsave::new(more).map_err(too_large)?, bytes: needed.next_multiple_of(4) })
+    }
+
+    /// Takes the state of a vCPU of the VM.
+    pub fn save(&mut self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 reports for this VM.
+        unsafe { vcpu.get_xsave2(&mut self.area) }.map_err(ioctl("KVM_GET_XSAVE2"))
+    }
+
+    /// Gives the state to a vCPU of the VM.
+    pub fn restore(&self, vcpu: &VcpuFd) -> Result<(), KvmError> {
+        // SAFETY: the buffer is as large as KVM_CAP_XSAVE2 says this VM reads.
+        unsafe { vcpu.set_xsave2(&self.area) }.map_err(ioctl("KVM_SET_XSAVE"))
+    }
+
+    /// The state as the memory image that XSAVE writes.
+    pub fn image(&mut self) -> &mut [u8] {
+        let area = self.area.as_mut_fam_struct_ptr();
+        // SAFETY: the further words follow the region without a gap (both are u32 in a `repr(C)` struct), the wrapper
+        // has allocated `bytes` for both together, and the slice borrows it. Any bytes are words.
+        unsafe { std::slice::from_raw_parts_mut((&raw mut (*area).xsave.region).cast(), self.bytes) }
+    }
 }
 
 /// A vCPU's floating point and vector state.
 pub fn save_xsave(vm: &VmFd, vcpu: &VcpuFd) -> Result<Vec<u32>, KvmError> {
-    let bytes = xsave_bytes(vm);
-    let mut area = xsave_buffer(bytes)?;
-    // SAFETY: the buffer has the size that KVM_CAP_XSAVE2 reports for this VM.
-    unsafe { vcpu.get_xsave2(&mut area) }.map_err(ioctl("KVM_GET_XSAVE2"))?;
-    let fam = area.as_fam_struct_ref();
-    Ok(fam.xsave.region.iter().chain(area.as_slice()).copied().collect())
+    let mut buffer = XsaveBuffer::new(vm)?;
+    buffer.save(vcpu)?;
+    let fam = buffer.area.as_fam_struct_ref();
+    Ok(fam.xsave.region.iter().chain(buffer.area.as_slice()).copied().collect())
 }
 
 /// Loads what [`save_xsave`] returned, perhaps on another host.
 pub fn restore_xsave(vm: &VmFd, vcpu: &VcpuFd, words: &[u32]) -> Result<(), KvmError> {
-    let expected = xsave_bytes(vm);
-    let found = size_of_val(words);
+    let mut buffer = XsaveBuffer::new(vm)?;
+    let (found, expected) = (size_of_val(words), buffer.bytes);
     if found > XSAVE_MAX || found > expected || found < size_of::<kvm_xsave>() {
         return Err(KvmError::XsaveSize { found, expected });
     }
-    let mut area = xsave_buffer(expected)?;
-    let (region, extra) = words.split_at(size_of::<kvm_xsave>() / 4);
+    let (region, more) = words.split_at(size_of::<kvm_xsave>() / 4);
     // SAFETY: only the plain data of the header struct is written; its length field stays as it is.
-    unsafe { area.as_mut_fam_struct() }.xsave.region.copy_from_slice(region);
-    area.as_mut_slice()[..extra.len()].copy_from_slice(extra);
-    // SAFETY: the buffer is as large as KVM_CAP_XSAVE2 says this VM reads.
-    unsafe { vcpu.set_xsave2(&area) }.map_err(ioctl("KVM_SET_XSAVE"))
+    unsafe { buffer.area.as_mut_fam_struct() }.xsave.region.copy_from_slice(region);
+    buffer.area.as_mut_slice()[..more.len()].copy_from_slice(more);
+    buffer.restore(vcpu)
 }
 
 /// The sub-error of the KVM_EXIT_INTERNAL_ERROR that was just returned.

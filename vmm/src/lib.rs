@@ -2,13 +2,13 @@
 //!
 //! Lower half of forkd: it maps lazily filled guest memory, builds and restores machines, and runs each in a
 //! process of its own. It knows nothing of packs or HTTP: whoever forks a machine supplies a [`pager::PageSource`].
-//! Callers are the root crate's `sandbox.rs`, `machine_build.rs` and `supervisor.rs`.
 #![deny(unsafe_code)]
 
 pub mod acpi;
 pub mod arch;
 pub mod boot;
 pub mod cgroup;
+mod chain;
 pub mod channel;
 pub mod cpuid;
 pub mod devices;
@@ -21,11 +21,11 @@ pub mod memory;
 pub mod pager;
 pub mod process;
 pub mod pvm;
-pub mod snapshot;
 #[allow(unsafe_code)]
 pub mod sys;
 #[allow(unsafe_code)]
 pub mod uffd;
 pub mod vcpu;
 mod vcpu_loop;
+pub mod vmstate;
 pub mod zygote;

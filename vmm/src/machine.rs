@@ -1,4 +1,4 @@
-//! One machine: its VM, vCPUs, memory and devices; booting, restoring, running, saving. Callers: `process.rs`, tests.
+//! One machine: its VM, vCPUs, memory and devices; booting, restoring, running, saving.
 
 use crate::acpi::{self, AcpiError};
 use crate::arch::{self, EnterError};
@@ -10,10 +10,11 @@ use crate::devices::virtio::net;
 use crate::devices::virtio::vsock::backend::Backend;
 use crate::kvm::{Hypervisor, KvmError, KvmKind, ioctl};
 use crate::memory::{GuestMemory, MemoryError, MemoryLayout};
-use crate::pvm::{self, PvmError};
-use crate::snapshot::MachineState;
+use crate::pvm;
 use crate::vcpu::{VcpuError, VcpuState};
 use crate::vcpu_loop;
+pub use crate::vcpu_loop::{AfterRing, StopReason, VcpuRunError};
+use crate::vmstate::MachineState;
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };
@@ -46,18 +47,15 @@ pub enum MachineError {
     /// The machine's description.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
-    /// kvm_pvm.
+    /// Its vCPUs stopped.
     #[error(transparent)]
-    Pvm(#[from] PvmError),
+    Run(#[from] VcpuRunError),
     /// The thread for vsock's host side.
     #[error("vsock cannot be served")]
     Vsock(#[source] io::Error),
     /// The thread for the network's host side.
     #[error("the network cannot be served")]
     Net(#[source] io::Error),
-    /// The signal that stops vCPUs.
-    #[error("the signal that stops vCPUs cannot be set up")]
-    Kicks(#[source] io::Error),
     /// A number of vCPUs that no machine has.
     #[error("{vcpus} vCPUs are not possible: a machine has 1 to {}", arch::VCPUS_MAX)]
     Vcpus {
@@ -86,36 +84,6 @@ pub enum MachineError {
         /// Of this host.
         here: KvmKind,
     },
-    /// The vCPU stopped in a way that nobody knows.
-    #[error("the vCPU stopped with {exit}")]
-    Exit {
-        /// How.
-        exit: String,
-    },
-    /// A vCPU does not come to the end of an instruction.
-    #[error("a vCPU could not be stopped between two instructions")]
-    Unfinished,
-    /// KVM_RUN failed.
-    #[error("KVM_RUN failed")]
-    Run(#[source] vmm_sys_util::errno::Error),
-}
-
-/// Why [`Machine::run`] returned.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stop {
-    /// The callback asked for it.
-    Asked,
-    /// The guest reset itself or crashed so hard that its CPU did.
-    Reset,
-}
-
-/// Whether to go on after a ring of the doorbell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Flow {
-    /// Run on.
-    Continue,
-    /// Leave [`Machine::run`], the instruction done.
-    Stop,
 }
 
 /// See the module's description.
@@ -132,7 +100,7 @@ pub struct Machine {
 
 /// What a machine starts with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
+pub struct MachineShape {
     /// Sizes of its memory.
     pub layout: MemoryLayout,
     /// Number of vCPUs, 1 to [`arch::VCPUS_MAX`].
@@ -143,11 +111,11 @@ impl Machine {
     /// A new machine whose vCPUs are in their reset state. Callers set the first one's registers.
     pub fn new(
         hypervisor: Hypervisor,
-        shape: Shape,
+        shape: MachineShape,
         memory: GuestMemory,
         peripherals: Peripherals,
     ) -> Result<Machine, MachineError> {
-        let Shape { layout, vcpus: count } = shape;
+        let MachineShape { layout, vcpus: count } = shape;
         check_vcpus(count.into())?;
         let vm = hypervisor.create_vm(&layout, &memory)?;
         let kinds = default_devices(&layout, &peripherals);
@@ -169,7 +137,7 @@ impl Machine {
     /// A new machine about to execute a Linux kernel's first instruction.
     pub fn boot(
         hypervisor: Hypervisor,
-        shape: Shape,
+        shape: MachineShape,
         memory: GuestMemory,
         files: &mut BootFiles,
         more_command_line: &str,
@@ -224,12 +192,13 @@ impl Machine {
         Ok(Machine { hypervisor, vm, vcpus, memory, layout, bus, described: state.described })
     }
 
-    /// Gives a restored machine a generation of its own and has its kernel hear of it. One that has no ACPI tables has none.
+    /// Gives a restored machine a generation of its own and has its kernel hear of it. One that has no ACPI tables
+    /// has none.
     pub fn renew_generation(&self) -> Result<(), MachineError> {
         if self.described {
             acpi::write_generation(self.memory.ram())?;
-            // Emulated, the kernel's way from the interrupt to its random numbers takes longer than all else that a copy does
-            // before it is ready. The agent reseeds them in any case.
+            // Emulated, the kernel's way from the interrupt to its random numbers takes longer than all else that a
+            // copy does before it is ready. The agent reseeds them in any case.
             if self.hypervisor.kind() == KvmKind::Hardware {
                 self.bus.announce_generation();
             }
@@ -249,13 +218,13 @@ impl Machine {
     }
 
     /// Runs the guest until `on_ring` stops it or it resets itself; its first vCPU on this thread.
-    pub fn run(&mut self, on_ring: impl FnMut(Ring) -> Flow + Send) -> Result<Stop, MachineError> {
+    pub fn run(&mut self, on_ring: impl FnMut(Ring) -> AfterRing + Send) -> Result<StopReason, MachineError> {
         self.bus.freeze(false);
         let (ram, kind) = (self.memory.ram(), self.hypervisor.kind());
         let stopped = vcpu_loop::run(&mut self.vcpus, &self.vm, &self.bus, ram, kind, on_ring);
         // Devices' own threads go on, but may not touch memory that is about to be saved.
         self.bus.freeze(true);
-        stopped
+        Ok(stopped?)
     }
 
     /// Everything about the stopped machine except its memory.

@@ -1,232 +1,29 @@
-//! Guest memory: where it lies, the memfds behind it and how they are mapped.
+//! Guest memory: the memfds behind it and how they are mapped.
 //!
 //! A machine's memory comes from *images* (RAM, root disk). An image is one file; a machine maps it shared (while it
-//! is being built) or private (a fork: its writes stay its own). The layout says which part of which image appears
-//! at which guest-physical address. Callers: `process.rs`, `machine.rs`, `pager.rs`.
+//! is being built) or private (a fork: its writes stay its own). The [`MemoryLayout`] says which part of which image
+//! appears at which guest-physical address.
+
+mod error;
+mod layout;
+
+pub use error::MemoryError;
+pub use layout::{
+    HIGH_RAM_START, ImageId, LINUX_MEMORY_MIB_MIN, LOW_RAM_END, MEMORY_MIB_MAX, MEMORY_MIB_MIN, MemoryLayout,
+    MemorySlot, PAGE_BYTES, PMEM_ALIGN, ROOT_DISK_MAX,
+};
 
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::MemfdFlags;
-use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
-use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::os::raw::c_void;
 use std::ptr::null_mut;
 use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
-/// x86-64 page size, bytes.
-pub const PAGE_BYTES: u64 = 4096;
-/// virtio-pmem regions must be aligned to and a multiple of this (sparse memory subsection of Linux), bytes.
-pub const PMEM_ALIGN: u64 = 2 << 20;
-/// Where RAM stops below 4 GiB, to leave room for device windows.
-pub const LOW_RAM_END: u64 = 3 << 30;
-/// Where RAM goes on.
-pub const HIGH_RAM_START: u64 = 4 << 30;
-/// Most guest RAM, MiB.
-pub const MEMORY_MIB_MAX: u64 = 16 * 1024;
-/// Least guest RAM, MiB.
-pub const MEMORY_MIB_MIN: u64 = 1;
-/// Largest root disk, bytes.
-pub const ROOT_DISK_MAX: u64 = 64 << 30;
 /// Most separate zero runs that a child maps apart; further ones are served by the pager.
 pub const ZERO_RUNS_MAX: usize = 512;
-
-/// The images of a machine, in the order in which they are passed around.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum ImageId {
-    /// Guest RAM (`memory.bin` of a snapshot).
-    Ram,
-    /// The read-only root disk (`rootfs.erofs` of a snapshot).
-    RootDisk,
-}
-
-impl ImageId {
-    /// All of them, in order.
-    pub const ALL: [ImageId; 2] = [ImageId::Ram, ImageId::RootDisk];
-
-    /// Position in [`ImageId::ALL`].
-    pub fn index(self) -> usize {
-        self as usize
-    }
-
-    /// Name of a memory file that holds it, by which the mappings of a process tell it.
-    pub fn file_name(self) -> &'static str {
-        match self {
-            ImageId::Ram => "forkd-Ram",
-            ImageId::RootDisk => "forkd-RootDisk",
-        }
-    }
-}
-
-/// Memory could not be arranged.
-#[derive(Debug, thiserror::Error)]
-pub enum MemoryError {
-    /// A size is outside of what a machine can have.
-    #[error("{what} of {bytes} bytes is not possible: it must be between {min} and {max}")]
-    Size {
-        /// Which size.
-        what: &'static str,
-        /// What was asked for.
-        bytes: u64,
-        /// Least.
-        min: u64,
-        /// Most.
-        max: u64,
-    },
-    /// A memfd could not be made.
-    #[error("creating a memory file of {bytes} bytes failed")]
-    Create {
-        /// Its size.
-        bytes: u64,
-        /// Why.
-        #[source]
-        source: Errno,
-    },
-    /// mmap(2) refused.
-    #[error("mapping {bytes} bytes of guest memory failed")]
-    Map {
-        /// Length of the mapping.
-        bytes: u64,
-        /// Why.
-        #[source]
-        source: Errno,
-    },
-    /// madvise(2) refused.
-    #[error("giving back {bytes} bytes at offset {offset:#x} of guest memory failed")]
-    Discard {
-        /// Where.
-        offset: u64,
-        /// How many.
-        bytes: u64,
-        /// Why.
-        #[source]
-        source: Errno,
-    },
-    /// The parts overlap or overflow.
-    #[error("guest memory regions do not fit together")]
-    Layout(#[source] vm_memory::GuestRegionCollectionError),
-    /// Memory that is not there, or not in one piece, was to be given back.
-    #[error("guest memory has no range {start:#x} to {end:#x} to be given back")]
-    Absent {
-        /// First guest-physical address.
-        start: u64,
-        /// Address behind the last.
-        end: u64,
-        /// Why.
-        #[source]
-        source: vm_memory::GuestMemoryError,
-    },
-    /// vm-memory refused a region.
-    #[error("a guest memory region is not usable")]
-    Region(#[source] vm_memory::mmap::MmapRegionError),
-}
-
-/// One part of an image at one guest-physical address: a KVM memory slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MemorySlot {
-    /// Guest-physical address of its first byte.
-    pub guest_address: u64,
-    /// Image that backs it.
-    pub image: ImageId,
-    /// Offset in the image, bytes.
-    pub offset: u64,
-    /// Length, bytes.
-    pub bytes: u64,
-    /// The guest may only read it.
-    pub read_only: bool,
-}
-
-/// Sizes that decide the guest-physical layout.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct MemoryLayout {
-    /// Guest RAM, MiB.
-    pub memory_mib: u64,
-    /// Root disk region, bytes: a multiple of [`PMEM_ALIGN`]; 0 for none.
-    pub root_disk_bytes: u64,
-}
-
-impl MemoryLayout {
-    /// A layout for RAM and a root disk file of `root_disk_file_bytes`, padded as the device needs.
-    pub fn new(memory_mib: u64, root_disk_file_bytes: u64) -> Result<MemoryLayout, MemoryError> {
-        check_size("a root disk", root_disk_file_bytes, 0, ROOT_DISK_MAX)?;
-        let layout =
-            MemoryLayout { memory_mib, root_disk_bytes: root_disk_file_bytes.next_multiple_of(PMEM_ALIGN) };
-        layout.check()?;
-        Ok(layout)
-    }
-
-    /// Refuses sizes that a machine cannot have (layouts also come from snapshots, which may be hostile).
-    pub fn check(&self) -> Result<(), MemoryError> {
-        check_size("guest memory (MiB)", self.memory_mib, MEMORY_MIB_MIN, MEMORY_MIB_MAX)?;
-        let aligned =
-            if self.root_disk_bytes.is_multiple_of(PMEM_ALIGN) { self.root_disk_bytes } else { u64::MAX };
-        check_size("a root disk region", aligned, 0, ROOT_DISK_MAX)
-    }
-
-    /// Guest RAM, bytes.
-    pub fn ram_bytes(&self) -> u64 {
-        self.memory_mib << 20
-    }
-
-    /// Length of an image, bytes.
-    pub fn image_bytes(&self, image: ImageId) -> u64 {
-        match image {
-            ImageId::Ram => self.ram_bytes(),
-            ImageId::RootDisk => self.root_disk_bytes,
-        }
-    }
-
-    /// Guest-physical ranges of RAM, lowest first.
-    pub fn ram_ranges(&self) -> Vec<Range<u64>> {
-        let low_end = self.ram_bytes().min(LOW_RAM_END);
-        let high = self.ram_bytes() - low_end;
-        let low = std::iter::once(0..low_end);
-        low.chain((high > 0).then_some(HIGH_RAM_START..HIGH_RAM_START + high)).collect()
-    }
-
-    /// Guest-physical range of the root disk; empty when there is none.
-    pub fn root_disk_range(&self) -> Range<u64> {
-        let ram_end = self.ram_ranges().last().map_or(0, |range| range.end).max(HIGH_RAM_START);
-        // One gigabyte steps keep the region clear of RAM whatever memory section size the guest uses.
-        let start = ram_end.next_multiple_of(1 << 30);
-        start..start + self.root_disk_bytes
-    }
-
-    /// Every memory slot of the machine.
-    pub fn slots(&self) -> Vec<MemorySlot> {
-        let mut slots = Vec::new();
-        let mut offset = 0;
-        for range in self.ram_ranges() {
-            let bytes = range.end - range.start;
-            slots.push(MemorySlot {
-                guest_address: range.start,
-                image: ImageId::Ram,
-                offset,
-                bytes,
-                read_only: false,
-            });
-            offset += bytes;
-        }
-        let disk = self.root_disk_range();
-        if !disk.is_empty() {
-            slots.push(MemorySlot {
-                guest_address: disk.start,
-                image: ImageId::RootDisk,
-                offset: 0,
-                bytes: disk.end - disk.start,
-                read_only: true,
-            });
-        }
-        slots
-    }
-}
-
-fn check_size(what: &'static str, bytes: u64, min: u64, max: u64) -> Result<(), MemoryError> {
-    if (min..=max).contains(&bytes) { Ok(()) } else { Err(MemoryError::Size { what, bytes, min, max }) }
-}
 
 /// An empty memory file; its pages come into being when written or filled.
 pub fn create_image(name: &str, bytes: u64) -> Result<OwnedFd, MemoryError> {
@@ -324,11 +121,11 @@ impl Mapping {
 
     /// Gives whole pages back to the host, because the guest says that it needs their content no more.
     ///
-    /// A shared mapping (a machine that is being built, whose image nobody else maps) loses them from its file: they read zero, and
-    /// are not stored in a snapshot. A private one loses its own copies only: the pages read as the snapshot had them, through
-    /// the pager where they are missing. It must never touch the image, which its siblings run on. So a balloon that discards
-    /// through this must not promise zeros (no VIRTIO_BALLOON_F_PAGE_POISON: Linux then reports no pages when it
-    /// counts on their content).
+    /// A shared mapping (a machine that is being built, whose image nobody else maps) loses them from its file: they
+    /// read zero, and are not stored in a snapshot. A private one loses its own copies only: the pages read as the
+    /// snapshot had them, through the pager where they are missing. It must never touch the image, which its siblings
+    /// run on. So a balloon that discards through this must not promise zeros (no VIRTIO_BALLOON_F_PAGE_POISON: Linux
+    /// then reports no pages when it counts on their content).
     pub fn discard(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
         let address = self.range(offset, bytes);
         let advice = match self.sharing {
@@ -416,34 +213,6 @@ pub fn longest_runs(mut runs: Vec<Range<u64>>) -> Vec<Range<u64>> {
 mod tests {
     use super::*;
     use vm_memory::Bytes;
-
-    #[test]
-    fn small_ram_is_one_slot_and_the_disk_lies_above_four_gigabytes() {
-        let layout = MemoryLayout::new(512, 5).unwrap();
-        let slots = layout.slots();
-        assert_eq!(slots.len(), 2);
-        assert_eq!((slots[0].guest_address, slots[0].bytes), (0, 512 << 20));
-        assert_eq!((slots[1].guest_address, slots[1].bytes), (4 << 30, PMEM_ALIGN));
-        assert!(slots[1].read_only);
-    }
-
-    #[test]
-    fn large_ram_leaves_the_device_window_free() {
-        let layout = MemoryLayout::new(16 * 1024, 1).unwrap();
-        let slots = layout.slots();
-        assert_eq!(slots[0].bytes + slots[1].bytes, 16 << 30);
-        assert_eq!(slots[1].guest_address, HIGH_RAM_START);
-        assert_eq!(slots[1].offset, slots[0].bytes);
-        assert!(slots[2].guest_address >= slots[1].guest_address + slots[1].bytes);
-    }
-
-    #[test]
-    fn impossible_sizes_are_refused() {
-        assert!(MemoryLayout::new(0, 0).is_err());
-        assert!(MemoryLayout::new(MEMORY_MIB_MAX + 1, 0).is_err());
-        assert!(MemoryLayout::new(1, ROOT_DISK_MAX + 1).is_err());
-        assert!(MemoryLayout { memory_mib: 1, root_disk_bytes: 4096 }.check().is_err());
-    }
 
     #[test]
     fn private_mappings_do_not_reach_the_file_and_overlays_read_zero() {

@@ -2,163 +2,37 @@
 //!
 //! One image is one memfd. Each machine maps it privately and has its own userfaultfd, so a fault arrives only while
 //! the image lacks the page. The pager loads the chunk once, puts it into its own shared mapping of the image and
-//! wakes everybody who waits; siblings then map the same page without a fault. Callers: the root crate's
-//! `sandbox.rs` (which supplies the [`PageSource`]) and `supervisor.rs`.
+//! wakes everybody who waits; siblings then map the same page without a fault.
 //!
 //! A machine is never shown a page that did not come from the source: when a chunk cannot be had, whoever needs it
 //! stays asleep, and [`PageSource::unavailable`] tells the owner, who decides. A machine's process is not trusted: one
 //! that does what no honest one does is not served any more, and [`Pager::take_misconduct`] names it.
 
 mod client;
+mod error;
 mod faults;
 mod image;
+mod loader;
+mod shared;
+mod source;
 
-pub use client::Misconduct;
+pub use error::{DamagedPage, Misconduct, PagerError, PagerFailure};
+pub use image::ImageShape;
+pub use source::{ChunkContent, ClientId, ImageChunk, PageSource, SourceFailure};
 
-use crate::memory::{ImageId, MemoryError};
-use crate::uffd::{Reading, Uffd, UffdError};
-use bytes::Bytes;
+use crate::memory::ImageId;
+use crate::uffd::{Uffd, UffdReads};
 use client::Client;
+use faults::STOP_EVENT;
 use image::Image;
 use rustix::event::epoll;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::io::Errno;
-use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::error::Error;
-use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use shared::{Counters, Shared};
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
-
-/// One chunk of an image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct ChunkId {
-    /// The image.
-    pub image: ImageId,
-    /// Chunk number: offset divided by the image's chunk size.
-    pub chunk: u64,
-}
-
-/// What a chunk holds.
-#[derive(Debug, Clone)]
-pub enum ChunkContent {
-    /// Nothing but zeros.
-    Zero,
-    /// These bytes: exactly as many as the chunk has, or it counts as not loaded.
-    Data(Bytes),
-}
-
-/// Why a source gave up on a chunk.
-pub type SourceFailure = Box<dyn Error + Send + Sync>;
-
-/// Where the content of images comes from. Called from the pager's worker threads; calls may block for long.
-pub trait PageSource: Send + Sync {
-    /// The content of one chunk. An error is final: retrying is the source's own business.
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure>;
-
-    /// A chunk that these machines wait for will not come. They stay asleep; the owner must end them. Whoever asks for the
-    /// chunk later has it tried again.
-    fn unavailable(&self, chunk: ChunkId, waiters: &[ClientId], failure: SourceFailure);
-
-    /// A machine needs the page at `offset` of an image, whose chunk is not there. For whoever counts; called by the thread
-    /// that reads faults, so it must be quick.
-    fn faulted(&self, _client: ClientId, _image: ImageId, _offset: u64) {}
-
-    /// A chunk has come that these machines have waited for since the first of them asked. For whoever measures.
-    fn served(&self, _chunk: ChunkId, _since: Instant, _waiters: &[ClientId]) {}
-}
-
-/// Shape of one image.
-#[derive(Debug, Clone, Copy)]
-pub struct ImageShape {
-    /// Length, bytes; a multiple of the page size.
-    pub bytes: u64,
-    /// Bytes filled at a time; a multiple of the page size.
-    pub chunk_bytes: u64,
-}
-
-impl ImageShape {
-    /// Number of chunks.
-    pub fn chunks(&self) -> u64 {
-        self.bytes.div_ceil(self.chunk_bytes)
-    }
-
-    /// Where a chunk lies in the image; the last one may be shorter.
-    pub fn range(&self, chunk: u64) -> Range<u64> {
-        let start = chunk * self.chunk_bytes;
-        start..(start + self.chunk_bytes).min(self.bytes)
-    }
-}
-
-/// A pager could not be set up or could not fill an image.
-#[derive(Debug, thiserror::Error)]
-pub enum PagerError {
-    /// Memory for an image.
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    /// userfaultfd.
-    #[error(transparent)]
-    Uffd(#[from] UffdError),
-    /// epoll or a pipe.
-    #[error("{operation} for the pager failed")]
-    Poll {
-        /// What was tried.
-        operation: &'static str,
-        /// Why.
-        #[source]
-        source: Errno,
-    },
-    /// A source delivered more or less than a chunk.
-    #[error("the source delivered {bytes} bytes for a chunk of {expected}")]
-    Length {
-        /// Delivered.
-        bytes: u64,
-        /// Length of the chunk.
-        expected: u64,
-    },
-    /// The source's code panicked.
-    #[error("loading the chunk ended in a panic")]
-    Panic,
-    /// A page of an image holds what did not come from the source. Machines may have seen it.
-    #[error(transparent)]
-    Damaged(#[from] Damaged),
-    /// A page that is there cannot be compared with what belongs there.
-    #[error("reading a page of an image failed")]
-    Compare(#[source] Errno),
-    /// A machine's process handed over what no honest one does.
-    #[error(transparent)]
-    Misconduct(#[from] Misconduct),
-}
-
-/// A page of an image was not put there by the pager: a machine that got rid of its watch has made the kernel put a zero
-/// page there. Every machine of the image can have seen it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the page at {offset:#x} of {image:?} was filled by somebody else than the pager, with other content"
-)]
-pub struct Damaged {
-    /// The image.
-    pub image: ImageId,
-    /// Where, bytes.
-    pub offset: u64,
-}
-
-/// The pager has failed for all its machines, who must be ended: those that wait would wait for ever.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum PagerFailure {
-    /// An image is not what the source has.
-    #[error(transparent)]
-    Damaged(#[from] Damaged),
-    /// Nobody reads faults any more.
-    #[error("the pager's thread has ended")]
-    Ended,
-}
-
-/// A machine that the pager serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ClientId(pub u64);
+use std::time::Duration;
 
 /// Counters since the pager started.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -179,57 +53,12 @@ pub struct PagerStats {
     pub longest_wait_ms: u64,
 }
 
-#[derive(Default)]
-struct Wanted {
-    waiters: Vec<ClientId>,
-    since: Option<Instant>,
-    failed: bool,
-}
-
-#[derive(Default)]
-struct State {
-    clients: HashMap<ClientId, Client>,
-    wanted: HashMap<ChunkId, Wanted>,
-    queue: VecDeque<ChunkId>,
-    misconduct: Vec<(ClientId, Misconduct)>,
-    failure: Option<PagerFailure>,
-    stopping: bool,
-    complete: bool,
-}
-
-impl State {
-    fn is_running(&self, client: ClientId) -> bool {
-        self.clients.get(&client).is_some_and(|client| !client.ended)
-    }
-}
-
-#[derive(Default)]
-struct Counters {
-    faults: AtomicU64,
-    faults_on_present: AtomicU64,
-    demand: AtomicU64,
-    installed: AtomicU64,
-}
-
-struct Shared {
-    images: Vec<Image>,
-    uffd: Uffd,
-    source: Arc<dyn PageSource>,
-    epoll: OwnedFd,
-    reading: Reading,
-    state: Mutex<State>,
-    work: Condvar,
-    counters: Counters,
-}
-
 /// See the module's description.
 pub struct Pager {
     shared: Arc<Shared>,
     stop: OwnedFd,
     threads: Vec<JoinHandle<()>>,
 }
-
-const STOP_EVENT: u64 = u64::MAX;
 
 impl Pager {
     /// Makes the images and starts `workers` threads that load chunks, and one that reads faults.
@@ -241,10 +70,10 @@ impl Pager {
         Pager::with_reading(None, shapes, source, workers)
     }
 
-    /// The same, with a way of reading that this kernel may be too new for. On kernels where reads may block every machine has a
-    /// thread of its own, so that a hostile one can hang nobody but itself.
+    /// The same, with a way of reading that this kernel may be too new for. On kernels where reads may block every
+    /// machine has a thread of its own, so that a hostile one can hang nobody but itself.
     pub fn with_reading(
-        reading: Option<Reading>,
+        reading: Option<UffdReads>,
         shapes: &[(ImageId, ImageShape)],
         source: Arc<dyn PageSource>,
         workers: usize,
@@ -314,7 +143,7 @@ impl Pager {
     }
 
     /// Puts a chunk in ahead of need; a chunk that is there already stays.
-    pub fn install(&self, chunk: ChunkId, content: &ChunkContent) -> Result<(), PagerError> {
+    pub fn install(&self, chunk: ImageChunk, content: &ChunkContent) -> Result<(), PagerError> {
         if self.is_present(chunk) {
             return Ok(());
         }
@@ -332,7 +161,7 @@ impl Pager {
     }
 
     /// Has everybody who waits for a chunk look again: the page they need may have come by itself.
-    pub fn wake_waiters(&self, chunk: ChunkId) {
+    pub fn wake_waiters(&self, chunk: ImageChunk) {
         let state = self.shared.lock();
         let waiters = state.wanted.get(&chunk).map(|wanted| wanted.waiters.clone()).unwrap_or_default();
         for client in waiters.iter().filter_map(|waiter| state.clients.get(waiter)) {
@@ -352,16 +181,16 @@ impl Pager {
     }
 
     /// Whether a chunk is in its image.
-    pub fn is_present(&self, chunk: ChunkId) -> bool {
+    pub fn is_present(&self, chunk: ImageChunk) -> bool {
         self.shared.is_present(chunk)
     }
 
-    /// Ends all watching once every chunk of every image is present, zero chunks aside, which `zero` names: from then on
-    /// machines run without any overhead. Returns whether that was so.
-    pub fn complete(&self, is_zero: impl Fn(ChunkId) -> bool) -> bool {
+    /// Ends all watching once every chunk of every image is present, zero chunks aside, which `zero` names: from then
+    /// on machines run without any overhead. Returns whether that was so.
+    pub fn complete(&self, is_zero: impl Fn(ImageChunk) -> bool) -> bool {
         for (position, image) in self.shared.images.iter().enumerate() {
             let id = ImageId::ALL[position];
-            let missing = (0..image.shape.chunks()).map(|chunk| ChunkId { image: id, chunk });
+            let missing = (0..image.shape.chunks()).map(|chunk| ImageChunk { image: id, chunk });
             if !missing.into_iter().all(|chunk| self.is_present(chunk) || is_zero(chunk)) {
                 return false;
             }
@@ -415,107 +244,6 @@ impl Drop for Pager {
         // Workers may hang in the source for as long as its deadline; only the fault reader is waited for.
         if !self.threads.is_empty() {
             let _ = self.threads.remove(0).join();
-        }
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A panicking worker leaves the tables consistent: each change is a single insert or remove.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn is_present(&self, chunk: ChunkId) -> bool {
-        self.images.get(chunk.image.index()).is_some_and(|image| image.is_present(chunk.chunk))
-    }
-
-    fn unregister(&self, client: &Client) {
-        for (image, base) in self.images.iter().zip(&client.bases) {
-            // A machine that has just ended has nothing to unregister.
-            if let Err(error) = client.uffd.unregister(*base, image.shape.bytes) {
-                tracing::debug!(%error, "unregistering an ended machine");
-            }
-        }
-    }
-
-    fn fail(&self, failure: PagerFailure) {
-        self.lock().failure.get_or_insert(failure);
-    }
-
-    fn note_damage(&self, filled: Result<(), PagerError>) -> Result<(), PagerError> {
-        if let Err(PagerError::Damaged(damaged)) = &filled {
-            self.fail(PagerFailure::Damaged(*damaged));
-        }
-        filled
-    }
-
-    fn wake(&self, uffd: &Uffd, bases: &[u64], chunk: ChunkId) {
-        let image = &self.images[chunk.image.index()];
-        let range = image.shape.range(chunk.chunk);
-        if let Some(base) = bases.get(chunk.image.index())
-            && let Err(error) = uffd.wake(base + range.start, range.end - range.start)
-        {
-            tracing::debug!(%error, "waking an ended machine");
-        }
-    }
-
-    fn load_chunks(&self) {
-        loop {
-            let mut state = self.lock();
-            let chunk = loop {
-                if state.stopping {
-                    return;
-                }
-                match state.queue.pop_front() {
-                    Some(chunk) => break chunk,
-                    None => state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
-                }
-            };
-            drop(state);
-            if !self.is_present(chunk) {
-                self.load_chunk(chunk);
-            } else {
-                self.finish(chunk);
-            }
-        }
-    }
-
-    fn load_chunk(&self, chunk: ChunkId) {
-        // A worker that died of a panic would leave its chunk to nobody.
-        let loaded = catch_unwind(AssertUnwindSafe(|| {
-            self.source.load(chunk).and_then(|content| Ok(self.fill(chunk, &content)?))
-        }));
-        match loaded.unwrap_or_else(|_| Err(PagerError::Panic.into())) {
-            Ok(()) => {
-                self.counters.demand.fetch_add(1, Ordering::Relaxed);
-                self.finish(chunk);
-            }
-            Err(failure) => {
-                let waiters = self.lock().wanted.get_mut(&chunk).map_or_else(Vec::new, |wanted| {
-                    wanted.failed = true;
-                    wanted.waiters.clone()
-                });
-                self.source.unavailable(chunk, &waiters, failure);
-            }
-        }
-    }
-
-    /// Puts content into the image. Does not wake.
-    fn fill(&self, chunk: ChunkId, content: &ChunkContent) -> Result<(), PagerError> {
-        self.note_damage(self.images[chunk.image.index()].fill(&self.uffd, chunk.chunk, content))
-    }
-
-    fn finish(&self, chunk: ChunkId) {
-        let wanted = {
-            let state = &mut *self.lock();
-            let Some(wanted) = state.wanted.remove(&chunk) else { return };
-            for client in wanted.waiters.iter().filter_map(|waiter| state.clients.get(waiter)) {
-                self.wake(&client.uffd, &client.bases, chunk);
-            }
-            wanted
-        };
-        if let Some(since) = wanted.since {
-            self.source.served(chunk, since, &wanted.waiters);
         }
     }
 }

@@ -1,24 +1,30 @@
-//! A machine's process, from both sides: what its owner tells it and hears from it, and what it does. Everything a machine
-//! needs comes as file descriptors; its process opens no path.
-//! Callers: `zygote.rs`, which forks it; the root crate's `supervisor.rs` and `machine_build.rs`.
+//! A machine's process, from both sides: what its owner tells it and hears from it, and what it does. Everything a
+//! machine needs comes as file descriptors; its process opens no path.
+
+mod files;
+
+pub(crate) use files::take_channel;
+pub use files::{Files, MachineFiles};
 
 use crate::boot::BootFiles;
 use crate::cgroup::Limits;
+use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
 use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
 use crate::devices::virtio::block::ScratchDisk;
 use crate::devices::virtio::net::Link;
 use crate::jail::filter::Filter;
-use crate::jail::{Cell, Jail, JailError, Opened};
+use crate::jail::{Jail, JailDevices, JailError, JailOptions};
 use crate::kvm::KvmKind;
-use crate::machine::{Flow, Machine, MachineError, Shape, Stop};
+use crate::machine::{AfterRing, Machine, MachineError, MachineShape, StopReason};
 use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
 use crate::pvm;
-use crate::snapshot::{BODY_MAX, MachineState, SnapshotError};
 use crate::sys;
 use crate::uffd::{Uffd, UffdError};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use crate::vmstate::{BODY_MAX, MachineState, VmstateError};
+use files::Expected;
+use rustix::fd::{AsFd, OwnedFd};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Write};
@@ -28,7 +34,7 @@ use std::os::unix::net::UnixListener;
 /// How a machine starts.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Start {
+pub enum MachineStart {
     /// From a kernel. Its images are mapped shared, so that their owner can save them.
     Boot {
         /// More kernel command line.
@@ -61,36 +67,33 @@ pub struct MachineSpec {
     /// The Ethernet address of its end of the tap that comes with it; none, and it has no link.
     pub mac: Option<[u8; 6]>,
     /// How it starts.
-    pub start: Start,
-    /// Size of its scratch disk, whose file comes last; 0 without one.
+    pub start: MachineStart,
+    /// Size of its scratch disk; 0 without one.
     pub scratch_bytes: u64,
-    /// After its first instruction it waits for [`Order::Resume`].
-    pub held: bool,
+    /// After its first instruction it waits for [`MachineOrder::Resume`].
+    pub waits_at_first_instruction: bool,
 }
 
-/// The files of a machine.
-#[derive(Debug)]
-pub struct MachineFiles<'a> {
-    /// RAM and, if the layout has one, root disk.
-    pub images: Vec<BorrowedFd<'a>>,
-    /// Kernel (to boot) or vmstate (to restore).
-    pub start: BorrowedFd<'a>,
-    /// Console output.
-    pub console: BorrowedFd<'a>,
-    /// Listening Unix socket for the guest's vsock.
-    pub vsock: BorrowedFd<'a>,
-    /// Scratch disk, if [`MachineSpec::scratch_bytes`] says so.
-    pub scratch: Option<BorrowedFd<'a>>,
-    /// Initramfs, if [`Start::Boot`] says that there is one.
-    pub initrd: Option<BorrowedFd<'a>>,
-    /// The tap, if the machine's specification has a MAC.
-    pub tap: Option<BorrowedFd<'a>>,
+impl MachineSpec {
+    /// The images that the machine has.
+    fn images(&self) -> impl Iterator<Item = ImageId> {
+        ImageId::ALL.into_iter().filter(|id| self.layout.image_bytes(*id) > 0)
+    }
+
+    fn expected_files(&self) -> Expected {
+        Expected {
+            images: self.images().count(),
+            scratch: self.scratch_bytes > 0,
+            initrd: matches!(self.start, MachineStart::Boot { initrd: true, .. }),
+            tap: self.mac.is_some(),
+        }
+    }
 }
 
 /// What a machine's process says.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Report {
+pub enum MachineReport {
     /// Its userfaultfd (with the message) and where it mapped each image.
     Attached {
         /// Addresses in its address space.
@@ -117,7 +120,7 @@ pub enum Report {
 /// What a machine's process is told when it waits: after a snapshot, or held at its first instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Order {
+pub enum MachineOrder {
     /// Run on.
     Resume,
 }
@@ -141,27 +144,22 @@ impl MachineProcess {
     }
 }
 
-/// An error with its causes.
-pub(crate) fn describe(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
-}
-
-/// What a machine's process does, from its birth to its end. Nothing that a guest or a pack has a say in is looked at before
-/// it is in its jail; the images' sizes, which are, the owner has checked.
-pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, cell: &Cell) -> ! {
-    let confined = jail.confine(cell, &fds.iter().map(AsFd::as_fd).collect::<Vec<_>>());
+/// What a machine's process does, from its birth to its end. Nothing that a guest or a pack has a say in is looked at
+/// before it is in its jail; the images' sizes, which are, the owner has checked.
+pub(crate) fn run_machine(spec: MachineSpec, fds: Vec<OwnedFd>, jail: Jail, options: &JailOptions) -> ! {
+    let confined = jail.confine(options, &fds.iter().map(AsFd::as_fd).collect::<Vec<_>>());
     let mut fds = fds.into_iter();
-    let Some(channel) = fds.next().map(Channel::from_fd) else { sys::exit_now(1) };
+    let Some(channel) = take_channel(&mut fds) else { sys::exit_now(1) };
     end_on_panic(&channel);
     // Lives until the process ends, which no destructor survives: the vsock thread uses guest memory to the last, and
     // closing a VM takes tens of milliseconds.
-    let mut machine =
-        confined.map_err(RunError::from).and_then(|confined| MachineRun::new(spec, confined, fds, &channel));
+    let mut machine = confined
+        .map_err(ProcessError::from)
+        .and_then(|confined| MachineRun::new(spec, confined, fds, &channel));
     let failure = machine.as_mut().map_or(None, |machine| machine.run(&channel).err());
     let (report, code) = match failure.as_ref().or(machine.as_ref().err()) {
-        None => (Report::Ended, 0),
-        Some(error) => (Report::Failed { error: describe(error) }, 1),
+        None => (MachineReport::Ended, 0),
+        Some(error) => (MachineReport::Failed { error: chain(error) }, 1),
     };
     let _ = channel.send(&report, &[]);
     sys::exit_now(code)
@@ -172,13 +170,13 @@ fn end_on_panic(channel: &Channel) {
     let Ok(channel) = channel.as_fd().try_clone_to_owned().map(Channel::from_fd) else { return };
     std::panic::set_hook(Box::new(move |panic| {
         let error = format!("the monitor has a defect: {panic}");
-        let _ = channel.send(&Report::Failed { error }, &[]);
+        let _ = channel.send(&MachineReport::Failed { error }, &[]);
         sys::exit_now(1)
     }));
 }
 
 #[derive(Debug, thiserror::Error)]
-enum RunError {
+enum ProcessError {
     #[error(transparent)]
     Jail(#[from] JailError),
     #[error("the message that started this machine lacks a file")]
@@ -192,7 +190,7 @@ enum RunError {
     #[error(transparent)]
     Uffd(#[from] UffdError),
     #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
+    Snapshot(#[from] VmstateError),
     #[error("the vsock's listener cannot be used")]
     Listener(#[source] io::Error),
     #[error("the vmstate cannot be read")]
@@ -206,7 +204,7 @@ enum RunError {
 struct MachineRun {
     machine: Machine,
     vsock: UnixListener,
-    held: bool,
+    waits_at_first_instruction: bool,
     /// Kept open: were the last descriptor closed, missing pages would become zero pages.
     _uffd: Option<Uffd>,
 }
@@ -214,23 +212,13 @@ struct MachineRun {
 impl MachineRun {
     fn new(
         spec: MachineSpec,
-        (opened, filter): (Opened, Filter),
-        mut fds: impl Iterator<Item = OwnedFd>,
+        (opened, filter): (JailDevices, Filter),
+        fds: impl Iterator<Item = OwnedFd>,
         channel: &Channel,
-    ) -> Result<MachineRun, RunError> {
-        let mut next = || fds.next().ok_or(RunError::Files);
-        let start = File::from(next()?);
-        let console = File::from(next()?);
-        let vsock = UnixListener::from(next()?);
-        let initrd = match spec.start {
-            Start::Boot { initrd: true, .. } => Some(File::from(next()?)),
-            Start::Boot { initrd: false, .. } | Start::Restore { .. } => None,
-        };
-        let link = spec.mac.map(|mac| next().map(|tap| Link { tap, mac })).transpose()?;
-        let mut images: Vec<OwnedFd> = fds.collect();
-        let scratch = scratch_disk(&spec, &mut images)?;
-        let Opened { hypervisor, uffd } = opened;
-        let mappings = map_images(&spec, images, uffd.as_ref())?;
+    ) -> Result<MachineRun, ProcessError> {
+        let files = Files::decode(spec.expected_files(), fds).ok_or(ProcessError::Files)?;
+        let JailDevices { hypervisor, uffd } = opened;
+        let mappings = map_images(&spec, files.images, uffd.as_ref())?;
         if hypervisor.kind() == KvmKind::Pvm {
             pvm::lengthen_turns();
         }
@@ -238,70 +226,83 @@ impl MachineRun {
         filter.install().map_err(JailError::from)?;
         if let Some(uffd) = &uffd {
             let bases = mappings.iter().map(Mapping::address).collect();
-            channel.send(&Report::Attached { bases }, &[uffd.as_fd()])?;
+            channel.send(&MachineReport::Attached { bases }, &[uffd.as_fd()])?;
         }
         let memory = GuestMemory::new(&spec.layout, mappings)?;
-        let second_console = matches!(spec.start, Start::Boot { second_console: true, .. });
-        let (console, record) = (Some(console), spec.record);
+        let second_console = matches!(spec.start, MachineStart::Boot { second_console: true, .. });
+        let (console, record) = (Some(File::from(files.console)), spec.record);
+        let link = spec.mac.zip(files.tap).map(|(mac, tap)| Link { tap, mac });
+        let scratch =
+            files.scratch.map(|file| ScratchDisk { file: File::from(file), bytes: spec.scratch_bytes });
         let peripherals = Peripherals { console, record, scratch, link, second_console };
         let machine = match &spec.start {
-            Start::Boot { command_line, vcpus, .. } => {
-                let shape = Shape { layout: spec.layout, vcpus: *vcpus };
-                let mut files = BootFiles { kernel: start, initrd };
-                Machine::boot(hypervisor, shape, memory, &mut files, command_line, peripherals)?
+            MachineStart::Boot { command_line, vcpus, .. } => {
+                let shape = MachineShape { layout: spec.layout, vcpus: *vcpus };
+                let (kernel, initrd) = (File::from(files.start), files.initrd.map(File::from));
+                let mut boot = BootFiles { kernel, initrd };
+                Machine::boot(hypervisor, shape, memory, &mut boot, command_line, peripherals)?
             }
-            Start::Restore { .. } => {
-                let mut bytes = Vec::new();
-                read_shared(&start, &mut bytes).map_err(RunError::ReadState)?;
+            MachineStart::Restore { .. } => {
+                let (start, mut bytes) = (File::from(files.start), Vec::new());
+                read_shared(&start, &mut bytes).map_err(ProcessError::ReadState)?;
                 // Closed before it is understood, for the reason that images are.
                 drop(start);
                 let state = MachineState::decode(&bytes)?;
                 if state.layout != spec.layout {
-                    return Err(RunError::Layout);
+                    return Err(ProcessError::Layout);
                 }
                 let machine = Machine::restore(hypervisor, &state, memory, peripherals)?;
                 machine.renew_generation()?;
                 machine
             }
         };
-        Ok(MachineRun { machine, vsock, held: spec.held, _uffd: uffd })
+        Ok(MachineRun {
+            machine,
+            vsock: UnixListener::from(files.vsock),
+            waits_at_first_instruction: spec.waits_at_first_instruction,
+            _uffd: uffd,
+        })
     }
 
-    fn run(&mut self, channel: &Channel) -> Result<(), RunError> {
-        let listener = self.vsock.try_clone().map_err(RunError::Listener)?;
+    fn run(&mut self, channel: &Channel) -> Result<(), ProcessError> {
+        let listener = self.vsock.try_clone().map_err(ProcessError::Listener)?;
         if let Some(backend) = self.machine.vsock_backend(listener)? {
             std::thread::spawn(move || backend.run());
         }
         if let Some(backend) = self.machine.net_backend()? {
             std::thread::spawn(move || backend.run());
         }
-        let (mut rung, held) = (Vec::new(), self.held);
+        let (mut rung, waits_at_first_instruction) = (Vec::new(), self.waits_at_first_instruction);
         loop {
             let mut lost = None;
             let stop = self.machine.run(|ring| {
                 // A guest can ring as often as it likes; only the first of each kind is news.
                 if ring != Ring::SnapshotHere && rung.contains(&ring) {
-                    return Flow::Continue;
+                    return AfterRing::Continue;
                 }
                 rung.push(ring);
-                let report = Report::Rang { ring, at_ns: monotonic_ns() };
+                let report = MachineReport::Rang { ring, at_ns: monotonic_ns() };
                 lost = channel.send(&report, &[]).err();
-                if held && ring == Ring::Resumed && lost.is_none() {
-                    lost = channel.receive::<Order>().err();
+                if waits_at_first_instruction && ring == Ring::Resumed && lost.is_none() {
+                    lost = channel.receive::<MachineOrder>().err();
                 }
-                if ring == Ring::SnapshotHere || lost.is_some() { Flow::Stop } else { Flow::Continue }
+                if ring == Ring::SnapshotHere || lost.is_some() {
+                    AfterRing::Stop
+                } else {
+                    AfterRing::Continue
+                }
             })?;
             if let Some(error) = lost {
                 return Err(error.into());
             }
-            if stop == Stop::Reset {
+            if stop == StopReason::Reset {
                 return Ok(());
             }
             let state = self.machine.save()?.encode()?;
             let mut file = File::from(create_image("vmstate", state.len() as u64)?);
-            file.write_all(&state).map_err(RunError::WriteState)?;
-            channel.send(&Report::Snapshot, &[file.as_fd()])?;
-            let (Order::Resume, _) = channel.receive()?;
+            file.write_all(&state).map_err(ProcessError::WriteState)?;
+            channel.send(&MachineReport::Snapshot, &[file.as_fd()])?;
+            let (MachineOrder::Resume, _) = channel.receive()?;
         }
     }
 }
@@ -318,31 +319,18 @@ pub fn monotonic_ns() -> u64 {
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
 }
 
-fn scratch_disk(spec: &MachineSpec, fds: &mut Vec<OwnedFd>) -> Result<Option<ScratchDisk>, RunError> {
-    let bytes = spec.scratch_bytes;
-    if bytes == 0 {
-        return Ok(None);
-    }
-    let file = File::from(fds.pop().ok_or(RunError::Files)?);
-    Ok(Some(ScratchDisk { file, bytes }))
-}
-
 /// Maps a machine's images and closes them: its siblings have the same, and it must not be able to write to them.
 fn map_images(
     spec: &MachineSpec,
     files: Vec<OwnedFd>,
     uffd: Option<&Uffd>,
-) -> Result<Vec<Mapping>, RunError> {
-    let wanted: Vec<_> = ImageId::ALL.into_iter().filter(|id| spec.layout.image_bytes(*id) > 0).collect();
-    if files.len() != wanted.len() {
-        return Err(RunError::Files);
-    }
+) -> Result<Vec<Mapping>, ProcessError> {
     let (sharing, zero_runs) = match &spec.start {
-        Start::Boot { .. } => (Sharing::Shared, &[][..]),
-        Start::Restore { zero_runs, .. } => (Sharing::Private, &zero_runs[..]),
+        MachineStart::Boot { .. } => (Sharing::Shared, &[][..]),
+        MachineStart::Restore { zero_runs, .. } => (Sharing::Private, &zero_runs[..]),
     };
     let mut mappings = Vec::new();
-    for (position, (id, file)) in wanted.into_iter().zip(&files).enumerate() {
+    for (position, (id, file)) in spec.images().zip(&files).enumerate() {
         // No machine writes to a root disk, and its file may be one that must not change.
         let sharing = if id == ImageId::RootDisk { Sharing::Private } else { sharing };
         let mapping = Mapping::of_file(file, spec.layout.image_bytes(id), sharing)?;

@@ -8,22 +8,22 @@
 //! - SYSCALL from user mode arrives at LSTAR still in user mode, so that fetching its first instruction faults: a stub
 //!   before the guest's page fault handler recognises that fault and goes on at LSTAR.
 
-use crate::kvm::{KvmError, internal_suberror, ioctl, restore_xsave, save_xsave};
+use crate::kvm::{KvmError, XsaveBuffer, internal_suberror, ioctl};
 use crate::memory::PAGE_BYTES;
 use crate::sys;
 use exception::Exception;
-use instruction::{LONGEST, Operation, XsaveInstruction};
+use instruction::{LONGEST, XsaveInstruction, XsaveOperation};
 use kvm_bindings::{
     KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER, Msrs, kvm_enable_cap, kvm_msr_entry, kvm_regs,
     kvm_sregs,
 };
 use kvm_ioctls::{MsrFilterDefaultAction, MsrFilterRange, MsrFilterRangeFlags, VcpuFd, VmFd};
-use page_table::{Access, AddressSpace, Untranslated};
+use page_table::{AddressSpace, MemoryAccess, TranslationError};
 use std::sync::LazyLock;
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
-use xsave::{Outcome, Registers, UnknownState};
-use xsave_area::Layout;
+use xsave::{UnknownState, XsaveOutcome, XsaveRegisters};
+use xsave_area::XsaveLayout;
 
 pub mod exception;
 pub mod instruction;
@@ -140,69 +140,84 @@ pub fn write_msr(vcpu: &VcpuFd, ram: &GuestMemoryMmap, index: u32, value: u64) -
     if index == MSR_LSTAR { install_syscall_stub(vcpu, ram, value) } else { Ok(()) }
 }
 
-/// Mends the instruction that KVM_EXIT_INTERNAL_ERROR stopped at, or says why not.
-pub fn mend_instruction(vm: &VmFd, vcpu: &mut VcpuFd, ram: &GuestMemoryMmap) -> Result<(), PvmError> {
-    let suberror = internal_suberror(vcpu);
-    let mut regs = vcpu.get_regs().map_err(ioctl("KVM_GET_REGS"))?;
-    let address = regs.rip;
-    if suberror != EMULATION_FAILED {
-        return Err(PvmError::Internal { suberror, address });
-    }
-    let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
-    let bytes = match fetch(&AddressSpace::new(ram, &regs, &sregs), ram, address) {
-        // It is executed again.
-        Err(Untranslated::Changed) => return Ok(vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?),
-        Ok(bytes) if !bytes.is_empty() => bytes,
-        _ => return Err(PvmError::Unreadable { address }),
-    };
-    let (length, exception) = match bytes[0] {
-        FWAIT => (1, None),
-        INT3 => (1, Some(Exception::Breakpoint)),
-        _ => {
-            let decoded = XsaveInstruction::decode(&bytes, &regs).filter(|_| sregs.cs.l != 0);
-            let instruction = decoded.ok_or(PvmError::Instruction { address, bytes })?;
-            carry_out(&instruction, vm, vcpu, ram, (&regs, &sregs))?
-        }
-    };
-    regs.rip = regs.rip.wrapping_add(length);
-    // Also forgets the invalid opcode that KVM would raise for what it could not emulate.
-    vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?;
-    Ok(exception.map_or(Ok(()), |exception| exception.raise(vcpu))?)
+/// Mends the instructions of one vCPU that the emulator does not know.
+#[derive(Debug, Default)]
+pub struct InstructionMender {
+    /// Made for the first XSAVE or XRSTOR.
+    state: Option<XsaveBuffer>,
 }
 
-/// Carries an XSAVE or XRSTOR out on the vCPU. Returns how far its instruction pointer goes on, and what it raises.
-fn carry_out(
-    instruction: &XsaveInstruction,
-    vm: &VmFd,
-    vcpu: &VcpuFd,
-    ram: &GuestMemoryMmap,
-    (general, special): (&kvm_regs, &kvm_sregs),
-) -> Result<(u64, Option<Exception>), PvmError> {
-    static LAYOUT: LazyLock<Layout> = LazyLock::new(Layout::of_host);
-    let enabled = vcpu.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?;
-    let xcr0 = enabled.xcrs.iter().take(enabled.nr_xcrs as usize).find(|register| register.xcr == 0);
-    let registers = Registers { general, special, xcr0: xcr0.map_or(0, |register| register.value) };
-    let mut state: Vec<u8> = save_xsave(vm, vcpu)?.into_iter().flat_map(u32::to_le_bytes).collect();
-    match xsave::execute(instruction, registers, ram, &LAYOUT, &mut state)? {
-        Outcome::Done => {
-            if instruction.operation == Operation::Restore {
-                let words = state.as_chunks().0.iter().map(|word| u32::from_le_bytes(*word));
-                restore_xsave(vm, vcpu, &words.collect::<Vec<_>>())?;
-            }
-            Ok((instruction.length as u64, None))
+impl InstructionMender {
+    /// Mends the instruction that KVM_EXIT_INTERNAL_ERROR stopped at, or says why not.
+    pub fn mend(&mut self, vm: &VmFd, vcpu: &mut VcpuFd, ram: &GuestMemoryMmap) -> Result<(), PvmError> {
+        let suberror = internal_suberror(vcpu);
+        let mut regs = vcpu.get_regs().map_err(ioctl("KVM_GET_REGS"))?;
+        let address = regs.rip;
+        if suberror != EMULATION_FAILED {
+            return Err(PvmError::Internal { suberror, address });
         }
-        Outcome::Raises(exception) => Ok((0, Some(exception))),
-        Outcome::Again => Ok((0, None)),
+        let sregs = vcpu.get_sregs().map_err(ioctl("KVM_GET_SREGS"))?;
+        let bytes = match fetch(&AddressSpace::new(ram, &regs, &sregs), ram, address) {
+            // It is executed again.
+            Err(TranslationError::Changed) => {
+                return Ok(vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?);
+            }
+            Ok(bytes) if !bytes.is_empty() => bytes,
+            _ => return Err(PvmError::Unreadable { address }),
+        };
+        let (length, exception) = match bytes[0] {
+            FWAIT => (1, None),
+            INT3 => (1, Some(Exception::Breakpoint)),
+            _ => {
+                let decoded = XsaveInstruction::decode(&bytes, &regs).filter(|_| sregs.cs.l != 0);
+                let instruction = decoded.ok_or(PvmError::Instruction { address, bytes })?;
+                self.carry_out(&instruction, vm, vcpu, ram, (&regs, &sregs))?
+            }
+        };
+        regs.rip = regs.rip.wrapping_add(length);
+        // Also forgets the invalid opcode that KVM would raise for what it could not emulate.
+        vcpu.set_regs(&regs).map_err(ioctl("KVM_SET_REGS"))?;
+        Ok(exception.map_or(Ok(()), |exception| exception.raise(vcpu))?)
+    }
+
+    /// Carries an XSAVE or XRSTOR out on the vCPU. Returns how far its instruction pointer goes on, and what it raises.
+    fn carry_out(
+        &mut self,
+        instruction: &XsaveInstruction,
+        vm: &VmFd,
+        vcpu: &VcpuFd,
+        ram: &GuestMemoryMmap,
+        (general, special): (&kvm_regs, &kvm_sregs),
+    ) -> Result<(u64, Option<Exception>), PvmError> {
+        static LAYOUT: LazyLock<XsaveLayout> = LazyLock::new(XsaveLayout::of_host);
+        let enabled = vcpu.get_xcrs().map_err(ioctl("KVM_GET_XCRS"))?;
+        let xcr0 = enabled.xcrs.iter().take(enabled.nr_xcrs as usize).find(|register| register.xcr == 0);
+        let registers = XsaveRegisters { general, special, xcr0: xcr0.map_or(0, |register| register.value) };
+        let state = match &mut self.state {
+            Some(state) => state,
+            none => none.insert(XsaveBuffer::new(vm)?),
+        };
+        state.save(vcpu)?;
+        match xsave::execute(instruction, registers, ram, &LAYOUT, state.image())? {
+            XsaveOutcome::Done => {
+                if instruction.operation == XsaveOperation::Restore {
+                    state.restore(vcpu)?;
+                }
+                Ok((instruction.length as u64, None))
+            }
+            XsaveOutcome::Raises(exception) => Ok((0, Some(exception))),
+            XsaveOutcome::Again => Ok((0, None)),
+        }
     }
 }
 
 /// The bytes at `address`, up to the longest instruction; fewer when it ends before a page that cannot be read.
-fn fetch(space: &AddressSpace<'_>, ram: &GuestMemoryMmap, address: u64) -> Result<Vec<u8>, Untranslated> {
+fn fetch(space: &AddressSpace<'_>, ram: &GuestMemoryMmap, address: u64) -> Result<Vec<u8>, TranslationError> {
     let end = address.saturating_add(LONGEST as u64);
     let next_page = (address | (PAGE_BYTES - 1)).saturating_add(1).min(end);
     let mut bytes = Vec::with_capacity(LONGEST);
     for range in [address..next_page, next_page..end] {
-        let pieces = match space.pieces(range, Access::Read) {
+        let pieces = match space.pieces(range, MemoryAccess::Read) {
             Err(error) if bytes.is_empty() => return Err(error),
             // What is needed may end before this page.
             pieces => pieces.unwrap_or_default(),
@@ -243,7 +258,7 @@ fn install_syscall_stub(vcpu: &VcpuFd, ram: &GuestMemoryMmap, lstar: u64) -> Res
     let space = AddressSpace::new(ram, &regs, &sregs);
     let translate = |address| {
         let unmapped = PvmError::Internal { suberror: EMULATION_FAILED, address };
-        space.translate(address, Access::Read).map_err(|_| unmapped)
+        space.translate(address, MemoryAccess::Read).map_err(|_| unmapped)
     };
     let gate_at = translate(sregs.idt.base.wrapping_add(PAGE_FAULT_VECTOR * 16))?;
     let gate = Gate(ram.read_obj(gate_at)?);

@@ -1,6 +1,4 @@
-//! The few process primitives that safe crates do not offer. Callers: `zygote.rs`, `jail.rs` and the root crate's
-//! `--detach`, always before the first thread is started; `vcpu_loop.rs`; the root crate's `tools.rs`; and of networks: its
-//! `network.rs`.
+//! The few process primitives that safe crates do not offer.
 
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
@@ -76,8 +74,8 @@ pub fn fork_process(lifetime: Lifetime) -> Result<Forked, ForkError> {
     }
 }
 
-/// Has a process that was just forked begin on another processor than this one, if it may: Linux tends to keep it here until
-/// its parent waits for something. Where it runs later is not restricted.
+/// Has a process that was just forked begin on another processor than this one, if it may: Linux tends to keep it
+/// here until its parent waits for something. Where it runs later is not restricted.
 pub fn start_elsewhere(process: Pid) {
     let Ok(allowed) = rustix::thread::sched_getaffinity(None) else { return };
     let mut others = allowed;
@@ -96,7 +94,7 @@ pub fn exit_now(code: i32) -> ! {
 
 /// Where [`fork_confined`] puts the new process.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Place<'a> {
+pub struct ProcessPlace<'a> {
     /// As the first process of a new pid namespace.
     pub pid_namespace: bool,
     /// In this cgroup (v2), from its first instruction on. Moving a process later costs up to 8 ms: the kernel then
@@ -106,7 +104,7 @@ pub struct Place<'a> {
 
 /// Which side of [`fork_confined`] the caller is on.
 #[derive(Debug)]
-pub enum Confined {
+pub enum ConfinedFork {
     /// The original process.
     Parent {
         /// The new process's id in this process's namespace.
@@ -136,7 +134,7 @@ struct CloneArguments {
 }
 
 /// As [`fork_process`], into another namespace or cgroup. Needs Linux 5.7.
-pub fn fork_confined(place: Place<'_>) -> Result<Confined, ForkError> {
+pub fn fork_confined(place: ProcessPlace<'_>) -> Result<ConfinedFork, ForkError> {
     if !is_single_threaded() {
         return Err(ForkError::Threaded);
     }
@@ -159,13 +157,13 @@ pub fn fork_confined(place: Place<'_>) -> Result<Confined, ForkError> {
     // What glibc's own fork would do beyond that concerns other threads only.
     let result = unsafe { libc::syscall(libc::SYS_clone3, &raw mut arguments, size_of::<CloneArguments>()) };
     match result {
-        0 => Ok(Confined::Child),
+        0 => Ok(ConfinedFork::Child),
         -1 => Err(ForkError::Os(io::Error::last_os_error())),
         pid => {
             // SAFETY: the kernel has just stored a new descriptor there, which nobody else owns.
             let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
             match Pid::from_raw(pid as i32) {
-                Some(pid) => Ok(Confined::Parent { pid, pidfd }),
+                Some(pid) => Ok(ConfinedFork::Parent { pid, pidfd }),
                 None => Err(ForkError::Os(io::Error::other("clone3(2) returned an impossible process id"))),
             }
         }
@@ -200,8 +198,8 @@ pub fn leave_keyring() -> io::Result<()> {
     if joined >= 0 || error.raw_os_error() == Some(libc::ENOSYS) { Ok(()) } else { Err(error) }
 }
 
-/// Keeps the allocator from opening files: it would read from /sys how many processors there are as soon as a thread finds
-/// all heaps busy, and from /proc how memory is promised as soon as it gives a part of a heap back.
+/// Keeps the allocator from opening files: it would read from /sys how many processors there are as soon as a thread
+/// finds all heaps busy, and from /proc how memory is promised as soon as it gives a part of a heap back.
 pub fn keep_allocator_from_files() {
     const HEAPS: libc::c_int = 4;
     // SAFETY: mallopt(3) changes settings of the allocator; there is one thread.
@@ -277,8 +275,8 @@ pub fn leave_network() -> io::Result<()> {
     Ok(unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }?)
 }
 
-/// A new tap device `name` in the network namespace of the calling thread, without headers and non-blocking. It lives as
-/// long as its descriptor.
+/// A new tap device `name` in the network namespace of the calling thread, without headers and non-blocking. It lives
+/// as long as its descriptor.
 pub fn create_tap(name: &str) -> io::Result<OwnedFd> {
     let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let tap = rustix::fs::open("/dev/net/tun", flags, Mode::empty())?;
@@ -326,14 +324,14 @@ pub fn prepare_kicks() -> io::Result<()> {
         .map_err(|error| io::Error::from_raw_os_error(error.errno()))
 }
 
-/// Has the calling thread, and none that it starts, run for up to `slice` before another of its kind has its turn; its share
-/// of a processor stays the same. Linux before 6.12 has one length for all and ignores this.
+/// Has the calling thread, and none that it starts, run for up to `slice` before another of its kind has its turn;
+/// its share of a processor stays the same. Linux before 6.12 has one length for all and ignores this.
 pub fn set_time_slice(slice: Duration) -> io::Result<()> {
     // SAFETY: sched_attr is plain old data for which all zeros is a value.
     let mut attributes: libc::sched_attr = unsafe { std::mem::zeroed() };
     let size = size_of::<libc::sched_attr>();
-    // SAFETY: sched_getattr(2) writes at most `size` bytes into the structure, and the thread is the calling one. What it
-    // says is kept: a niceness that forkd was started with cannot be taken back by an unprivileged user.
+    // SAFETY: sched_getattr(2) writes at most `size` bytes into the structure, and the thread is the calling one.
+    // What it says is kept: a niceness that forkd was started with cannot be taken back by an unprivileged user.
     if unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) } == -1 {
         return Err(io::Error::last_os_error());
     }

@@ -1,5 +1,4 @@
-//! userfaultfd as outcomes instead of errnos. Callers: `pager.rs` (filling and waking), `process.rs`
-//! (registering a child's mappings), `jail.rs` (the device, while it can be opened). Semantics: ioctl_userfaultfd(2).
+//! userfaultfd as outcomes instead of errnos. Semantics: ioctl_userfaultfd(2).
 
 use crate::memory::{Mapping, PAGE_BYTES};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -94,7 +93,7 @@ impl UffdDevice {
 
 /// What a userfaultfd told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Message {
+pub enum UffdEvent {
     /// A thread waits for a page.
     Fault {
         /// Faulting address, in the address space the descriptor was created in.
@@ -109,7 +108,7 @@ pub enum Message {
 
 /// How a descriptor that others share can be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Reading {
+pub enum UffdReads {
     /// A read never blocks, whatever the descriptor's flags are (Linux 6.10).
     NeverBlocks,
     /// A read blocks when whoever shares the description clears O_NONBLOCK and is faster at reading.
@@ -187,10 +186,10 @@ impl Uffd {
     }
 
     /// How descriptors of this kernel can be read; `self` must have no faults to tell of.
-    pub fn reading(&self) -> Reading {
+    pub fn reading(&self) -> UffdReads {
         match self.read(&mut [0; MESSAGE_BYTES], ReadWriteFlags::NOWAIT) {
-            Ok(_) | Err(Errno::AGAIN) => Reading::NeverBlocks,
-            Err(_) => Reading::MayBlock,
+            Ok(_) | Err(Errno::AGAIN) => UffdReads::NeverBlocks,
+            Err(_) => UffdReads::MayBlock,
         }
     }
 
@@ -216,11 +215,11 @@ impl Uffd {
     }
 
     /// The messages that arrived since the last call, at most 64; none means that nobody waits any more.
-    pub fn messages(&self, reading: Reading, into: &mut Vec<Message>) -> Result<(), UffdError> {
+    pub fn messages(&self, reading: UffdReads, into: &mut Vec<UffdEvent>) -> Result<(), UffdError> {
         let mut buffer = [0; MESSAGE_BYTES * MESSAGES_MAX];
         let flags = match reading {
-            Reading::NeverBlocks => ReadWriteFlags::NOWAIT,
-            Reading::MayBlock => ReadWriteFlags::empty(),
+            UffdReads::NeverBlocks => ReadWriteFlags::NOWAIT,
+            UffdReads::MayBlock => ReadWriteFlags::empty(),
         };
         let bytes = match self.read(&mut buffer, flags) {
             Ok(bytes) => bytes,
@@ -228,7 +227,7 @@ impl Uffd {
             Err(errno) => return Err(UffdError::Read(errno)),
         };
         for message in buffer[..bytes].chunks_exact(MESSAGE_BYTES) {
-            into.push(Message::parse(message));
+            into.push(UffdEvent::parse(message));
         }
         Ok(())
     }
@@ -301,13 +300,13 @@ impl Uffd {
     }
 }
 
-impl Message {
-    fn parse(message: &[u8]) -> Message {
+impl UffdEvent {
+    fn parse(message: &[u8]) -> UffdEvent {
         let word =
             |at: usize| message[at..at + 8].iter().rev().fold(0, |word, byte| word << 8 | u64::from(*byte));
         match message[0] {
-            EVENT_PAGEFAULT => Message::Fault { address: word(16) },
-            event => Message::Other { event },
+            EVENT_PAGEFAULT => UffdEvent::Fault { address: word(16) },
+            event => UffdEvent::Other { event },
         }
     }
 }
@@ -324,8 +323,8 @@ impl From<userfaultfd::Error> for Outcome {
     fn from(error: userfaultfd::Error) -> Outcome {
         use userfaultfd::Error as E;
         let errno = match &error {
-            // The crate casts a negative count (an errno: nothing was done) to usize; the kernel leaves zero when it does
-            // not even start.
+            // The crate casts a negative count (an errno: nothing was done) to usize; the kernel leaves zero when it
+            // does not even start.
             E::PartiallyCopied(count) => match *count as i64 {
                 filled @ 1.. => return Outcome::Partial(filled as u64),
                 _ => return Outcome::Changing(error),

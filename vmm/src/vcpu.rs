@@ -1,7 +1,7 @@
-//! A vCPU's state, taken and given back in the order that the kernel needs. Callers: `machine.rs`.
+//! A vCPU's state, taken and given back in the order that the kernel needs.
 //!
-//! Order matters: SET_REGS clears the pending exceptions that VCPU_EVENTS restores; SREGS carries the APIC base that the
-//! LAPIC needs; a TSC deadline set before the TSC never fires. See Documentation/virt/kvm/api.rst of Linux.
+//! Order matters: SET_REGS clears the pending exceptions that VCPU_EVENTS restores; SREGS carries the APIC base that
+//! the LAPIC needs; a TSC deadline set before the TSC never fires. See Documentation/virt/kvm/api.rst of Linux.
 
 use crate::kvm::{Hypervisor, KvmError, KvmKind, ioctl, restore_xsave, save_xsave};
 use crate::pvm;
@@ -140,7 +140,8 @@ impl VcpuState {
         if let (KvmKind::Pvm, Some(deadline)) =
             (hypervisor.kind(), deadline.iter_mut().find(|deadline| deadline.data != 0))
         {
-            // Whatever it was: the counter that it was set against is another host's, behind or far ahead of this one's.
+            // Whatever it was: the counter that it was set against is another host's, behind or far ahead of this
+            // one's.
             let now = read_msr(vcpu, MSR_TSC)?.unwrap_or(0);
             deadline.data = now.saturating_add(pvm::timer_pause(self.tsc_khz.unwrap_or(0)));
         }
@@ -153,7 +154,8 @@ impl VcpuState {
     }
 }
 
-/// Whether two rates (kHz) are the same by what a clock discipline makes up for: 250 parts in a million, as Linux' KVM has it.
+/// Whether two rates (kHz) are the same by what a clock discipline makes up for: 250 parts in a million, as Linux'
+/// KVM has it.
 fn same_rate(one: u32, other: u32) -> bool {
     u64::from(one.abs_diff(other)) * 1_000_000 <= 250 * u64::from(one)
 }

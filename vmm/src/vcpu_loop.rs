@@ -1,12 +1,12 @@
-//! Running a machine's vCPUs, each on a thread of its own, until one of them ends the run. Callers: `machine.rs`.
+//! Running a machine's vCPUs, each on a thread of its own, until one of them ends the run.
 
 use crate::devices::bus::{Bus, PortWrite};
 use crate::devices::doorbell::Ring;
 use crate::kvm::KvmKind;
-use crate::machine::{Flow, MachineError, Stop};
-use crate::pvm;
+use crate::pvm::{self, InstructionMender, PvmError};
 use crate::sys::{self, ThreadId};
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -17,6 +17,47 @@ const KICK_PAUSE: Duration = Duration::from_micros(200);
 /// Most entries that completing one instruction takes (a page-crossing access has two parts).
 const COMPLETIONS_MAX: usize = 16;
 
+/// A machine's vCPUs cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpuRunError {
+    /// kvm_pvm.
+    #[error(transparent)]
+    Pvm(#[from] PvmError),
+    /// The signal that stops vCPUs.
+    #[error("the signal that stops vCPUs cannot be set up")]
+    Kicks(#[source] io::Error),
+    /// The vCPU stopped in a way that nobody knows.
+    #[error("the vCPU stopped with {exit}")]
+    Exit {
+        /// How.
+        exit: String,
+    },
+    /// A vCPU does not come to the end of an instruction.
+    #[error("a vCPU could not be stopped between two instructions")]
+    Unfinished,
+    /// KVM_RUN failed.
+    #[error("KVM_RUN failed")]
+    Run(#[source] vmm_sys_util::errno::Error),
+}
+
+/// Why [`crate::machine::Machine::run`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopReason {
+    /// The callback asked for it.
+    Asked,
+    /// The guest reset itself or crashed so hard that its CPU did.
+    Reset,
+}
+
+/// Whether to go on after a ring of the doorbell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterRing {
+    /// Run on.
+    Continue,
+    /// Leave [`crate::machine::Machine::run`], the instruction done.
+    Stop,
+}
+
 /// What the vCPUs of one run share.
 struct Run<'a, F> {
     vm: &'a VmFd,
@@ -25,26 +66,26 @@ struct Run<'a, F> {
     kind: KvmKind,
     on_ring: Mutex<F>,
     stopping: AtomicBool,
-    outcome: Mutex<Option<Result<Stop, MachineError>>>,
+    outcome: Mutex<Option<Result<StopReason, VcpuRunError>>>,
     threads: Vec<Mutex<Option<ThreadId>>>,
 }
 
 /// What came of one exit.
 enum Step {
     Continue,
-    Stop(Stop),
+    Stop(StopReason),
 }
 
-/// Runs all `vcpus` until `on_ring` stops them or the guest resets itself. The first one runs on this thread. Afterwards no
-/// vCPU has an instruction half done.
-pub fn run<F: FnMut(Ring) -> Flow + Send>(
+/// Runs all `vcpus` until `on_ring` stops them or the guest resets itself. The first one runs on this thread.
+/// Afterwards no vCPU has an instruction half done.
+pub fn run<F: FnMut(Ring) -> AfterRing + Send>(
     vcpus: &mut [VcpuFd],
     vm: &VmFd,
     bus: &Bus,
     ram: &GuestMemoryMmap,
     kind: KvmKind,
     on_ring: F,
-) -> Result<Stop, MachineError> {
+) -> Result<StopReason, VcpuRunError> {
     let run = Run {
         vm,
         bus,
@@ -56,7 +97,7 @@ pub fn run<F: FnMut(Ring) -> Flow + Send>(
         threads: vcpus.iter().map(|_| Mutex::new(None)).collect(),
     };
     if vcpus.len() > 1 {
-        sys::prepare_kicks().map_err(MachineError::Kicks)?;
+        sys::prepare_kicks().map_err(VcpuRunError::Kicks)?;
     }
     std::thread::scope(|scope| {
         let mut numbered = vcpus.iter_mut().enumerate();
@@ -70,14 +111,15 @@ pub fn run<F: FnMut(Ring) -> Flow + Send>(
         }
     });
     let outcome = run.outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
-    outcome.unwrap_or(Ok(Stop::Reset))
+    outcome.unwrap_or(Ok(StopReason::Reset))
 }
 
-impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
+impl<F: FnMut(Ring) -> AfterRing> Run<'_, F> {
     fn vcpu(&self, number: usize, vcpu: &mut VcpuFd) {
         *lock(&self.threads[number]) = Some(sys::this_thread());
+        let mut mender = InstructionMender::default();
         while !self.stopping.load(Ordering::Acquire) {
-            match self.step(vcpu) {
+            match self.step(vcpu, &mut mender) {
                 Ok(Step::Continue) => {}
                 Ok(Step::Stop(stop)) => self.conclude(Ok(stop)),
                 Err(error) => self.conclude(Err(error)),
@@ -90,9 +132,9 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
         self.kick_others();
     }
 
-    /// The first outcome counts, as what other vCPUs run into while they stop is a consequence; but a machine that could not
-    /// be stopped in good order has not stopped.
-    fn conclude(&self, outcome: Result<Stop, MachineError>) {
+    /// The first outcome counts, as what other vCPUs run into while they stop is a consequence; but a machine that
+    /// could not be stopped in good order has not stopped.
+    fn conclude(&self, outcome: Result<StopReason, VcpuRunError>) {
         let mut known = lock(&self.outcome);
         match (&*known, &outcome) {
             (None, _) | (Some(Ok(_)), Err(_)) => *known = Some(outcome),
@@ -114,16 +156,16 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
         }
     }
 
-    fn step(&self, vcpu: &mut VcpuFd) -> Result<Step, MachineError> {
+    fn step(&self, vcpu: &mut VcpuFd, mender: &mut InstructionMender) -> Result<Step, VcpuRunError> {
         let exit = vcpu.run();
         self.bus.resume_devices();
         match exit {
             Ok(VcpuExit::IoOut(port, bytes)) => match self.bus.port_write(port, bytes) {
                 PortWrite::Done => {}
-                PortWrite::Reset => return Ok(Step::Stop(Stop::Reset)),
+                PortWrite::Reset => return Ok(Step::Stop(StopReason::Reset)),
                 PortWrite::Rang(ring) => {
-                    if lock(&self.on_ring)(ring) == Flow::Stop {
-                        return Ok(Step::Stop(Stop::Asked));
+                    if lock(&self.on_ring)(ring) == AfterRing::Stop {
+                        return Ok(Step::Stop(StopReason::Asked));
                     }
                 }
             },
@@ -136,20 +178,21 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
                 pvm::write_msr(vcpu, self.ram, index, value)?;
             }
             Ok(VcpuExit::InternalError) if self.kind == KvmKind::Pvm => {
-                pvm::mend_instruction(self.vm, vcpu, self.ram)?;
+                mender.mend(self.vm, vcpu, self.ram)?;
             }
-            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Step::Stop(Stop::Reset)),
-            Ok(exit) => return Err(MachineError::Exit { exit: format!("{exit:?}") }),
+            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Ok(Step::Stop(StopReason::Reset)),
+            Ok(exit) => return Err(VcpuRunError::Exit { exit: format!("{exit:?}") }),
             Err(error) if [libc::EINTR, libc::EAGAIN].contains(&error.errno()) => {}
-            Err(error) => return Err(MachineError::Run(error)),
+            Err(error) => return Err(VcpuRunError::Run(error)),
         }
         Ok(Step::Continue)
     }
 
-    /// KVM completes an I/O instruction only when it is entered again; this enters it until nothing is left to complete.
-    fn finish_instruction(&self, vcpu: &mut VcpuFd) -> Result<(), MachineError> {
+    /// KVM completes an I/O instruction only when it is entered again; this enters it until nothing is left to
+    /// complete.
+    fn finish_instruction(&self, vcpu: &mut VcpuFd) -> Result<(), VcpuRunError> {
         vcpu.set_kvm_immediate_exit(1);
-        let mut finished = Err(MachineError::Unfinished);
+        let mut finished = Err(VcpuRunError::Unfinished);
         for _ in 0..COMPLETIONS_MAX {
             match vcpu.run() {
                 Err(_) => {
@@ -161,7 +204,7 @@ impl<F: FnMut(Ring) -> Flow> Run<'_, F> {
                 Ok(VcpuExit::MmioWrite(address, bytes)) => self.bus.mmio_write(address, bytes),
                 Ok(VcpuExit::IoOut(port, bytes)) => drop(self.bus.port_write(port, bytes)),
                 Ok(exit) => {
-                    finished = Err(MachineError::Exit { exit: format!("{exit:?}") });
+                    finished = Err(VcpuRunError::Exit { exit: format!("{exit:?}") });
                     break;
                 }
             }

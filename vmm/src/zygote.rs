@@ -1,14 +1,17 @@
 //! The zygote: a process forked while forkd has no threads yet, which forks one process a machine into its jail, and
-//! sees how each ends. Callers: the root crate's `supervisor.rs` and `machine_build.rs`.
+//! sees how each ends.
 //!
-//! It ends when its owner does: it then kills the machines that are left, waits for them and removes their cgroups. If it
-//! is killed itself, the kernel kills the machines.
+//! It ends when its owner does: it then kills the machines that are left, waits for them and removes their cgroups.
+//! If it is killed itself, the kernel kills the machines.
 
 use crate::cgroup::{CgroupError, Group, Groups};
+use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
-use crate::jail::{Cell, FILE_BYTES, Jail};
-use crate::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, describe, run_machine};
-use crate::sys::{self, Confined, ForkError, Forked, Lifetime};
+use crate::jail::{FILE_BYTES, Jail, JailOptions};
+use crate::process::{
+    MachineFiles, MachineProcess, MachineReport, MachineSpec, MachineStart, run_machine, take_channel,
+};
+use crate::sys::{self, ConfinedFork, ForkError, Forked, Lifetime};
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
@@ -88,11 +91,7 @@ impl Zygote {
     /// Starts a machine.
     pub fn spawn(&self, spec: &MachineSpec, files: &MachineFiles<'_>) -> Result<MachineProcess, SpawnError> {
         let (ours, theirs) = Channel::pair()?;
-        let mut fds = vec![theirs.as_fd(), files.start, files.console, files.vsock];
-        fds.extend(&files.initrd);
-        fds.extend(files.tap);
-        fds.extend(&files.images);
-        fds.extend(files.scratch);
+        let fds = files.encode(theirs.as_fd());
         let channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
         channel.send(spec, &fds)?;
         match channel.receive()? {
@@ -111,32 +110,32 @@ impl Zygote {
 }
 
 /// A machine's process, seen from the zygote.
-struct Kept {
+struct ZygoteMachine {
     pidfd: OwnedFd,
     /// A copy of its own end: what it could not say itself is said for it.
     channel: Channel,
     group: Option<Group>,
 }
 
-struct Nursery {
+struct ZygoteServer {
     owner: Channel,
     groups: Option<Groups>,
     jail: Jail,
     epoll: OwnedFd,
-    kept: HashMap<u64, Kept>,
+    machines: HashMap<u64, ZygoteMachine>,
     next_token: u64,
 }
 
 /// What the zygote is told to make, on its way into the new process.
-struct Newborn {
+struct NewMachine {
     spec: MachineSpec,
     fds: Vec<OwnedFd>,
-    cell: Cell,
+    options: JailOptions,
 }
 
 /// How a machine's process ended when it could not say so itself.
 #[derive(Debug, thiserror::Error)]
-enum Death {
+enum MachineDeath {
     #[error("the machine's process was ended by its system call filter")]
     Filter,
     #[error("the machine's process was ended because it went over its memory limit")]
@@ -162,11 +161,11 @@ fn serve(owner: Channel, groups: Option<Groups>) {
     }
     let (jail, epoll) = match Jail::build() {
         Ok(jail) => (jail, epoll::create(epoll::CreateFlags::CLOEXEC)),
-        Err(error) => return refuse_all(&owner, &describe(&error)),
+        Err(error) => return refuse_all(&owner, &chain(&error)),
     };
     let Ok(epoll) = epoll else { return };
     if epoll::add(&epoll, &owner, EventData::new_u64(OWNER), EventFlags::IN).is_ok() {
-        Nursery { owner, groups, jail, epoll, kept: HashMap::new(), next_token: OWNER + 1 }.run();
+        ZygoteServer { owner, groups, jail, epoll, machines: HashMap::new(), next_token: OWNER + 1 }.run();
     }
 }
 
@@ -178,11 +177,11 @@ fn refuse_all(owner: &Channel, error: &str) {
     }
 }
 
-impl Nursery {
+impl ZygoteServer {
     fn run(mut self) {
         let mut events = Vec::with_capacity(64);
         let mut owned = true;
-        while owned || !self.kept.is_empty() {
+        while owned || !self.machines.is_empty() {
             events.clear();
             match epoll::wait(&self.epoll, rustix::buffer::spare_capacity(&mut events), None) {
                 Ok(_) | Err(Errno::INTR) => {}
@@ -193,25 +192,25 @@ impl Nursery {
                 match event.data.u64() {
                     OWNER => match self.owner.receive::<MachineSpec>() {
                         Ok((spec, fds)) => {
-                            if let Some(Newborn { spec, fds, cell }) = self.answer(spec, fds) {
+                            if let Some(NewMachine { spec, fds, options }) = self.answer(spec, fds) {
                                 // A machine must not be able to ask for machines, or to take its siblings' descriptors:
                                 // entering the jail closes them.
-                                run_machine(spec, fds, self.jail, &cell)
+                                run_machine(spec, fds, self.jail, &options)
                             }
                         }
                         Err(_) => {
                             owned = false;
-                            self.disown();
+                            self.kill_machines();
                         }
                     },
-                    token => self.bury(token),
+                    token => self.reap(token),
                 }
             }
         }
     }
 
     /// Makes a machine's process and tells the owner. `Some` in that process.
-    fn answer(&mut self, spec: MachineSpec, fds: Vec<OwnedFd>) -> Option<Newborn> {
+    fn answer(&mut self, spec: MachineSpec, fds: Vec<OwnedFd>) -> Option<NewMachine> {
         let created = self.groups.as_ref().map(|groups| groups.create(&spec.limits)).transpose();
         let group = match created {
             Ok(group) => group,
@@ -219,25 +218,25 @@ impl Nursery {
         };
         let forked = sys::fork_confined(self.jail.place(group.as_ref().map(AsFd::as_fd)));
         match forked {
-            Ok(Confined::Child) => {
-                let cell = Cell {
+            Ok(ConfinedFork::Child) => {
+                let options = JailOptions {
                     number: self.next_token as u32,
                     file_bytes: FILE_BYTES.max(spec.scratch_bytes),
-                    lazy: matches!(spec.start, Start::Restore { lazy: true, .. }),
+                    lazy: matches!(spec.start, MachineStart::Restore { lazy: true, .. }),
                 };
-                Some(Newborn { spec, fds, cell })
+                Some(NewMachine { spec, fds, options })
             }
-            Ok(Confined::Parent { pid, pidfd }) => {
+            Ok(ConfinedFork::Parent { pid, pidfd }) => {
                 // An owner that is gone is noticed by the next wait.
                 let _ = self.owner.send(&Spawned::Pid(pid.as_raw_nonzero().get()), &[pidfd.as_fd()]);
                 let token = self.next_token;
                 self.next_token += 1;
                 let watched = epoll::add(&self.epoll, &pidfd, EventData::new_u64(token), EventFlags::IN);
-                if let Some(channel) = fds.into_iter().next().map(Channel::from_fd) {
-                    self.kept.insert(token, Kept { pidfd, channel, group });
+                if let Some(channel) = take_channel(&mut fds.into_iter()) {
+                    self.machines.insert(token, ZygoteMachine { pidfd, channel, group });
                 }
                 if watched.is_err() {
-                    self.bury(token);
+                    self.reap(token);
                 }
                 None
             }
@@ -250,22 +249,22 @@ impl Nursery {
         }
     }
 
-    fn refuse(&self, error: &dyn std::error::Error) -> Option<Newborn> {
-        let _ = self.owner.send(&Spawned::Failed(describe(error)), &[]);
+    fn refuse(&self, error: &dyn std::error::Error) -> Option<NewMachine> {
+        let _ = self.owner.send(&Spawned::Failed(chain(error)), &[]);
         None
     }
 
     /// The owner is gone: nobody wants the machines any more.
-    fn disown(&mut self) {
+    fn kill_machines(&mut self) {
         let _ = epoll::delete(&self.epoll, &self.owner);
-        for kept in self.kept.values() {
+        for kept in self.machines.values() {
             let _ = rustix::process::pidfd_send_signal(&kept.pidfd, Signal::KILL);
         }
     }
 
     /// Takes note of a process that is over.
-    fn bury(&mut self, token: u64) {
-        let Some(Kept { pidfd, channel, group }) = self.kept.remove(&token) else { return };
+    fn reap(&mut self, token: u64) {
+        let Some(ZygoteMachine { pidfd, channel, group }) = self.machines.remove(&token) else { return };
         // The owner has a copy of the descriptor, which would keep it among those that are waited for.
         let _ = epoll::delete(&self.epoll, &pidfd);
         let ending = rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
@@ -273,14 +272,14 @@ impl Nursery {
         let starved = group.as_ref().is_some_and(Group::ran_out_of_memory);
         let death = match signal {
             None => None,
-            Some(signal) if signal == Signal::SYS.as_raw() => Some(Death::Filter),
-            Some(signal) if signal == Signal::KILL.as_raw() => starved.then_some(Death::Memory),
-            Some(signal) => Some(Death::Crash { signal }),
+            Some(signal) if signal == Signal::SYS.as_raw() => Some(MachineDeath::Filter),
+            Some(signal) if signal == Signal::KILL.as_raw() => starved.then_some(MachineDeath::Memory),
+            Some(signal) => Some(MachineDeath::Crash { signal }),
         };
         if let Some(death) = death {
             // Its process may have left the channel full, and the owner may not read it any more.
             let _ = rustix::io::ioctl_fionbio(&channel, true);
-            let _ = channel.send(&Report::Failed { error: death.to_string() }, &[]);
+            let _ = channel.send(&MachineReport::Failed { error: death.to_string() }, &[]);
         }
         if let (Some(groups), Some(group)) = (&self.groups, &group) {
             let _ = groups.remove(group);

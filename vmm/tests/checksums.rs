@@ -8,9 +8,9 @@ use common::{hashing_machine, hypervisor, layout, noise, peripherals, printed, r
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::machine::Machine;
 use forkd_vmm::memory::{GuestMemory, ImageId, Mapping, Sharing};
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::snapshot::MachineState;
-use forkd_vmm::uffd::{Reading, Uffd};
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::uffd::{Uffd, UffdReads};
+use forkd_vmm::vmstate::MachineState;
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::HashMap;
 use std::fs::File;
@@ -61,7 +61,7 @@ impl Origin {
 }
 
 impl PageSource for Origin {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let planned = self.plan.lock().unwrap().remove(&chunk.chunk);
         let bytes = || self.bytes(chunk.chunk);
         Ok(match planned {
@@ -78,7 +78,7 @@ impl PageSource for Origin {
         })
     }
 
-    fn unavailable(&self, chunk: ChunkId, waiters: &[ClientId], _failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, waiters: &[ClientId], _failure: SourceFailure) {
         self.gone.lock().unwrap().send((chunk.chunk, waiters.to_vec())).unwrap();
     }
 }
@@ -96,7 +96,7 @@ impl Saved {
         Saved { full, state, hash }
     }
 
-    fn bed(&self, reading: Option<Reading>) -> Bed {
+    fn bed(&self, reading: Option<UffdReads>) -> Bed {
         let (sender, gone) = channel();
         let full = self.full.try_clone().unwrap();
         let origin = Arc::new(Origin { full, plan: Mutex::default(), gone: Mutex::new(sender) });
@@ -157,7 +157,7 @@ impl Running {
 #[test]
 fn a_machine_without_faults_hashes_what_the_file_has() {
     let saved = Saved::new();
-    for reading in [None, Some(Reading::MayBlock)] {
+    for reading in [None, Some(UffdReads::MayBlock)] {
         let bed = saved.bed(reading);
         assert_eq!(saved.fork(&bed.pager, 1).hash(), saved.hash);
         assert_eq!(bed.pager.stats().present_chunks, CHUNKS, "all of its memory was read");
@@ -196,7 +196,7 @@ fn late_chunks_and_chunks_installed_at_the_same_time_are_right() {
         let child = saved.fork(&bed.pager, 1);
         // Its neighbours and itself, again and again, whole and as single pages, while they are demanded.
         for at in [chunk, (chunk + 1) % CHUNKS, chunk] {
-            let (id, bytes) = (ChunkId { image: ImageId::Ram, chunk: at }, bed.origin.bytes(at));
+            let (id, bytes) = (ImageChunk { image: ImageId::Ram, chunk: at }, bed.origin.bytes(at));
             for page in (0..CHUNK).step_by(3 * 4096) {
                 let page = page as usize..page as usize + 4096;
                 let offset = at * CHUNK + page.start as u64;
@@ -215,7 +215,7 @@ fn late_chunks_and_chunks_installed_at_the_same_time_are_right() {
 fn everything_at_once_ends_in_right_hashes() {
     let saved = Saved::new();
     for round in 0..12_u64 {
-        let bed = saved.bed([None, Some(Reading::MayBlock)][round as usize % 2]);
+        let bed = saved.bed([None, Some(UffdReads::MayBlock)][round as usize % 2]);
         let late = (0..CHUNKS).filter(|chunk| noise(round * 100 + chunk).is_multiple_of(3));
         bed.origin.plan.lock().unwrap().extend(late.map(|chunk| (chunk, Fault::Late)));
         let (pager, origin) = (Arc::clone(&bed.pager), Arc::clone(&bed.origin));
@@ -230,13 +230,13 @@ fn everything_at_once_ends_in_right_hashes() {
                 let (chunk, within) = (page * 4096 / CHUNK, (page * 4096 % CHUNK) as usize);
                 let bytes = origin.bytes(chunk);
                 pager.install_pages(ImageId::Ram, page * 4096, &bytes[within..within + 4096]).unwrap();
-                pager.wake_waiters(ChunkId { image: ImageId::Ram, chunk });
+                pager.wake_waiters(ImageChunk { image: ImageId::Ram, chunk });
             }
         });
         let children: Vec<_> = (1..=3).map(|client| saved.fork(&bed.pager, client)).collect();
         std::thread::sleep(Duration::from_micros(noise(round) % 8000));
         for number in 0..CHUNKS {
-            let id = ChunkId { image: ImageId::Ram, chunk: (number * 7 + round) % CHUNKS };
+            let id = ImageChunk { image: ImageId::Ram, chunk: (number * 7 + round) % CHUNKS };
             bed.pager.install(id, &bed.origin.content(id.chunk)).unwrap();
         }
         // Ends the watch while machines are in the middle of faults.

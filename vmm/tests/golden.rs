@@ -1,13 +1,13 @@
 //! A vmstate of every version that this forkd reads, kept as a file: when its layout changes by accident, these tests
-//! fail; when it changes on purpose, `snapshot::VERSION` does too and a new file is made with
+//! fail; when it changes on purpose, `vmstate::VERSION` does too and a new file is made with
 //! `cargo test -p forkd-vmm --test golden -- --ignored`.
 
 mod common;
 
 use common::{COUNTER, image, layout, machine_of, run_until};
 use forkd_vmm::devices::doorbell::Ring;
-use forkd_vmm::machine::Shape;
-use forkd_vmm::snapshot::{MachineState, VERSION};
+use forkd_vmm::machine::MachineShape;
+use forkd_vmm::vmstate::{MachineState, VERSION};
 use std::path::PathBuf;
 
 fn golden() -> PathBuf {
@@ -29,7 +29,7 @@ fn the_kept_vmstate_is_still_read_and_written_the_same() {
 #[ignore = "writes the file that the other test reads"]
 fn keep_a_vmstate() {
     let (mut machine, _console) =
-        machine_of(Shape { layout: layout(), vcpus: 2 }, &image(COUNTER), Vec::new());
+        machine_of(MachineShape { layout: layout(), vcpus: 2 }, &image(COUNTER), Vec::new());
     run_until(&mut machine, Ring::SnapshotHere);
     std::fs::write(golden(), machine.save().unwrap().encode().unwrap()).unwrap();
 }

@@ -8,9 +8,9 @@ use common::{hashing_machine, layout, noise, printed, wrong_pages};
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::{ImageId, create_image};
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start};
-use forkd_vmm::snapshot::MachineState;
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineReport, MachineSpec, MachineStart};
+use forkd_vmm::vmstate::MachineState;
 use forkd_vmm::zygote::Zygote;
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;
@@ -47,7 +47,7 @@ fn main() {
 struct Origin {
     full: OwnedFd,
     loads: AtomicU64,
-    failed: Mutex<Vec<ChunkId>>,
+    failed: Mutex<Vec<ImageChunk>>,
 }
 
 impl Origin {
@@ -56,7 +56,7 @@ impl Origin {
         Arc::new(Origin { full, loads: AtomicU64::new(round << 20), failed: Mutex::default() })
     }
 
-    fn content(&self, chunk: ChunkId) -> ChunkContent {
+    fn content(&self, chunk: ImageChunk) -> ChunkContent {
         let mut bytes = vec![0; CHUNK as usize];
         rustix::io::pread(&self.full, &mut bytes, chunk.chunk * CHUNK).unwrap();
         ChunkContent::Data(Bytes::from(bytes))
@@ -71,7 +71,7 @@ impl Origin {
 }
 
 impl PageSource for Origin {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let number = self.loads.fetch_add(1, Ordering::Relaxed);
         std::thread::sleep(Duration::from_micros(noise(number) % 800));
         if noise(number + 1).is_multiple_of(17) {
@@ -80,7 +80,7 @@ impl PageSource for Origin {
         Ok(self.content(chunk))
     }
 
-    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], _failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, _waiters: &[ClientId], _failure: SourceFailure) {
         self.failed.lock().unwrap().push(chunk);
     }
 }
@@ -159,9 +159,9 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
         layout: layout(),
         limits: Limits::of(format!("killed{}-{number}", std::process::id()), &layout()),
         record: Vec::new(),
-        start: Start::Restore { lazy: true, zero_runs: Vec::new() },
+        start: MachineStart::Restore { lazy: true, zero_runs: Vec::new() },
         scratch_bytes: 0,
-        held: false,
+        waits_at_first_instruction: false,
         mac: None,
     };
     let files = MachineFiles {
@@ -179,10 +179,12 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
 
 fn follow(child: &mut Child, pager: &Pager, id: ClientId) {
     let soon = Instant::now() + Duration::from_micros(200);
-    match child.process.channel.receive_until::<Report>(soon) {
+    match child.process.channel.receive_until::<MachineReport>(soon) {
         Ok(None) => {}
-        Ok(Some((Report::Attached { bases }, mut fds))) => pager.attach(id, fds.remove(0), bases).unwrap(),
-        Ok(Some((Report::Rang { ring, .. }, _))) => child.ready |= ring == Ring::Ready,
+        Ok(Some((MachineReport::Attached { bases }, mut fds))) => {
+            pager.attach(id, fds.remove(0), bases).unwrap()
+        }
+        Ok(Some((MachineReport::Rang { ring, .. }, _))) => child.ready |= ring == Ring::Ready,
         Ok(Some((report, _))) => panic!("a machine says {report:?}"),
         Err(_) => {
             assert!(child.killed, "a machine ended by itself");

@@ -7,9 +7,9 @@ use common::{SUM, hypervisor, image, layout, machine, peripherals, printed, run_
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::machine::Machine;
 use forkd_vmm::memory::{GuestMemory, ImageId, Mapping, Sharing};
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::snapshot::MachineState;
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::uffd::Uffd;
+use forkd_vmm::vmstate::MachineState;
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,11 +26,11 @@ struct Origin {
     loaded: Mutex<Vec<u64>>,
     failing: AtomicBool,
     hanging: Mutex<()>,
-    gone: Mutex<Sender<ChunkId>>,
+    gone: Mutex<Sender<ImageChunk>>,
 }
 
 impl PageSource for Origin {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         drop(self.hanging.lock().unwrap());
         if self.failing.load(Ordering::Relaxed) && chunk.chunk * CHUNK >= 4 << 20 {
             return Err("the network is gone".into());
@@ -42,7 +42,7 @@ impl PageSource for Origin {
         Ok(if zero { ChunkContent::Zero } else { ChunkContent::Data(Bytes::from(bytes)) })
     }
 
-    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], _failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, _waiters: &[ClientId], _failure: SourceFailure) {
         self.gone.lock().unwrap().send(chunk).unwrap();
     }
 }
@@ -56,7 +56,7 @@ struct Setup {
 
 /// A saved machine whose memory only its origin has. Every page from 2 to 6 MiB starts with its own number, every
 /// third 64 KiB chunk of them aside, which is zero.
-fn setup() -> (Setup, Receiver<ChunkId>) {
+fn setup() -> (Setup, Receiver<ImageChunk>) {
     let full = image(SUM);
     let mut expected = 0_u32;
     for page in 512..1536_u32 {
@@ -142,7 +142,7 @@ fn siblings_share_what_one_of_them_loaded() {
 fn what_is_put_in_ahead_is_not_asked_for() {
     let (setup, _gone) = setup();
     for chunk in 0..RAM / CHUNK {
-        let id = ChunkId { image: ImageId::Ram, chunk };
+        let id = ImageChunk { image: ImageId::Ram, chunk };
         let content = setup.origin.load(id).unwrap();
         setup.pager.install(id, &content).unwrap();
     }

@@ -9,11 +9,11 @@ use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::machine::Machine;
 use forkd_vmm::memory::{GuestMemory, ImageId, Mapping, Sharing, create_image};
 use forkd_vmm::pager::{
-    ChunkContent, ChunkId, ClientId, ImageShape, Misconduct, PageSource, Pager, PagerError, PagerFailure,
+    ChunkContent, ClientId, ImageChunk, ImageShape, Misconduct, PageSource, Pager, PagerError, PagerFailure,
     SourceFailure,
 };
-use forkd_vmm::snapshot::MachineState;
-use forkd_vmm::uffd::{Reading, Uffd};
+use forkd_vmm::uffd::{Uffd, UffdReads};
+use forkd_vmm::vmstate::MachineState;
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::OFlags;
 use std::fs::File;
@@ -31,13 +31,13 @@ const LIMIT: Duration = Duration::from_secs(20);
 struct Origin(OwnedFd);
 
 impl PageSource for Origin {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let mut bytes = vec![0; CHUNK as usize];
         rustix::io::pread(&self.0, &mut bytes, chunk.chunk * CHUNK)?;
         Ok(ChunkContent::Data(Bytes::from(bytes)))
     }
 
-    fn unavailable(&self, _chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
+    fn unavailable(&self, _chunk: ImageChunk, _waiters: &[ClientId], failure: SourceFailure) {
         eprintln!("unavailable: {failure}");
     }
 }
@@ -50,7 +50,7 @@ struct Bed {
 }
 
 impl Bed {
-    fn new(reading: Option<Reading>) -> Bed {
+    fn new(reading: Option<UffdReads>) -> Bed {
         let (full, state, hash) = hashing_machine();
         let origin = Arc::new(Origin(full.try_clone().unwrap()));
         let shape = ImageShape { bytes: RAM, chunk_bytes: CHUNK };
@@ -153,11 +153,11 @@ fn what_is_handed_over_is_checked() {
 #[test]
 fn a_userfaultfd_that_was_made_blocking_is_read_without_blocking() {
     let (_mapping, uffd) = Bed::new(None).map();
-    assert_eq!(uffd.reading(), Reading::NeverBlocks, "this kernel is older than 6.10");
+    assert_eq!(uffd.reading(), UffdReads::NeverBlocks, "this kernel is older than 6.10");
     rustix::fs::fcntl_setfl(&uffd, OFlags::RDWR).unwrap();
     let reader = std::thread::spawn(move || {
         let mut messages = Vec::new();
-        uffd.messages(Reading::NeverBlocks, &mut messages).unwrap();
+        uffd.messages(UffdReads::NeverBlocks, &mut messages).unwrap();
         messages
     });
     wait_for("the read to return", || reader.is_finished());
@@ -166,7 +166,7 @@ fn a_userfaultfd_that_was_made_blocking_is_read_without_blocking() {
 
 #[test]
 fn whoever_makes_its_userfaultfd_blocking_is_named() {
-    for reading in [Reading::NeverBlocks, Reading::MayBlock] {
+    for reading in [UffdReads::NeverBlocks, UffdReads::MayBlock] {
         let bed = Bed::new(Some(reading));
         let (mapping, uffd) = bed.map();
         bed.attach(1, &uffd, mapping.address()).unwrap();
@@ -180,7 +180,7 @@ fn whoever_makes_its_userfaultfd_blocking_is_named() {
 
 #[test]
 fn whoever_takes_its_faults_away_from_the_pager_hangs_nobody_but_itself() {
-    for reading in [Reading::NeverBlocks, Reading::MayBlock] {
+    for reading in [UffdReads::NeverBlocks, UffdReads::MayBlock] {
         let bed = Bed::new(Some(reading));
         let (mapping, uffd) = bed.map();
         bed.attach(1, &uffd, mapping.address()).unwrap();

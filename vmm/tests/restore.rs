@@ -6,7 +6,7 @@ use common::{COUNTER, READ_RECORD, hypervisor, image, layout, machine, periphera
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::machine::{Machine, MachineError};
 use forkd_vmm::memory::{GuestMemory, Mapping, Sharing};
-use forkd_vmm::snapshot::{MachineState, SnapshotError};
+use forkd_vmm::vmstate::{MachineState, VmstateError};
 use proptest::prelude::*;
 use rustix::fd::OwnedFd;
 use std::fs::File;
@@ -93,14 +93,14 @@ fn damaged_vmstates_are_refused() {
     assert!(bytes.len() < 64 * 1024, "a one-vCPU state takes {} bytes", bytes.len());
     for cut in [0, 7, 47, 48, bytes.len() - 1] {
         let refused = MachineState::decode(&bytes[..cut]);
-        assert!(matches!(refused, Err(SnapshotError::NotVmstate { .. })), "cut at {cut}");
+        assert!(matches!(refused, Err(VmstateError::NotVmstate { .. })), "cut at {cut}");
     }
     let mut newer = bytes.clone();
     newer[8] = 99;
-    assert!(matches!(MachineState::decode(&newer), Err(SnapshotError::Version { found: 99 })));
+    assert!(matches!(MachineState::decode(&newer), Err(VmstateError::Version { found: 99 })));
     let mut flipped = bytes.clone();
     *flipped.last_mut().unwrap() ^= 1;
-    assert!(matches!(MachineState::decode(&flipped), Err(SnapshotError::Damaged)));
+    assert!(matches!(MachineState::decode(&flipped), Err(VmstateError::Damaged)));
 }
 
 proptest! {

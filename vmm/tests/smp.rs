@@ -6,9 +6,9 @@ use common::{
     CODE, WORD, enter_ring3, hypervisor, image, layout, machine_of, peripherals, printed, run_until,
 };
 use forkd_vmm::devices::doorbell::Ring;
-use forkd_vmm::machine::{Machine, MachineError, Shape};
+use forkd_vmm::machine::{Machine, MachineError, MachineShape};
 use forkd_vmm::memory::{GuestMemory, MEMORY_MIB_MAX, Mapping, MemoryLayout, Sharing, create_image};
-use forkd_vmm::snapshot::MachineState;
+use forkd_vmm::vmstate::MachineState;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Where the other vCPUs' code lies.
@@ -55,7 +55,8 @@ fn all_vcpus_stop_for_a_snapshot_and_go_on_in_forks() {
         let image = image(&conductor(vcpus));
         // L: inc qword [rdi]; jmp L
         rustix::io::pwrite(&image, &[0x48, 0xff, 0x07, 0xeb, 0xfb], COUNTING).unwrap();
-        let (mut original, _console) = machine_of(Shape { layout: layout(), vcpus }, &image, Vec::new());
+        let (mut original, _console) =
+            machine_of(MachineShape { layout: layout(), vcpus }, &image, Vec::new());
         for (number, vcpu) in original.vcpus().iter().enumerate().skip(1) {
             enter_ring3(vcpu, COUNTING, WORD + number as u64 * u64::from(STRIDE));
         }
@@ -87,8 +88,12 @@ fn impossible_numbers_of_vcpus_are_refused() {
     for vcpus in [0, 9, 255] {
         let mapping = Mapping::of_file(image(&[]), layout().ram_bytes(), Sharing::Shared).unwrap();
         let memory = GuestMemory::new(&layout(), vec![mapping]).unwrap();
-        let refused =
-            Machine::new(hypervisor(), Shape { layout: layout(), vcpus }, memory, peripherals(Vec::new()).0);
+        let refused = Machine::new(
+            hypervisor(),
+            MachineShape { layout: layout(), vcpus },
+            memory,
+            peripherals(Vec::new()).0,
+        );
         assert!(matches!(refused, Err(MachineError::Vcpus { .. })), "{vcpus}");
     }
 }
@@ -142,7 +147,7 @@ fn machines_of_every_size_have_their_memory_where_it_belongs() {
         for address in &addresses {
             ram.write_obj(*address ^ 0x5a5a, GuestAddress(*address)).unwrap();
         }
-        let (mut machine, console) = machine_of(Shape { layout, vcpus: 1 }, &file, Vec::new());
+        let (mut machine, console) = machine_of(MachineShape { layout, vcpus: 1 }, &file, Vec::new());
         run_until(&mut machine, Ring::Ready);
         for address in &addresses {
             let copied: u64 = ram.read_obj(GuestAddress(address + 8)).unwrap();

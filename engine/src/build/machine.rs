@@ -12,7 +12,7 @@ use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryLayout, PMEM_ALIGN, create_image};
-use forkd_vmm::process::{MachineSpec, Report, Start};
+use forkd_vmm::process::{MachineReport, MachineSpec, MachineStart};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::fs::File;
@@ -118,10 +118,18 @@ fn boot<'a>(
     let record = Generation::original().encode()?;
     let (command_line, vcpus) = (command_line(request)?, request.vcpus);
     let (initrd_comes, second_console) = (initrd.is_some(), request.second_console);
-    let start = Start::Boot { command_line, vcpus, initrd: initrd_comes, second_console };
+    let start = MachineStart::Boot { command_line, vcpus, initrd: initrd_comes, second_console };
     let scratch_bytes = request.scratch.bytes();
     let limits = Limits::of(machines.name(), &layout);
-    let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
+    let spec = MachineSpec {
+        layout,
+        limits,
+        record,
+        mac: None,
+        start,
+        scratch_bytes,
+        waits_at_first_instruction: false,
+    };
     let images = images(&layout, ram, root_disk);
     let (scratch, interrupt) = (&request.scratch, request.interrupt);
     BuildMachine::spawn(machines, &spec, &images, &kernel, initrd.as_ref(), (scratch, interrupt))
@@ -144,7 +152,7 @@ fn warm_up(
     let asked = machine.agent("taking the snapshot")?.snapshot(REQUEST_TIMEOUT);
     asked.map_err(|source| BuildError::Agent { doing: "taking the snapshot", source })?;
     let vmstate = machine.wait("taking the snapshot", REQUEST_TIMEOUT, |report, mut fds| match report {
-        Report::Snapshot => fds.pop(),
+        MachineReport::Snapshot => fds.pop(),
         _ => None,
     })?;
     if let Some(disk) = &machine.scratch

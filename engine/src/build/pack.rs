@@ -175,7 +175,7 @@ pub(super) fn write(
         task.limit(now.total);
         task.to(now.done);
         task.say(match now.pass {
-            Pass::Survey => "reading",
+            Pass::Scan => "reading",
             Pass::Compress => "packing",
         });
     };

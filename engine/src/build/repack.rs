@@ -181,7 +181,7 @@ async fn take_apart(
     match obtain(paths, request, work, progress).await? {
         Input::Indexed(store) => {
             let task = progress.begin("unpacking", Amount::Bytes(store.index().stored_bytes()));
-            let done = |now: forkd_fs::store::Progress| {
+            let done = |now: forkd_fs::store::FetchProgress| {
                 let share = f64::from(now.chunks_fetched) / f64::from(now.chunks_total.max(1));
                 task.to((store.index().stored_bytes() as f64 * share) as u64);
             };

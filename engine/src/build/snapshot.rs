@@ -272,7 +272,7 @@ fn write_manifest(
                 KvmKind::Hardware => manifest::KvmKind::Hardware,
             },
             kernel: kernel_name(about.kernel),
-            vmstate_version: forkd_vmm::snapshot::VERSION,
+            vmstate_version: forkd_vmm::vmstate::VERSION,
             cpu_features: cpu.features.iter().map(|name| (*name).to_owned()).collect(),
             cpu_vendor: cpu.vendor,
         },

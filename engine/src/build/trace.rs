@@ -246,7 +246,7 @@ fn take_apart(
         }
         let chunks = Amount::Steps(store.index().stored_chunk_count().into());
         let task = progress.begin("unpacking", chunks);
-        let done = |now: forkd_fs::store::Progress| task.to(now.chunks_fetched.into());
+        let done = |now: forkd_fs::store::FetchProgress| task.to(now.chunks_fetched.into());
         let manifest = unpack(&store, &work.members(), &done).await?;
         Ok((Manifest::clone(&manifest), store.index().chunk_size()))
     })

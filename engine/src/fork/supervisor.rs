@@ -204,7 +204,7 @@ impl Supervisor {
             mac: network.map(|network| network.identity.mac),
             start: self.template.start(),
             scratch_bytes: scratch.bytes(),
-            held: self.turns.is_some(),
+            waits_at_first_instruction: self.turns.is_some(),
         };
         let files = MachineFiles {
             images: self.template.images(),

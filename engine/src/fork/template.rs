@@ -11,13 +11,13 @@ use crate::picture::timeline::Recorder;
 use forkd_fs::index::ChunkId as PackChunk;
 use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
 use forkd_fs::prefetch;
-use forkd_fs::source::Class;
-use forkd_fs::store::{ChunkData, OnChunk, Progress, ReadError, Store};
+use forkd_fs::source::Priority;
+use forkd_fs::store::{ChunkData, FetchProgress, OnChunk, ReadError, Store};
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{ImageId, MemoryError, create_image, longest_runs};
-use forkd_vmm::pager::{ChunkId, ImageShape, Pager, PagerError, PagerStats};
-use forkd_vmm::process::Start;
+use forkd_vmm::pager::{ImageChunk, ImageShape, Pager, PagerError, PagerStats};
+use forkd_vmm::process::MachineStart;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::fs::File;
 use std::io::Read;
@@ -94,11 +94,11 @@ enum Images {
 async fn fetch_all(
     store: &Arc<Store>,
     batches: &[Vec<PackChunk>],
-    class: Class,
+    priority: Priority,
     install: OnChunk<'_>,
 ) -> Result<(), ReadError> {
     loop {
-        match store.fetch(batches, class, install).await {
+        match store.fetch(batches, priority, install).await {
             Err(error @ ReadError::Source { .. }) => {
                 tracing::warn!(error = crate::chain::chain(&error), "fetching ahead is interrupted");
                 tokio::time::sleep(FILL_RETRY).await;
@@ -208,7 +208,7 @@ impl Template {
             // What the first instructions need. It came with the index: without it every child would fault at once.
             let install =
                 |chunk: PackChunk, data: ChunkData| hot.install_chunk(&pager, &pages, chunk.chunk, &data);
-            pages.store.fetch(&[hot.first()], Class::Demand, &install).await?;
+            pages.store.fetch(&[hot.first()], Priority::Demand, &install).await?;
         }
         let images = Images::Lazy { pager, pages, trace, hot };
         Ok(Template { configuration, vmstate: vmstate_file, images, zero_runs, complete: false })
@@ -244,9 +244,9 @@ impl Template {
                     tracing::error!(?id, %error, "a fetched chunk could not be put in place");
                 }
             };
-            fetch_all(&pages.store, &working_set, Class::WorkingSet, &install).await?;
+            fetch_all(&pages.store, &working_set, Priority::WorkingSet, &install).await?;
             rest_wanted.await;
-            fetch_all(&pages.store, &rest, Class::Prefetch, &install).await?;
+            fetch_all(&pages.store, &rest, Priority::Prefetch, &install).await?;
             // Chunks that could not be put in place (memory was short) are loaded when they are needed.
             Ok(pager.complete(|id| pages.is_zero(id)))
         }
@@ -265,8 +265,8 @@ impl Template {
     }
 
     /// How machines of this template start.
-    pub fn start(&self) -> Start {
-        Start::Restore { lazy: !self.complete, zero_runs: self.zero_runs.clone() }
+    pub fn start(&self) -> MachineStart {
+        MachineStart::Restore { lazy: !self.complete, zero_runs: self.zero_runs.clone() }
     }
 
     /// The machine's configuration.
@@ -319,10 +319,10 @@ impl Template {
     }
 
     /// How far the pack is fetched.
-    pub fn progress(&self) -> Progress {
+    pub fn progress(&self) -> FetchProgress {
         match &self.images {
             Images::Lazy { pages, .. } => pages.store.progress(),
-            Images::Local { .. } => Progress::default(),
+            Images::Local { .. } => FetchProgress::default(),
         }
     }
 
@@ -358,7 +358,7 @@ fn images_of(configuration: &Configuration) -> impl Iterator<Item = ImageId> + u
 /// Runs of chunks that the pack does not store, in bytes of the image, the longest ones.
 fn zero_runs(pages: &StorePages, id: ImageId, shape: &ImageShape) -> Vec<(u64, u64)> {
     let mut runs: Vec<Range<u64>> = Vec::new();
-    for chunk in (0..shape.chunks()).filter(|chunk| pages.is_zero(ChunkId { image: id, chunk: *chunk })) {
+    for chunk in (0..shape.chunks()).filter(|chunk| pages.is_zero(ImageChunk { image: id, chunk: *chunk })) {
         let start = chunk * shape.chunk_bytes;
         let end = (start + shape.chunk_bytes).min(shape.bytes);
         match runs.last_mut() {

@@ -12,8 +12,12 @@ use crate::local::paths::Paths;
 /// Connections for one command: with the user's credentials, for the hosts the user names, and with the user's cache
 /// directory for copies of packs whose host serves no byte ranges.
 pub fn http_client(paths: &Paths) -> HttpClient {
-    let spool_dir = Some(paths.cache.clone());
-    HttpClient::new(HttpOptions { credentials: Credentials::from_env(), spool_dir, ..HttpOptions::default() })
+    let download_dir = Some(paths.cache.clone());
+    HttpClient::new(HttpOptions {
+        credentials: Credentials::from_env(),
+        download_dir,
+        ..HttpOptions::default()
+    })
 }
 
 /// Connections opened beside the registry's. Index and head come through two of the five; the working set, in four

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use forkd_fs::digest::{Digest, Hasher};
-use forkd_fs::source::{Class, HttpClient, Source, SourceError};
+use forkd_fs::source::{HttpClient, Priority, Source, SourceError};
 use forkd_fs::store::{PackLocation, StoreOptions};
 use rustix::fs::{FlockOperation, flock};
 
@@ -208,7 +208,7 @@ impl Download {
         self.file.seek(SeekFrom::Start(0)).map_err(&failed)?;
         let mut hasher = Hasher::new();
         let mut done = io::copy(&mut self.file, &mut hasher).map_err(&failed)?;
-        let mut body = source.stream_at(done, size - done, Class::Prefetch);
+        let mut body = source.stream_at(done, size - done, Priority::Prefetch);
         while let Some(piece) = body.next().await? {
             hasher.update(&piece);
             if let Err(error) = self.file.write_all(&piece) {

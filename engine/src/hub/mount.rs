@@ -5,9 +5,9 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use forkd_fs::cache::CacheOptions;
-use forkd_fs::fuse::{MountError, Mounted};
+use forkd_fs::fuse::{MountError, MountedTree};
 use forkd_fs::source::HttpClient;
-use forkd_fs::tree::{Listing, Tree};
+use forkd_fs::tree::{PackListing, Tree};
 use tokio::runtime::Handle;
 
 use crate::chain::chain;
@@ -67,7 +67,7 @@ impl Hub {
     /// Mounts it, on threads of `runtime`, and records that this process did.
     pub fn mount(self, paths: &Paths, mountpoint: &Path, runtime: Handle) -> Result<HubMount, MountHubError> {
         let source = format!("{SOURCE_PREFIX}{}", self.location());
-        let mounted = Mounted::new(self.tree.clone(), mountpoint, &source, runtime)?;
+        let mounted = MountedTree::new(self.tree.clone(), mountpoint, &source, runtime)?;
         let record = Record {
             mountpoint: mountpoint.to_owned(),
             pid: std::process::id(),
@@ -81,7 +81,7 @@ impl Hub {
 /// A mounted hub.
 pub struct HubMount {
     hub: Hub,
-    mounted: Mounted,
+    mounted: MountedTree,
     paths: Paths,
     mountpoint: PathBuf,
 }
@@ -117,7 +117,7 @@ async fn keep_current(
     interval: Duration,
     catalogue: &Catalogue,
     (paths, http): (&Paths, &HttpClient),
-    (tree, mounted): (&Tree, &Mounted),
+    (tree, mounted): (&Tree, &MountedTree),
 ) {
     if interval.is_zero() {
         return std::future::pending().await;
@@ -141,7 +141,7 @@ async fn keep_current(
 }
 
 /// The registry as the tree wants it. An entry that cannot be used is left out, with a warning.
-fn listings(catalogue: &Catalogue) -> Vec<Listing> {
+fn listings(catalogue: &Catalogue) -> Vec<PackListing> {
     let listing = |resolved: Resolved| {
         let sha256 = match whole_digest(&resolved.entry).transpose() {
             Ok(sha256) => sha256,
@@ -153,7 +153,7 @@ fn listings(catalogue: &Catalogue) -> Vec<Listing> {
             }
         };
         let created_at = resolved.entry.created_at.as_deref();
-        Some(Listing {
+        Some(PackListing {
             owner: resolved.reference.package.owner,
             name: resolved.reference.package.name,
             version: resolved.reference.version,

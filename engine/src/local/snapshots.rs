@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `manifest.toml` | what it is and what a host needs (`forkd_fs::manifest`) |
 //! | `snapshot.json` | [`Configuration`] |
-//! | `vmstate` | CPU and device state (`forkd_vmm::snapshot`) |
+//! | `vmstate` | CPU and device state (`forkd_vmm::vmstate`) |
 //! | `trace` | pages touched by a first restore (`forkd_fs::trace`) |
 //! | `hotset` | those pages themselves, in the trace's order |
 //! | `memory.bin` | guest RAM, sparse |

@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use forkd_fs::observe::{Decoding, Observer, Transfer};
-use forkd_fs::source::Class;
+use forkd_fs::source::Priority;
 
 mod draw;
 
@@ -33,7 +33,7 @@ pub struct RequestSpan {
     /// Bytes that came.
     pub bytes: u64,
     /// Why it was sent.
-    pub class: Class,
+    pub priority: Priority,
 }
 
 /// A chunk that machines waited for.
@@ -112,8 +112,8 @@ impl Recorder {
 
 impl Observer for Recorder {
     fn transferred(&self, transfer: &Transfer) {
-        let Transfer { began, ended, bytes, class } = *transfer;
-        let request = RequestSpan { span: self.span(began, ended), bytes, class };
+        let Transfer { began, ended, bytes, priority } = *transfer;
+        let request = RequestSpan { span: self.span(began, ended), bytes, priority };
         self.lock().add(|events| events.requests.push(request));
     }
 
@@ -143,7 +143,7 @@ mod tests {
         for chunk in 0..EVENTS_MAX as u64 - 1 {
             recorder.served("memory.bin", chunk, now, 1);
         }
-        recorder.transferred(&Transfer { began: now, ended: now, bytes: 5, class: Class::Demand });
+        recorder.transferred(&Transfer { began: now, ended: now, bytes: 5, priority: Priority::Demand });
         for _ in 0..3 {
             recorder.decoded(&Decoding { began: now, ended: now, bytes: 5 });
         }

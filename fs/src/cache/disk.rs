@@ -1,4 +1,4 @@
-//! The cache's directory: entries, their bounds, and what is put aside. Used by [`super::ChunkCache`] alone.
+//! The cache's directory: entries, their bounds, and what is put aside.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -10,7 +10,6 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use rustix::fs::{Access, FlockOperation, access, flock, statvfs};
 
-use super::{CacheOptions, Collected, Job, Survey, Verified};
 use crate::digest::Digest;
 
 /// An entry's time of last use is this exact, to spare a write on every read.
@@ -25,6 +24,58 @@ const MOST_RESERVED: u64 = 1 << 30;
 const LARGEST_FRAME: u64 = 64 << 20;
 /// How the names of unfinished files start.
 const TEMPORARY: &str = ".tmp-";
+
+/// How large a cache may grow.
+#[derive(Debug, Clone, Copy)]
+pub struct CacheOptions {
+    /// Bytes of frames kept at most; the longest unused go first. One process may exceed it by a sixteenth before it
+    /// looks.
+    pub max_bytes: u64,
+    /// Bytes of the disk to leave to others: the cache shrinks, down to nothing, rather than take them. `None` is a
+    /// twentieth of the disk and 1 GiB at most.
+    pub min_free_bytes: Option<u64>,
+}
+
+impl Default for CacheOptions {
+    fn default() -> Self {
+        Self { max_bytes: 10 << 30, min_free_bytes: None }
+    }
+}
+
+/// What a cache holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheContents {
+    /// Frames.
+    pub entries: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Frames that failed their digest and were put aside.
+    pub damaged: u64,
+    /// Files that are being written, or were when their process died.
+    pub unfinished: u64,
+    /// When the longest unused entry was last used, to about ten minutes.
+    pub oldest_use: Option<SystemTime>,
+}
+
+/// What [`super::ChunkCache::verify`] found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheCheck {
+    /// Frames read and hashed.
+    pub entries: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// How many of them failed, and are put aside now.
+    pub damaged: u64,
+}
+
+/// What [`super::ChunkCache::collect`] removed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RemovedFiles {
+    /// Files.
+    pub files: u64,
+    /// Their bytes.
+    pub bytes: u64,
+}
 
 #[derive(Debug)]
 pub(super) struct Disk {
@@ -135,24 +186,20 @@ impl Disk {
         tracing::warn!(path = %path.display(), "a damaged cache entry is put aside");
     }
 
-    pub(super) fn run(&self, job: Job) {
-        match job {
-            Job::Flush(done) => drop(done.send(())),
-            Job::Put(digest, frame) => {
-                let len = frame.len() as u64;
-                if !self.has_room(len) {
-                    return;
-                }
-                if let Err(error) = self.write(digest, &frame) {
-                    self.warn(&error);
-                    return;
-                }
-                let unchecked = self.unchecked.fetch_add(len, Relaxed) + len;
-                if unchecked > self.max_bytes / 16 {
-                    self.unchecked.store(0, Relaxed);
-                    self.evict(0);
-                }
-            }
+    /// Writes a frame that hashes to `digest`, if there is room for it.
+    pub(super) fn put(&self, digest: Digest, frame: &[u8]) {
+        let len = frame.len() as u64;
+        if !self.has_room(len) {
+            return;
+        }
+        if let Err(error) = self.write(digest, frame) {
+            self.warn(&error);
+            return;
+        }
+        let unchecked = self.unchecked.fetch_add(len, Relaxed) + len;
+        if unchecked > self.max_bytes / 16 {
+            self.unchecked.store(0, Relaxed);
+            self.evict(0);
         }
     }
 
@@ -203,12 +250,13 @@ impl Disk {
         self.min_free_bytes.saturating_add(len).saturating_sub(free)
     }
 
-    /// Removes what was put aside and then the longest unused entries, until an eighth of the cache is free again and a
-    /// sixteenth of the reserve beyond `len` more bytes on the disk. Another process doing so at the same time is enough.
+    /// Removes what was put aside and then the longest unused entries, until an eighth of the cache is free again and
+    /// a sixteenth of the reserve beyond `len` more bytes on the disk. Another process doing so at the same time is
+    /// enough.
     fn evict(&self, len: u64) {
         let Some(_lock) = self.lock(FlockOperation::NonBlockingLockExclusive) else { return };
         let Entries { frames, damaged, unfinished } = self.entries();
-        let mut removed = Collected::default();
+        let mut removed = RemovedFiles::default();
         unfinished
             .iter()
             .filter(|entry| entry.is_abandoned())
@@ -228,7 +276,7 @@ impl Disk {
     }
 
     /// Removes the longest unused of `frames` until `bytes` are gone.
-    fn shrink(&self, mut frames: Vec<Entry>, bytes: u64, removed: &mut Collected) {
+    fn shrink(&self, mut frames: Vec<Entry>, bytes: u64, removed: &mut RemovedFiles) {
         frames.sort_unstable();
         let mut gone = 0;
         for entry in frames {
@@ -241,9 +289,9 @@ impl Disk {
         }
     }
 
-    pub(super) fn survey(&self) -> Survey {
+    pub(super) fn contents(&self) -> CacheContents {
         let entries = self.entries();
-        Survey {
+        CacheContents {
             entries: entries.frames.len() as u64,
             bytes: entries.frames.iter().map(|entry| entry.len).sum(),
             damaged: entries.damaged.len() as u64,
@@ -252,8 +300,8 @@ impl Disk {
         }
     }
 
-    pub(super) fn verify(&self, on_progress: &dyn Fn(u64)) -> Verified {
-        let mut verified = Verified::default();
+    pub(super) fn verify(&self, on_progress: &dyn Fn(u64)) -> CacheCheck {
+        let mut verified = CacheCheck::default();
         for Entry { path, .. } in self.entries().frames {
             let named: Option<Digest> =
                 path.file_name().and_then(|name| name.to_str()).and_then(|name| name.parse().ok());
@@ -281,10 +329,10 @@ impl Disk {
         verified
     }
 
-    pub(super) fn collect(&self, everything: bool) -> io::Result<Collected> {
+    pub(super) fn collect(&self, everything: bool) -> io::Result<RemovedFiles> {
         let _lock = self.lock(FlockOperation::LockExclusive);
         let entries = self.entries();
-        let mut removed = Collected::default();
+        let mut removed = RemovedFiles::default();
         for entry in &entries.damaged {
             remove(entry, &mut removed)?;
         }
@@ -297,16 +345,16 @@ impl Disk {
         Ok(removed)
     }
 
-    pub(super) fn remove_abandoned(&self) -> io::Result<Collected> {
-        let mut removed = Collected::default();
+    pub(super) fn remove_abandoned(&self) -> io::Result<RemovedFiles> {
+        let mut removed = RemovedFiles::default();
         for entry in self.entries().unfinished.iter().filter(|entry| entry.is_abandoned()) {
             remove(entry, &mut removed)?;
         }
         Ok(removed)
     }
 
-    /// Held by whoever removes entries for space. Reading and writing need no lock: names are digests, and a file in use
-    /// stays readable when it is removed.
+    /// Held by whoever removes entries for space. Reading and writing need no lock: names are digests, and a file in
+    /// use stays readable when it is removed.
     fn lock(&self, operation: FlockOperation) -> Option<File> {
         let file = File::create(self.chunks.join(".lock")).ok()?;
         flock(&file, operation).ok()?;
@@ -340,7 +388,7 @@ impl Disk {
 }
 
 /// Removes an entry; one that is gone already is no error, and not counted.
-fn remove(entry: &Entry, removed: &mut Collected) -> io::Result<()> {
+fn remove(entry: &Entry, removed: &mut RemovedFiles) -> io::Result<()> {
     match fs::remove_file(&entry.path) {
         Ok(()) => {
             removed.files += 1;

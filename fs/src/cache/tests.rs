@@ -1,7 +1,7 @@
 //! Tests of the cache: sharing, damage, bounds and disks that refuse.
 
 use std::fs::{self, File};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::*;
 use rustix::fs::{FlockOperation, flock};
@@ -49,7 +49,7 @@ fn damaged_entries_are_misses_and_go_away() {
         fs::write(&path, damage).unwrap();
         assert!(cache.contains(digest));
         assert!(cache.get(digest, 5000).is_none());
-        assert!(!cache.contains(digest) && cache.survey().damaged == 1, "put aside");
+        assert!(!cache.contains(digest) && cache.contents().damaged == 1, "put aside");
     }
     cache.put(digest, bytes.clone());
     cache.flush();
@@ -94,7 +94,7 @@ fn what_dead_processes_left_is_removed() {
     cache.flush();
     assert_eq!(left(), [false, true, true], "the first write looks at what is there");
     drop(made(".tmp-dead", 5));
-    assert_eq!(cache.remove_abandoned().unwrap(), Collected { files: 1, bytes: 0 });
+    assert_eq!(cache.remove_abandoned().unwrap(), RemovedFiles { files: 1, bytes: 0 });
     assert_eq!(left(), [false, true, true]);
 }
 
@@ -140,7 +140,7 @@ fn the_cache_yields_to_a_disk_that_is_nearly_full() {
     assert!(tight.get(frames[0].0, 5000).is_some(), "what is there is read");
     tight.put(frames[3].0, frames[3].1.clone());
     tight.flush();
-    assert_eq!(tight.survey().entries, 0, "nothing is added, and the space goes to others");
+    assert_eq!(tight.contents().entries, 0, "nothing is added, and the space goes to others");
     roomy.put(frames[3].0, frames[3].1.clone());
     roomy.flush();
     assert!(roomy.contains(frames[3].0));
@@ -156,13 +156,13 @@ fn verify_puts_damaged_frames_aside_and_collect_removes_them() {
     let path = cache.disk.as_ref().unwrap().path(frames[1].0);
     fs::write(&path, b"not that").unwrap();
     let verified = cache.verify(&|_| ());
-    assert_eq!(verified, Verified { entries: 3, bytes: 10_008, damaged: 1 });
+    assert_eq!(verified, CacheCheck { entries: 3, bytes: 10_008, damaged: 1 });
     assert!(cache.contains(frames[0].0) && !cache.contains(frames[1].0) && cache.contains(frames[2].0));
-    assert_eq!(cache.collect(false).unwrap(), Collected { files: 1, bytes: 8 });
-    let survey = cache.survey();
-    assert_eq!((survey.entries, survey.bytes, survey.damaged), (2, 10_000, 0));
-    assert_eq!(cache.collect(true).unwrap(), Collected { files: 2, bytes: 10_000 });
-    assert_eq!(cache.verify(&|_| ()), Verified::default());
+    assert_eq!(cache.collect(false).unwrap(), RemovedFiles { files: 1, bytes: 8 });
+    let contents = cache.contents();
+    assert_eq!((contents.entries, contents.bytes, contents.damaged), (2, 10_000, 0));
+    assert_eq!(cache.collect(true).unwrap(), RemovedFiles { files: 2, bytes: 10_000 });
+    assert_eq!(cache.verify(&|_| ()), CacheCheck::default());
 }
 
 #[test]
@@ -173,5 +173,5 @@ fn collect_brings_a_cache_under_a_smaller_limit() {
     cache.flush();
     let smaller = CacheOptions { max_bytes: 20_000, min_free_bytes: Some(0) };
     let removed = ChunkCache::open(dir.path(), smaller).collect(false).unwrap();
-    assert_eq!(removed, Collected { files: 6, bytes: 30_000 });
+    assert_eq!(removed, RemovedFiles { files: 6, bytes: 30_000 });
 }

@@ -12,7 +12,9 @@ use std::ops::Range;
 
 use bytes::Bytes;
 
-use super::{ErofsError, Image, Node, ReadImage, u16_at, u64_at};
+use super::fields::{u16_at, u64_at};
+use super::inode::ErofsInode;
+use super::{ErofsError, ErofsImage, ReadImage};
 
 const ENTRY_LEN: usize = 12;
 /// EROFS_NAME_LEN.
@@ -102,22 +104,26 @@ fn name_range(block: &[u8], position: usize, count: usize) -> Result<Range<usize
     Ok(start..start + len)
 }
 
-impl<R: ReadImage> Image<R> {
-    fn block_count(&self, directory: &Node) -> u64 {
+impl<R: ReadImage> ErofsImage<R> {
+    fn block_count(&self, directory: &ErofsInode) -> u64 {
         directory.size.div_ceil(1 << self.block_bits)
     }
 
-    async fn block_bytes(&self, directory: &Node, number: u64) -> Result<Bytes, ErofsError<R::Error>> {
+    async fn block_bytes(&self, directory: &ErofsInode, number: u64) -> Result<Bytes, ErofsError<R::Error>> {
         self.read(directory, number << self.block_bits, 1 << self.block_bits).await
     }
 
-    async fn block(&self, directory: &Node, number: u64) -> Result<Block, ErofsError<R::Error>> {
+    async fn block(&self, directory: &ErofsInode, number: u64) -> Result<Block, ErofsError<R::Error>> {
         let bytes = self.block_bytes(directory, number).await?;
         Block::parse(bytes).map_err(|what| ErofsError::Corrupt { nid: directory.nid, what })
     }
 
     /// The number of the inode `name` in a directory. Looks at one name in each of a few blocks, then through one.
-    pub async fn find(&self, directory: &Node, name: &[u8]) -> Result<Option<u64>, ErofsError<R::Error>> {
+    pub async fn find(
+        &self,
+        directory: &ErofsInode,
+        name: &[u8],
+    ) -> Result<Option<u64>, ErofsError<R::Error>> {
         let corrupt = |what| ErofsError::Corrupt { nid: directory.nid, what };
         // The last block that starts with `name` or something before it.
         let (mut low, mut high) = (0, self.block_count(directory));
@@ -139,7 +145,11 @@ impl<R: ReadImage> Image<R> {
 
     /// The inode `name` in a directory. A subdirectory must have that directory as its parent: so none has two, and
     /// none contains itself.
-    pub async fn lookup(&self, directory: &Node, name: &[u8]) -> Result<Option<Node>, ErofsError<R::Error>> {
+    pub async fn lookup(
+        &self,
+        directory: &ErofsInode,
+        name: &[u8],
+    ) -> Result<Option<ErofsInode>, ErofsError<R::Error>> {
         let Some(nid) = self.find(directory, name).await? else { return Ok(None) };
         let node = self.node(nid).await?;
         if node.is_directory() && self.parent(&node).await? != directory.nid {
@@ -149,7 +159,7 @@ impl<R: ReadImage> Image<R> {
     }
 
     /// The number of the directory that contains a directory; the root contains itself.
-    pub async fn parent(&self, directory: &Node) -> Result<u64, ErofsError<R::Error>> {
+    pub async fn parent(&self, directory: &ErofsInode) -> Result<u64, ErofsError<R::Error>> {
         let parent = self.find(directory, b"..").await?;
         parent.ok_or(ErofsError::Corrupt { nid: directory.nid, what: "the directory has no parent" })
     }
@@ -158,7 +168,7 @@ impl<R: ReadImage> Image<R> {
     /// left out.
     pub async fn entries_from(
         &self,
-        directory: &Node,
+        directory: &ErofsInode,
         position: u64,
     ) -> Result<Vec<DirEntry>, ErofsError<R::Error>> {
         let (mut number, mut skipped) =

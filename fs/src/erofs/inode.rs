@@ -3,7 +3,7 @@
 
 use std::time::SystemTime;
 
-use super::{time, u16_at, u32_at, u64_at};
+use super::fields::{time, u16_at, u32_at, u64_at};
 
 /// Bytes of an extended inode; a compact one has half.
 pub(super) const EXTENDED_LEN: u64 = 64;
@@ -15,7 +15,7 @@ const MAX_DIRECTORY_SIZE: u64 = 1 << 40;
 /// Where a file's contents lie. Every range was checked against the image's size, but for those that a chunk table
 /// names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Data {
+pub(super) enum InodeData {
     /// It has none: devices, pipes, sockets.
     None,
     /// In one piece.
@@ -30,7 +30,7 @@ pub(super) enum Data {
 
 /// One inode.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Node {
+pub struct ErofsInode {
     /// Its number.
     pub nid: u64,
     /// Type and permission bits, as in `st_mode`.
@@ -47,10 +47,10 @@ pub struct Node {
     pub device: u32,
     /// When it last changed.
     pub modified: SystemTime,
-    pub(super) data: Data,
+    pub(super) data: InodeData,
 }
 
-impl Node {
+impl ErofsInode {
     /// Whether it is a directory.
     pub fn is_directory(&self) -> bool {
         self.mode & mode::TYPE == mode::DIRECTORY
@@ -88,7 +88,7 @@ pub mod mode {
 }
 
 /// Why an inode cannot be used.
-pub(super) enum Refused {
+pub(super) enum BadInode {
     Corrupt(&'static str),
     Unsupported(&'static str),
 }
@@ -105,15 +105,15 @@ pub(super) struct Geometry {
 
 impl Geometry {
     /// Reads an inode out of at least 32 bytes.
-    pub(super) fn parse(&self, raw: &[u8]) -> Result<Node, Refused> {
+    pub(super) fn parse(&self, raw: &[u8]) -> Result<ErofsInode, BadInode> {
         let format = u16_at(raw, 0);
         // Bit 0: compact or extended. Bits 1 to 3: the layout of the contents. The others are not used yet.
         let (extended, layout) = (format & 1 != 0, format >> 1 & 7);
         if format >> 4 != 0 {
-            return Err(Refused::Unsupported("inodes of a newer kind"));
+            return Err(BadInode::Unsupported("inodes of a newer kind"));
         }
         if extended && (raw.len() as u64) < EXTENDED_LEN {
-            return Err(Refused::Corrupt("it lies outside the image"));
+            return Err(BadInode::Corrupt("it lies outside the image"));
         }
         let own_len = if extended { EXTENDED_LEN } else { EXTENDED_LEN / 2 };
         let mode = u16_at(raw, 4);
@@ -125,14 +125,14 @@ impl Geometry {
         };
         let size = if extended { u64_at(raw, 8) } else { u64::from(u32_at(raw, 8)) };
         if size > MAX_SIZE || mode & mode::TYPE == mode::DIRECTORY && size > MAX_DIRECTORY_SIZE {
-            return Err(Refused::Corrupt("it is too large"));
+            return Err(BadInode::Corrupt("it is too large"));
         }
         let after = self.offset + own_len + attributes_len;
         let (size, device, data) = match mode & mode::TYPE {
             mode::FILE | mode::DIRECTORY | mode::SYMLINK => (size, 0, self.data(layout, size, union, after)?),
-            mode::CHAR_DEVICE | mode::BLOCK_DEVICE => (0, union, Data::None),
-            mode::FIFO | mode::SOCKET => (0, 0, Data::None),
-            _ => return Err(Refused::Corrupt("it is of no known type")),
+            mode::CHAR_DEVICE | mode::BLOCK_DEVICE => (0, union, InodeData::None),
+            mode::FIFO | mode::SOCKET => (0, 0, InodeData::None),
+            _ => return Err(BadInode::Corrupt("it is of no known type")),
         };
         let (links, uid, gid, modified) = match extended {
             true => {
@@ -144,48 +144,48 @@ impl Geometry {
                 (short(6), short(24), short(26), self.made)
             }
         };
-        Ok(Node { nid: self.nid, mode, size, links, uid, gid, device, modified, data })
+        Ok(ErofsInode { nid: self.nid, mode, size, links, uid, gid, device, modified, data })
     }
 
     /// Where `size` bytes of contents lie. `union` is the inode's `i_u`; `after` is where the inode ends.
-    fn data(&self, layout: u16, size: u64, union: u32, after: u64) -> Result<Data, Refused> {
+    fn data(&self, layout: u16, size: u64, union: u32, after: u64) -> Result<InodeData, BadInode> {
         const FLAT_PLAIN: u16 = 0;
         const COMPRESSED_FULL: u16 = 1;
         const FLAT_INLINE: u16 = 2;
         const COMPRESSED_COMPACT: u16 = 3;
         const CHUNK_BASED: u16 = 4;
-        let outside = Refused::Corrupt("its data lies outside the image");
+        let outside = BadInode::Corrupt("its data lies outside the image");
         let block = 1u64 << self.block_bits;
         let start = u64::from(union) << self.block_bits;
         let within = |start: u64, len: u64| start.checked_add(len).is_some_and(|end| end <= self.image_size);
         match layout {
-            FLAT_PLAIN | FLAT_INLINE if size == 0 => Ok(Data::None),
-            FLAT_PLAIN if within(start, size) => Ok(Data::Flat { start }),
+            FLAT_PLAIN | FLAT_INLINE if size == 0 => Ok(InodeData::None),
+            FLAT_PLAIN if within(start, size) => Ok(InodeData::Flat { start }),
             FLAT_INLINE => {
                 let tail_from = (size - 1) & !(block - 1);
                 let tail_len = size - tail_from;
                 if after % block + tail_len > block {
-                    return Err(Refused::Corrupt("its inline data crosses a block"));
+                    return Err(BadInode::Corrupt("its inline data crosses a block"));
                 }
                 match within(after, tail_len) && (tail_from == 0 || within(start, tail_from)) {
-                    true => Ok(Data::Inline { start, tail_from, tail: after }),
+                    true => Ok(InodeData::Inline { start, tail_from, tail: after }),
                     false => Err(outside),
                 }
             }
             CHUNK_BASED => self.chunk_table(size, union, after),
-            COMPRESSED_FULL | COMPRESSED_COMPACT => Ok(Data::Compressed),
+            COMPRESSED_FULL | COMPRESSED_COMPACT => Ok(InodeData::Compressed),
             FLAT_PLAIN => Err(outside),
-            _ => Err(Refused::Unsupported("a file layout newer than Linux 6.12")),
+            _ => Err(BadInode::Unsupported("a file layout newer than Linux 6.12")),
         }
     }
 
-    fn chunk_table(&self, size: u64, union: u32, after: u64) -> Result<Data, Refused> {
+    fn chunk_table(&self, size: u64, union: u32, after: u64) -> Result<InodeData, BadInode> {
         // EROFS_CHUNK_FORMAT_*: five bits of chunk size, one for entries of 8 bytes instead of 4.
         const BITS: u32 = 0x1f;
         const INDEXES: u32 = 0x20;
         let format = union & 0xffff;
         if format & !(BITS | INDEXES) != 0 {
-            return Err(Refused::Unsupported("chunks of a newer kind"));
+            return Err(BadInode::Unsupported("chunks of a newer kind"));
         }
         let chunk_bits = u32::from(self.block_bits) + (format & BITS);
         let entry_len = if format & INDEXES != 0 { 8 } else { 4 };
@@ -193,8 +193,8 @@ impl Geometry {
         // At most 2^54 entries of 8 bytes.
         let len = size.div_ceil(1 << chunk_bits) * entry_len;
         match table.checked_add(len).is_some_and(|end| end <= self.image_size) {
-            true => Ok(Data::Chunks { table, entry_len, chunk_bits }),
-            false => Err(Refused::Corrupt("its chunk table lies outside the image")),
+            true => Ok(InodeData::Chunks { table, entry_len, chunk_bits }),
+            false => Err(BadInode::Corrupt("its chunk table lies outside the image")),
         }
     }
 }

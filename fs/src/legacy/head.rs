@@ -1,5 +1,4 @@
-//! The manifest of a predecessor's pack without the rest of it: it comes first, so the first bytes are enough. Used by
-//! `forkd inspect` for packs on HTTP servers.
+//! The manifest of a predecessor's pack without the rest of it: it comes first, so the first bytes are enough.
 
 use std::io::Read;
 use std::path::Path;
@@ -7,7 +6,7 @@ use std::path::Path;
 use super::whole::{WholeError, source};
 use super::{LegacyError, LegacyManifest, LegacyMember, first_manifest};
 use crate::manifest::MAX_MANIFEST_LEN;
-use crate::source::{Class, SourceError};
+use crate::source::{Priority, SourceError};
 use crate::store::{PackLocation, StoreOptions};
 
 /// Bytes asked for first; holds every manifest of an ordinary size.
@@ -61,7 +60,7 @@ impl LegacyHead {
         let packed_size = source.size().await.map_err(failed)?;
         let mut len = FIRST_LEN.min(packed_size);
         loop {
-            let start = source.read_at(0, len, Class::Demand).await.map_err(failed)?;
+            let start = source.read_at(0, len, Priority::Demand).await.map_err(failed)?;
             match parse(Path::new(&name), &start) {
                 Ok((manifest, manifest_size)) => {
                     let fetched_bytes = source.counters().bytes;

@@ -1,6 +1,6 @@
-//! A predecessor's pack fetched whole, once: downloaded into a file without a name, checked against the registry's digest
-//! of the whole file before anything is decoded, and unpacked into sparse files without names. Used by the mount; nothing
-//! of it outlives the process.
+//! A predecessor's pack fetched whole, once: downloaded into a file without a name, checked against the registry's
+//! digest of the whole file before anything is decoded, and unpacked into sparse files without names. Nothing of it
+//! outlives the process.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
@@ -10,18 +10,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use super::{LegacyError, LegacyMember, LegacyPack, Limits, unpack_into};
+use super::{LegacyError, LegacyMember, LegacyPack, Limits, room, unpack_into};
 use crate::digest::{Digest, Hasher};
-use crate::source::{Class, Source, SourceError};
+use crate::source::{Priority, Source, SourceError};
 use crate::store::{PackLocation, StoreOptions};
 
 /// Largest pack downloaded, in bytes.
 const MAX_PACK: u64 = 64 << 30;
 /// Most plain bytes of one pack, zeros included.
 const MAX_PLAIN: u64 = 256 << 30;
-/// Bytes of the disk left to others.
-const RESERVE: u64 = 256 << 20;
-
 /// Why a pack cannot be had whole.
 #[derive(Debug, thiserror::Error)]
 pub enum WholeError {
@@ -118,7 +115,7 @@ impl WholePack {
             return Err(WholeError::NoRoom { location: name, size, directory, room });
         }
         let mut packed = tempfile::tempfile_in(&directory).map_err(unwritable)?;
-        let (mut body, mut hasher) = (source.stream_at(0, size, Class::Prefetch), Hasher::new());
+        let (mut body, mut hasher) = (source.stream_at(0, size, Priority::Prefetch), Hasher::new());
         while let Some(piece) = body.next().await.map_err(failed)? {
             hasher.update(&piece);
             packed.write_all(&piece).map_err(unwritable)?;
@@ -186,10 +183,4 @@ pub(super) fn source(
         Ok(source) => Ok((source, name)),
         Err(source) => Err(WholeError::Source { location: name, source }),
     }
-}
-
-/// Bytes that may be written to a directory's disk.
-pub(super) fn room(directory: &Path) -> io::Result<u64> {
-    let disk = rustix::fs::statvfs(directory)?;
-    Ok(disk.f_bavail.saturating_mul(disk.f_frsize).saturating_sub(RESERVE))
 }

@@ -9,7 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use bytes::Bytes;
 
-use super::{Class, Counters};
+use super::counters::TransferCounters;
+use super::priority::Priority;
 use crate::observe::{Observer, Watched};
 
 /// Bytes handed over at a time.
@@ -90,13 +91,13 @@ impl FileSource {
         &self.0.path
     }
 
-    pub(super) fn counters(&self) -> Counters {
-        Counters { requests: self.0.requests.load(Relaxed), bytes: self.0.bytes.load(Relaxed) }
+    pub(super) fn counters(&self) -> TransferCounters {
+        TransferCounters { requests: self.0.requests.load(Relaxed), bytes: self.0.bytes.load(Relaxed) }
     }
 
-    pub(super) fn stream_at(&self, offset: u64, len: u64, class: Class) -> FileBody {
+    pub(super) fn stream_at(&self, offset: u64, len: u64, priority: Priority) -> FileBody {
         self.0.requests.fetch_add(1, Relaxed);
-        let watched = Watched::start(self.1.as_ref(), class);
+        let watched = Watched::start(self.1.as_ref(), priority);
         FileBody { shared: self.0.clone(), next: offset, end: offset + len, watched }
     }
 }

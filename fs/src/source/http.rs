@@ -1,14 +1,14 @@
 //! Packs on HTTP servers: single byte ranges, one object pinned by its strong ETag, retries up to a deadline. Nothing
 //! outside this folder knows reqwest.
 //!
-//! What is retried: what got lost, and what came but is no answer to what was asked. What is final at once: a refusal, and
-//! an answer that shows that the object is another one.
+//! What is retried: what got lost, and what came but is no answer to what was asked. What is final at once: a
+//! refusal, and an answer that shows that the object is another one.
 //!
-//! How long one read can take. A demand read ends at the latest when, for its deadline, fewer than 64 KiB have arrived;
-//! the attempt that is under way then may add one idle timeout. Waiting for a free request counts; a pause the server
-//! asks for (Retry-After) counts and is not begun when it would not fit. A read of `n` bytes therefore takes at most
-//! `(n / 64 KiB + 1) x deadline + idle timeout`, and never waits for a silent host longer than one deadline and one idle
-//! timeout. For prefetch, time spent waiting for a free request does not count.
+//! How long one read can take. A demand read ends at the latest when, for its deadline, fewer than 64 KiB have
+//! arrived; the attempt that is under way then may add one idle timeout. Waiting for a free request counts; a pause
+//! the server asks for (Retry-After) counts and is not begun when it would not fit. A read of `n` bytes therefore
+//! takes at most `(n / 64 KiB + 1) x deadline + idle timeout`, and never waits for a silent host longer than one
+//! deadline and one idle timeout. For prefetch, time spent waiting for a free request does not count.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -17,32 +17,32 @@ use bytes::Bytes;
 use reqwest::Response;
 use tokio::time::timeout_at;
 
-use super::{Class, Counters, Deadlines, Trouble};
+use super::counters::{Outage, TransferCounters};
+use super::priority::{Priority, ReadDeadlines};
 use crate::observe::{Observer, Watched};
 
 mod address;
+mod budget;
 mod client;
-mod credentials;
+mod credential;
+mod download;
 mod error;
-mod lanes;
+mod keyring;
 mod names;
 mod object;
 mod redirect;
 mod retry;
-mod spool;
+mod transport;
 
 pub use address::redact_url;
-pub use client::{HttpClient, HttpOptions};
-pub use credentials::{Credentials, TOKEN_VARIABLE};
+use budget::{Permit, Timing};
+pub use client::HttpClient;
+use download::WholeDownload;
 pub use error::HttpError;
-use lanes::{Permit, Timing};
+pub use keyring::{Credentials, TOKEN_VARIABLE};
 use object::{Answer, Object};
-use redirect::Route;
-use retry::Retries;
-use spool::Spool;
-
-/// Bytes that must arrive within one deadline: a server that drips is treated like one that is silent.
-const PROGRESS: u64 = 64 << 10;
+use retry::{PROGRESS, Retries};
+pub use transport::HttpOptions;
 
 /// One object on an HTTP server.
 #[derive(Debug, Clone)]
@@ -52,13 +52,20 @@ pub struct HttpSource(Arc<SourceShared>, Option<Arc<dyn Observer>>);
 struct SourceShared {
     object: Arc<Object>,
     /// Set once the host has answered a range with the whole object.
-    spool: Mutex<Option<Arc<Spool>>>,
+    download: Mutex<Option<Arc<WholeDownload>>>,
 }
 
 impl HttpSource {
-    fn new(client: HttpClient, route: Route, size: Option<u64>, deadlines: Deadlines) -> Self {
-        let object = Arc::new(Object::new(client, route, size, deadlines));
-        Self(Arc::new(SourceShared { object, spool: Mutex::default() }), None)
+    /// An object to read ranges of. `size` is what a registry says about it; an object of another size is refused.
+    pub fn new(
+        client: &HttpClient,
+        url: &str,
+        size: Option<u64>,
+        deadlines: ReadDeadlines,
+    ) -> Result<Self, HttpError> {
+        let route = client.route(url)?;
+        let object = Arc::new(Object::new(client.clone(), route, size, deadlines));
+        Ok(Self(Arc::new(SourceShared { object, download: Mutex::default() }), None))
     }
 
     /// The same, with somebody who hears of its requests.
@@ -75,12 +82,12 @@ impl HttpSource {
     pub async fn size(&self) -> Result<u64, HttpError> {
         let started = Instant::now();
         if self.known_size().is_none() {
-            let mut body = self.stream_at(0, 1, Class::Demand);
+            let mut body = self.stream_at(0, 1, Priority::Demand);
             while body.next().await?.is_some() {}
         }
         // A host that serves no ranges may not announce the size either.
-        if let (None, Some(spool)) = (self.known_size(), self.0.spool()) {
-            spool.complete(started, self.0.object.deadline(Class::Demand)).await?;
+        if let (None, Some(download)) = (self.known_size(), self.0.download()) {
+            download.complete(started, self.0.object.deadline(Priority::Demand)).await?;
         }
         Ok(self.known_size().expect("every accepted answer sets the size, at its end at the latest"))
     }
@@ -89,34 +96,34 @@ impl HttpSource {
         self.0.object.size()
     }
 
-    pub(super) fn counters(&self) -> Counters {
+    pub(super) fn counters(&self) -> TransferCounters {
         self.0.object.counters()
     }
 
-    pub(super) fn trouble(&self) -> Option<Trouble> {
-        self.0.object.trouble()
+    pub(super) fn outage(&self) -> Option<Outage> {
+        self.0.object.outage()
     }
 
     pub(super) fn set_demand_deadline(&self, deadline: Duration) {
         self.0.object.set_demand_deadline(deadline);
     }
 
-    pub(super) fn stream_at(&self, offset: u64, len: u64, class: Class) -> HttpBody {
-        let deadline = self.0.object.deadline(class);
-        let spool = self.0.spool();
-        if let Some(spool) = &spool {
-            spool.enter();
+    pub(super) fn stream_at(&self, offset: u64, len: u64, priority: Priority) -> HttpBody {
+        let deadline = self.0.object.deadline(priority);
+        let download = self.0.download();
+        if let Some(download) = &download {
+            download.enter();
         }
         HttpBody {
             source: self.0.clone(),
             observer: self.1.clone(),
-            class,
-            idle: self.0.object.idle(class),
+            priority,
+            idle: self.0.object.idle(priority),
             start: offset,
             next: offset,
             end: offset + len,
             running: None,
-            spool,
+            download,
             deadline,
             retries: Retries::new(deadline),
             failing: false,
@@ -126,27 +133,27 @@ impl HttpSource {
 }
 
 impl SourceShared {
-    fn spool(&self) -> Option<Arc<Spool>> {
-        self.spool.lock().expect("no panics while held").clone()
+    fn download(&self) -> Option<Arc<WholeDownload>> {
+        self.download.lock().expect("no panics while held").clone()
     }
 
     /// Lets go of a download that turned out to be of something else: the next reader starts afresh.
-    fn forget_spool(&self, failed: &Arc<Spool>, error: &HttpError) {
+    fn forget_download(&self, failed: &Arc<WholeDownload>, error: &HttpError) {
         if error.is_of_another_object() {
             self.object.unlearn_after(error);
-            let mut spool = self.spool.lock().expect("no panics while held");
-            spool.take_if(|spool| Arc::ptr_eq(spool, failed));
+            let mut download = self.download.lock().expect("no panics while held");
+            download.take_if(|download| Arc::ptr_eq(download, failed));
         }
     }
 
     /// The download all readers share; the first to learn that there are no ranges starts it with the answer it got.
-    fn spool_from(&self, whole: Response) -> Result<Arc<Spool>, HttpError> {
-        let mut spool = self.spool.lock().expect("no panics while held");
-        if let Some(spool) = &*spool {
-            return Ok(spool.clone());
+    fn download_from(&self, whole: Response) -> Result<Arc<WholeDownload>, HttpError> {
+        let mut download = self.download.lock().expect("no panics while held");
+        if let Some(download) = &*download {
+            return Ok(download.clone());
         }
-        let started = Arc::new(Spool::start(self.object.clone(), whole)?);
-        *spool = Some(started.clone());
+        let started = Arc::new(WholeDownload::start(self.object.clone(), whole)?);
+        *download = Some(started.clone());
         Ok(started)
     }
 }
@@ -156,14 +163,14 @@ impl SourceShared {
 pub struct HttpBody {
     source: Arc<SourceShared>,
     observer: Option<Arc<dyn Observer>>,
-    class: Class,
+    priority: Priority,
     /// How long the next attempt waits for a silent host; grows with each that did in vain.
     idle: Duration,
     start: u64,
     next: u64,
     end: u64,
-    running: Option<Running>,
-    spool: Option<Arc<Spool>>,
+    running: Option<RunningAnswer>,
+    download: Option<Arc<WholeDownload>>,
     deadline: Duration,
     retries: Retries,
     failing: bool,
@@ -173,7 +180,7 @@ pub struct HttpBody {
 
 /// An answer being received: bytes up to `end`, which may be less than the whole range.
 #[derive(Debug)]
-struct Running {
+struct RunningAnswer {
     response: Response,
     end: u64,
     timing: Timing,
@@ -187,9 +194,9 @@ impl HttpBody {
             if self.next == self.end && self.running.is_none() {
                 return Ok(None);
             }
-            if let Some(spool) = self.spool.clone() {
-                let piece = spool.read(self.next, self.end, self.progress.0, self.deadline).await;
-                let piece = piece.inspect_err(|error| self.source.forget_spool(&spool, error))?;
+            if let Some(download) = self.download.clone() {
+                let piece = download.read(self.next, self.end, self.progress.0, self.deadline).await;
+                let piece = piece.inspect_err(|error| self.source.forget_download(&download, error))?;
                 self.next += piece.len() as u64;
                 self.progress = (Instant::now(), self.next);
                 return Ok(Some(piece));
@@ -205,7 +212,7 @@ impl HttpBody {
                     let source = self.source.clone();
                     source.object.note_failure(&mut self.failing, &error);
                     if matches!(error, HttpError::Stalled { .. }) {
-                        self.idle = (self.idle * 2).min(source.object.longest_idle(self.class));
+                        self.idle = (self.idle * 2).min(source.object.longest_idle(self.priority));
                     }
                     let pause = self.retries.pause(source.object.route.start(), self.progress.0, error);
                     pause.await.inspect_err(|error| source.object.unlearn_after(error))?;
@@ -220,13 +227,13 @@ impl HttpBody {
         if self.running.is_none() {
             let permit = self.permit().await?;
             let (timing, end) = (Timing::start(), self.turn());
-            let watched = Watched::start(self.observer.as_ref(), self.class);
+            let watched = Watched::start(self.observer.as_ref(), self.priority);
             match self.request(end).await? {
                 Answer::Range(response) => {
-                    self.running = Some(Running { response, end, timing, watched, _permit: permit })
+                    self.running = Some(RunningAnswer { response, end, timing, watched, _permit: permit })
                 }
                 Answer::Whole(response) => {
-                    self.spool = Some(self.source.spool_from(response)?);
+                    self.download = Some(self.source.download_from(response)?);
                     return Ok(None);
                 }
             }
@@ -244,17 +251,17 @@ impl HttpBody {
                 running.timing.arrived(got);
                 running.watched.iter_mut().for_each(|watched| watched.arrived(got));
             }
-            None => object.client.lanes().learn(&running.timing),
+            None => object.client.budgets().learn(&running.timing),
         }
         Ok(piece)
     }
 
     /// Up to where to ask now: prefetch takes turns with demand.
     fn turn(&self) -> u64 {
-        match self.class {
-            Class::Demand | Class::WorkingSet => self.end,
-            Class::Prefetch => {
-                let turn = self.source.object.client.lanes().turn();
+        match self.priority {
+            Priority::Demand | Priority::WorkingSet => self.end,
+            Priority::Prefetch => {
+                let turn = self.source.object.client.budgets().turn();
                 self.end.min(self.next.saturating_add(turn))
             }
         }
@@ -263,8 +270,8 @@ impl HttpBody {
     /// Waits for the right to ask. Nobody waits for a prefetch, so that may take its time; a demand read may not.
     async fn permit(&mut self) -> Result<Permit, HttpError> {
         let object = &self.source.object;
-        let permit = object.client.lanes().permit(self.class);
-        if self.class.is_ahead() {
+        let permit = object.client.budgets().permit(self.priority);
+        if self.priority.is_ahead() {
             let queued = Instant::now();
             let permit = permit.await;
             self.progress.0 += queued.elapsed();

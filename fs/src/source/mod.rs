@@ -1,44 +1,19 @@
-//! Where a pack's bytes come from: an HTTP server or a local file. Used by [`crate::store`] alone; nothing here knows
-//! what the bytes mean, and nothing here is trusted to return the right ones.
+//! Where a pack's bytes come from: an HTTP server or a local file. Nothing here knows what the bytes mean, and
+//! nothing here is trusted to return the right ones.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 
+mod counters;
 pub mod file;
 pub mod http;
+pub(crate) mod priority;
 
+pub use counters::{Outage, TransferCounters};
 pub use file::{FileError, FileSource};
 pub use http::{Credentials, HttpClient, HttpError, HttpOptions, HttpSource, redact_url};
-
-/// Why bytes are wanted. Each class has its own budget of requests, so demand never waits behind prefetch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Class {
-    /// Someone is waiting for them now.
-    Demand,
-    /// A machine that starts will want them before it answers. Does not make way for demand, which would be for the same
-    /// bytes a moment later; otherwise as prefetch.
-    WorkingSet,
-    /// Someone may want them soon.
-    Prefetch,
-}
-
-impl Class {
-    /// Whether nobody waits for the bytes yet.
-    pub fn is_ahead(self) -> bool {
-        self != Class::Demand
-    }
-}
-
-/// How long a read may fail and be retried before it ends in an error. Counts from the last sign of progress; one silent
-/// attempt may add the HTTP idle timeout.
-#[derive(Debug, Clone, Copy)]
-pub struct Deadlines {
-    /// For [`Class::Demand`].
-    pub demand: Duration,
-    /// For the others.
-    pub prefetch: Duration,
-}
+pub use priority::{Priority, ReadDeadlines};
 
 /// One object bytes are read from.
 #[derive(Debug)]
@@ -60,24 +35,6 @@ pub enum SourceError {
     File(#[from] FileError),
 }
 
-/// What went over the wire (or came from the file) so far.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Requests sent, repeated ones included.
-    pub requests: u64,
-    /// Body bytes received, useless ones included.
-    pub bytes: u64,
-}
-
-/// A source that does not deliver at the moment and is being retried.
-#[derive(Debug, Clone)]
-pub struct Trouble {
-    /// Since when nothing has arrived on the oldest failing read.
-    pub since: Instant,
-    /// What the last attempt met.
-    pub last_error: String,
-}
-
 /// A byte range on its way, delivered piece by piece; retries and resumes by itself.
 #[derive(Debug)]
 pub enum RangeBody {
@@ -89,16 +46,16 @@ pub enum RangeBody {
 
 impl Source {
     /// Starts reading `len` bytes at `offset`. Nothing is requested until the first [`RangeBody::next`].
-    pub fn stream_at(&self, offset: u64, len: u64, class: Class) -> RangeBody {
+    pub fn stream_at(&self, offset: u64, len: u64, priority: Priority) -> RangeBody {
         match self {
-            Self::Http(source) => RangeBody::Http(Box::new(source.stream_at(offset, len, class))),
-            Self::File(source) => RangeBody::File(source.stream_at(offset, len, class)),
+            Self::Http(source) => RangeBody::Http(Box::new(source.stream_at(offset, len, priority))),
+            Self::File(source) => RangeBody::File(source.stream_at(offset, len, priority)),
         }
     }
 
     /// Reads exactly `len` bytes at `offset`. The caller bounds `len`.
-    pub async fn read_at(&self, offset: u64, len: u64, class: Class) -> Result<Bytes, SourceError> {
-        let mut body = self.stream_at(offset, len, class);
+    pub async fn read_at(&self, offset: u64, len: u64, priority: Priority) -> Result<Bytes, SourceError> {
+        let mut body = self.stream_at(offset, len, priority);
         let first = body.next().await?.unwrap_or_default();
         if first.len() as u64 == len {
             return Ok(first);
@@ -145,7 +102,7 @@ impl Source {
     }
 
     /// What was transferred so far.
-    pub fn counters(&self) -> Counters {
+    pub fn counters(&self) -> TransferCounters {
         match self {
             Self::Http(source) => source.counters(),
             Self::File(source) => source.counters(),
@@ -153,9 +110,9 @@ impl Source {
     }
 
     /// Whether reads are failing and being retried right now.
-    pub fn trouble(&self) -> Option<Trouble> {
+    pub fn outage(&self) -> Option<Outage> {
         match self {
-            Self::Http(source) => source.trouble(),
+            Self::Http(source) => source.outage(),
             Self::File(_) => None,
         }
     }

@@ -1,5 +1,5 @@
-//! Single flight: who is fetching which frame, so that everyone else who wants it waits for that instead of asking again.
-//! Used by the store's read paths alone.
+//! Single flight: who is fetching which frame, so that everyone else who wants it waits for that instead of asking
+//! again.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use super::ReadError;
-use crate::source::Class;
+use super::error::ReadError;
+use crate::source::Priority;
 
 /// What a flight ends in.
 pub(super) type Outcome = Result<Bytes, ReadError>;
@@ -19,13 +19,13 @@ pub(super) struct Flights(Mutex<HashMap<u32, Flight>>);
 
 #[derive(Debug)]
 struct Flight {
-    class: Class,
+    priority: Priority,
     /// Tells a flight from one that overtook it.
     number: u64,
     landing: watch::Receiver<Option<Outcome>>,
 }
 
-/// A wish for a frame: either the wisher has to fetch it, or someone does.
+/// What asking for a frame gives: either the caller has to fetch it, or someone does.
 #[derive(Debug)]
 pub(super) enum Entry {
     /// Fetch it and land the result here.
@@ -46,22 +46,22 @@ pub(super) struct Lead {
 /// The wait for a frame someone else fetches.
 #[derive(Debug)]
 pub(super) struct Waiter {
-    class: Class,
+    priority: Priority,
     landing: watch::Receiver<Option<Outcome>>,
 }
 
 impl Flights {
     /// Joins the flight for `record`, or starts one. `overtake` starts one also beside a prefetch, which then lands for
     /// those who joined it earlier.
-    pub(super) fn enter(self: &Arc<Self>, record: u32, class: Class, overtake: bool) -> Entry {
+    pub(super) fn enter(self: &Arc<Self>, record: u32, priority: Priority, overtake: bool) -> Entry {
         let mut flights = self.0.lock().expect("no panics while held");
         let running = flights.get(&record);
-        if let Some(flight) = running.filter(|flight| !(overtake && flight.class.is_ahead())) {
-            return Entry::Join(Waiter { class: flight.class, landing: flight.landing.clone() });
+        if let Some(flight) = running.filter(|flight| !(overtake && flight.priority.is_ahead())) {
+            return Entry::Join(Waiter { priority: flight.priority, landing: flight.landing.clone() });
         }
         let number = running.map_or(0, |flight| flight.number + 1);
         let (sender, landing) = watch::channel(None);
-        flights.insert(record, Flight { class, number, landing });
+        flights.insert(record, Flight { priority, number, landing });
         Entry::Lead(Lead { flights: self.clone(), record, number, landing: sender })
     }
 }
@@ -73,8 +73,8 @@ impl Lead {
     }
 
     /// A place among those who wait for this flight.
-    pub(super) fn waiter(&self, class: Class) -> Waiter {
-        Waiter { class, landing: self.landing.subscribe() }
+    pub(super) fn waiter(&self, priority: Priority) -> Waiter {
+        Waiter { priority, landing: self.landing.subscribe() }
     }
 
     /// Hands the result to everyone waiting. Whatever later readers should find must be in its place before.
@@ -95,7 +95,7 @@ impl Drop for Lead {
 impl Waiter {
     /// Whether the frame is being fetched ahead rather than because someone waits for it.
     pub(super) fn is_ahead(&self) -> bool {
-        self.class.is_ahead()
+        self.priority.is_ahead()
     }
 
     /// The result; `None` when the fetching was abandoned.
@@ -125,20 +125,20 @@ mod tests {
     #[tokio::test]
     async fn many_wait_for_one() {
         let flights = Arc::new(Flights::default());
-        let leader = lead(flights.enter(7, Class::Demand, false));
-        let waiters: Vec<_> = (0..3).map(|_| join(flights.enter(7, Class::Demand, true))).collect();
+        let leader = lead(flights.enter(7, Priority::Demand, false));
+        let waiters: Vec<_> = (0..3).map(|_| join(flights.enter(7, Priority::Demand, true))).collect();
         leader.land(Ok(Bytes::from_static(b"x")));
         for waiter in waiters {
             assert_eq!(waiter.landed().await.unwrap().unwrap(), "x");
         }
-        lead(flights.enter(7, Class::Demand, false));
+        lead(flights.enter(7, Priority::Demand, false));
     }
 
     #[tokio::test]
     async fn an_abandoned_flight_sends_its_waiters_off() {
         let flights = Arc::new(Flights::default());
-        let leader = lead(flights.enter(7, Class::Prefetch, false));
-        let waiter = join(flights.enter(7, Class::Demand, false));
+        let leader = lead(flights.enter(7, Priority::Prefetch, false));
+        let waiter = join(flights.enter(7, Priority::Demand, false));
         drop(leader);
         assert!(waiter.landed().await.is_none());
     }
@@ -146,15 +146,15 @@ mod tests {
     #[tokio::test]
     async fn demand_overtakes_prefetch_once() {
         let flights = Arc::new(Flights::default());
-        let prefetch = lead(flights.enter(7, Class::Prefetch, false));
-        let patient = join(flights.enter(7, Class::Demand, false));
-        let demand = lead(flights.enter(7, Class::Demand, true));
-        let second = join(flights.enter(7, Class::Demand, true));
+        let prefetch = lead(flights.enter(7, Priority::Prefetch, false));
+        let patient = join(flights.enter(7, Priority::Demand, false));
+        let demand = lead(flights.enter(7, Priority::Demand, true));
+        let second = join(flights.enter(7, Priority::Demand, true));
         assert!(patient.is_ahead() && !second.is_ahead());
         prefetch.land(Ok(Bytes::from_static(b"late")));
         assert_eq!(patient.landed().await.unwrap().unwrap(), "late");
         // The overtaken flight does not take the newer one with it.
-        join(flights.enter(7, Class::Demand, true));
+        join(flights.enter(7, Priority::Demand, true));
         demand.land(Ok(Bytes::from_static(b"new")));
         assert_eq!(second.landed().await.unwrap().unwrap(), "new");
     }

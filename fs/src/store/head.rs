@@ -1,10 +1,10 @@
-//! The start of a pack, asked for beside its index and read from while it arrives: the small members and the first hot pages
-//! lie there. Callers: `open.rs`, which asks, and `run.rs`, which reads.
+//! The start of a pack, asked for beside its index and read from while it arrives: the small members and the first
+//! hot pages lie there.
 
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use crate::source::{Class, Source};
+use crate::source::{Priority, Source};
 
 /// The first bytes of a pack. Dropping it ends the request.
 #[derive(Debug)]
@@ -33,7 +33,7 @@ impl Head {
         }
         let nothing = Arrived { bytes: Vec::with_capacity(len as usize), ended: false };
         let (sender, arrived) = watch::channel(nothing);
-        let mut body = source.stream_at(0, len, Class::Demand);
+        let mut body = source.stream_at(0, len, Priority::Demand);
         tokio::spawn(async move {
             // Only a short cut: whoever needs what is missing asks for it again, and sees the error.
             while let Ok(Some(piece)) = body.next().await {

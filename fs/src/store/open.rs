@@ -1,15 +1,19 @@
 //! Opening a pack: finding its index, checking it, and telling other things apart from packs.
 
+use std::io::Read;
+
 use bytes::Bytes;
 
+use super::error::OpenError;
 use super::head::Head;
-use super::{IndexPin, OpenError, PackLocation, StoreOptions};
+use super::location::{IndexPin, PackLocation};
+use super::options::StoreOptions;
 use crate::cache::ChunkCache;
 use crate::digest::Digest;
-use crate::format::{self, MAX_INDEX_LEN, PACK_VERSION, SEEK_FOOTER_LEN};
+use crate::format::{self, MANIFEST, MAX_INDEX_LEN, PACK_VERSION, SEEK_FOOTER_LEN};
 use crate::index::{Index, TRAILER_LEN};
-use crate::legacy;
-use crate::source::{Class, Source, SourceError};
+use crate::manifest::{self, MAX_MANIFEST_LEN};
+use crate::source::{Priority, Source, SourceError};
 
 /// Bytes read at the end of a pack whose index is not pinned: holds seek table and index of packs up to about 4000
 /// stored chunks, and at least the seek table up to 30000.
@@ -18,7 +22,7 @@ const TAIL_LEN: u64 = 256 << 10;
 const SNIFF_LEN: u64 = 128 << 10;
 
 /// A pack's bytes and its checked index.
-pub(super) struct Opened {
+pub(super) struct OpenedPack {
     pub(super) source: Source,
     pub(super) index: Index,
     pub(super) pin: IndexPin,
@@ -27,28 +31,28 @@ pub(super) struct Opened {
 }
 
 /// A source and its name, for errors.
-struct Opening {
+struct PackOpener {
     source: Source,
     location: String,
 }
 
-pub(super) async fn open(location: &PackLocation, options: &StoreOptions) -> Result<Opened, OpenError> {
-    let opening = Opening::new(location, options)?;
+pub(super) async fn open(location: &PackLocation, options: &StoreOptions) -> Result<OpenedPack, OpenError> {
+    let opener = PackOpener::new(location, options)?;
     let Some(pin) = location.index else {
-        let (pin, bytes) = opening.find_index().await?;
-        let index = opening.parse(&bytes, Some(opening.size().await?))?;
-        return Ok(Opened { source: opening.source, index, pin, head: Head::none() });
+        let (pin, bytes) = opener.find_index().await?;
+        let index = opener.parse(&bytes, Some(opener.size().await?))?;
+        return Ok(OpenedPack { source: opener.source, index, pin, head: Head::none() });
     };
     let cached = options.cache.as_ref().and_then(|cache| cache.get(pin.sha256, pin.length));
     let (bytes, head) = match cached {
         Some(bytes) => (bytes, Head::none()),
-        None => opening.fetch_pinned(&pin, options).await?,
+        None => opener.fetch_pinned(&pin, options).await?,
     };
-    let index = opening.parse(&bytes, opening.source.known_size())?;
-    Ok(Opened { source: opening.source, index, pin, head })
+    let index = opener.parse(&bytes, opener.source.known_size())?;
+    Ok(OpenedPack { source: opener.source, index, pin, head })
 }
 
-impl Opening {
+impl PackOpener {
     fn new(location: &PackLocation, options: &StoreOptions) -> Result<Self, OpenError> {
         let name = location.describe();
         match location.source(options) {
@@ -57,8 +61,8 @@ impl Opening {
         }
     }
 
-    /// The pinned index frame, checked against its digest. The head of the pack, if one is wanted, is asked for at the same
-    /// time, as whoever opens a pack to restore it needs the small members next; it is not waited for.
+    /// The pinned index frame, checked against its digest. The head of the pack, if one is wanted, is asked for at
+    /// the same time, as whoever opens a pack to restore it needs the small members next; it is not waited for.
     async fn fetch_pinned(&self, pin: &IndexPin, options: &StoreOptions) -> Result<(Bytes, Head), OpenError> {
         let size = self.source.known_size().unwrap_or(u64::MAX);
         if pin.length > MAX_INDEX_LEN || pin.offset.checked_add(pin.length).is_none_or(|end| end > size) {
@@ -117,7 +121,7 @@ impl Opening {
             Ok(start) => start,
             Err(error) => return error,
         };
-        match legacy::sniff(&start) {
+        match layout_of(&start) {
             Some(PACK_VERSION) => OpenError::Truncated { location, size },
             Some(version) => OpenError::Legacy { location, version },
             None => OpenError::NotAPack { location },
@@ -132,7 +136,7 @@ impl Opening {
         match len {
             0 => Ok(Bytes::new()),
             len => {
-                self.source.read_at(offset, len, Class::Demand).await.map_err(|source| self.failed(source))
+                self.source.read_at(offset, len, Priority::Demand).await.map_err(|source| self.failed(source))
             }
         }
     }
@@ -151,4 +155,16 @@ fn remember(cache: Option<&ChunkCache>, digest: Digest, bytes: &Bytes) {
     if let Some(cache) = cache {
         cache.put(digest, bytes.clone());
     }
+}
+
+/// The layout a file has, judged by its first bytes: the `forkd_pack_version` of the manifest it begins with.
+fn layout_of(start: &[u8]) -> Option<u32> {
+    let mut archive = tar::Archive::new(zstd::Decoder::new(start).ok()?);
+    let mut entry = archive.entries().ok()?.raw(true).next()?.ok()?;
+    if !entry.path_bytes().ends_with(MANIFEST.as_bytes()) {
+        return None;
+    }
+    let mut text = String::new();
+    entry.by_ref().take(MAX_MANIFEST_LEN).read_to_string(&mut text).ok()?;
+    manifest::pack_version(&text).ok()
 }

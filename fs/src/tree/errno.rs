@@ -89,7 +89,7 @@ fn of_http_error(error: &HttpError, missing: Errno) -> Errno {
         HttpError::WrongLength { .. } => Errno::STALE,
         HttpError::Download { last, .. } => of_http_error(last, missing),
         HttpError::Deadline { last, .. } => of_http_error(last, missing),
-        HttpError::Spool { source, .. } => Errno::from_io_error(source).unwrap_or(Errno::IO),
+        HttpError::TemporaryFile { source, .. } => Errno::from_io_error(source).unwrap_or(Errno::IO),
         HttpError::Url { .. }
         | HttpError::Client(_)
         | HttpError::Connect { .. }

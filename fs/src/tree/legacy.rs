@@ -12,14 +12,11 @@ use bytes::Bytes;
 use rustix::io::Errno;
 use tokio::sync::OnceCell;
 
-use super::Kind;
-use super::pack::FIRST_MEMBER;
+use super::inode::Kind;
+use super::slot::Slot;
 use crate::digest::Digest;
 use crate::legacy::whole::{WholeError, WholePack};
 use crate::store::{PackLocation, StoreOptions};
-
-/// The first directory of a tag; the others follow in the order of their first members.
-const FIRST_TAG: u32 = 1 << 30;
 
 /// The members of a predecessor's pack, once they are here.
 #[derive(Debug, Default)]
@@ -32,7 +29,7 @@ pub(super) struct LegacyNode {
 }
 
 /// A member or a directory: kind, size, bytes that are not holes, links.
-pub(super) type Shown = (Kind, u64, u64, u32);
+pub(super) type MemberAttributes = (Kind, u64, u64, u32);
 
 impl LegacyNode {
     pub(super) fn get(&self) -> Option<&WholePack> {
@@ -68,7 +65,7 @@ impl LegacyNode {
         // A task of its own: it goes on when this request has given up.
         let fetching = tokio::spawn(async move {
             let _alone = alone;
-            let directory = own_options.http.spool_dir();
+            let directory = own_options.http.download_dir();
             cell.get_or_try_init(|| WholePack::fetch(&place, sha256, &own_options, directory)).await.map(drop)
         });
         match tokio::time::timeout(options.demand_deadline, fetching).await {
@@ -90,54 +87,45 @@ fn tags(whole: &WholePack) -> Vec<&str> {
     tags
 }
 
-/// Whether a slot is a directory of a tag.
-pub(super) fn is_tag(slot: u32) -> bool {
-    slot & FIRST_TAG != 0
+/// The tag at a position.
+fn tag_at(whole: &WholePack, position: u32) -> Result<&str, Errno> {
+    tags(whole).get(position as usize).copied().ok_or(Errno::STALE)
 }
 
-/// The tag of a directory's slot; `None` for the version's own directory.
-fn tag_of(whole: &WholePack, slot: u32) -> Result<Option<&str>, Errno> {
-    match is_tag(slot) {
-        true => Ok(Some(*tags(whole).get((slot & !FIRST_TAG) as usize).ok_or(Errno::STALE)?)),
-        false => Ok(None),
-    }
-}
-
-fn member_of(whole: &WholePack, slot: u32) -> Result<usize, Errno> {
-    let member = slot.checked_sub(FIRST_MEMBER).ok_or(Errno::STALE)? as usize;
-    if member < whole.pack.members.len() { Ok(member) } else { Err(Errno::STALE) }
-}
-
-/// What is in a directory: slot, kind, name.
-pub(super) fn names(whole: &WholePack, slot: u32) -> Result<Vec<(u32, Kind, OsString)>, Errno> {
-    let tag = tag_of(whole, slot)?;
-    let members = (FIRST_MEMBER..).zip(&whole.pack.members);
-    let members = members.filter(|(_, member)| member.tag.as_deref() == tag);
-    let mut names: Vec<_> = members.map(|(slot, member)| (slot, Kind::File, member.name.into())).collect();
-    if tag.is_none() {
-        let directories = (FIRST_TAG..).zip(tags(whole));
-        names.extend(directories.map(|(slot, tag)| (slot, Kind::Directory, tag.into())));
+/// What is in the directory of a tag, or in the version's own: slot, kind, name.
+pub(super) fn names(whole: &WholePack, tag: Option<u32>) -> Result<Vec<(Slot, Kind, OsString)>, Errno> {
+    let own = tag.map(|position| tag_at(whole, position)).transpose()?;
+    let members = (0..).zip(&whole.pack.members).filter(|(_, member)| member.tag.as_deref() == own);
+    let mut names: Vec<_> =
+        members.map(|(position, member)| (Slot::Member(position), Kind::File, member.name.into())).collect();
+    if own.is_none() {
+        let directories = (0..).zip(tags(whole));
+        names.extend(directories.map(|(position, tag)| (Slot::Tag(position), Kind::Directory, tag.into())));
     }
     Ok(names)
 }
 
-pub(super) fn attributes(whole: &WholePack, slot: u32) -> Result<Shown, Errno> {
-    if is_tag(slot) {
-        tag_of(whole, slot)?;
-        return Ok((Kind::Directory, 0, 0, 2));
-    }
-    let member = member_of(whole, slot)?;
-    Ok((Kind::File, whole.pack.members[member].size, whole.allocated(member), 1))
+/// The directory of a tag.
+pub(super) fn tag(whole: &WholePack, position: u32) -> Result<MemberAttributes, Errno> {
+    tag_at(whole, position).map(|_| (Kind::Directory, 0, 0, 2))
 }
 
-pub(super) async fn read(whole: &WholePack, slot: u32, offset: u64, len: u32) -> Result<Bytes, Errno> {
-    if is_tag(slot) {
-        return Err(Errno::ISDIR);
+/// A member.
+pub(super) fn member(whole: &WholePack, position: u32) -> Result<MemberAttributes, Errno> {
+    let member = position as usize;
+    let size = whole.pack.members.get(member).ok_or(Errno::STALE)?.size;
+    Ok((Kind::File, size, whole.allocated(member), 1))
+}
+
+pub(super) async fn read(whole: &WholePack, position: u32, offset: u64, len: u32) -> Result<Bytes, Errno> {
+    let member = position as usize;
+    if member >= whole.pack.members.len() {
+        return Err(Errno::STALE);
     }
-    let read = whole.read(member_of(whole, slot)?, offset, u64::from(len)).await;
+    let read = whole.read(member, offset, u64::from(len)).await;
     read.map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 
-pub(super) fn seek(whole: &WholePack, slot: u32, offset: u64, data: bool) -> Result<u64, Errno> {
-    whole.seek(member_of(whole, slot)?, offset, data)
+pub(super) fn seek(whole: &WholePack, position: u32, offset: u64, data: bool) -> Result<u64, Errno> {
+    whole.seek(position as usize, offset, data)
 }

@@ -1,4 +1,4 @@
-//! The part of the tree above the packs, as the registry lists them, and its changes. Used by [`super::Tree`] alone.
+//! The part of the tree above the packs, as the registry lists them, and its changes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -6,8 +6,9 @@ use std::time::SystemTime;
 
 use rustix::io::Errno;
 
+use super::inode::{Entry, Inode, Kind, PACK_SHIFT, ROOT};
+use super::listing::PackListing;
 use super::pack::PackNode;
-use super::{Entry, Inode, Kind, Listing, PACK_SHIFT, ROOT};
 use crate::format::is_plain_name;
 use crate::store::StoreOptions;
 
@@ -16,7 +17,7 @@ const LATEST: &str = "latest";
 
 /// A name that leads elsewhere than before, or nowhere.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Changed {
+pub struct ChangedName {
     /// The directory it is in.
     pub directory: Inode,
     /// The name.
@@ -25,7 +26,7 @@ pub struct Changed {
 
 /// Every directory above packs, and every pack ever listed.
 #[derive(Debug)]
-pub(super) struct Listed {
+pub(super) struct ListedTree {
     /// Inode numbers less 1.
     nodes: Vec<Node>,
     packs: Vec<Arc<PackNode>>,
@@ -48,16 +49,16 @@ pub(super) enum Content {
 }
 
 /// What a version's name should lead to.
-enum Wanted<'a> {
-    Pack(&'a Listing),
+enum NameTarget<'a> {
+    Pack(&'a PackListing),
     /// Another version's name.
     Link(&'a str),
 }
 
 /// By owner, package and version.
-type Names<'a> = BTreeMap<&'a str, BTreeMap<&'a str, BTreeMap<&'a str, Wanted<'a>>>>;
+type Names<'a> = BTreeMap<&'a str, BTreeMap<&'a str, BTreeMap<&'a str, NameTarget<'a>>>>;
 
-impl Listed {
+impl ListedTree {
     /// The root with its reports.
     pub(super) fn new() -> Self {
         let mut listed = Self { nodes: Vec::new(), packs: Vec::new(), shown: BTreeSet::new() };
@@ -69,7 +70,7 @@ impl Listed {
     }
 
     /// Makes the names those of `listings`. Returns the ones that changed.
-    pub(super) fn update(&mut self, listings: &[Listing], options: &StoreOptions) -> Vec<Changed> {
+    pub(super) fn update(&mut self, listings: &[PackListing], options: &StoreOptions) -> Vec<ChangedName> {
         let mut changed = Vec::new();
         let wanted = names(listings);
         for (owner, packages) in &wanted {
@@ -80,7 +81,7 @@ impl Listed {
                     if !self.leads_to(package, version, target) {
                         let inode = self.make(package, target, options);
                         self.name(package, version, inode);
-                        changed.push(Changed { directory: package, name: (*version).to_owned() });
+                        changed.push(ChangedName { directory: package, name: (*version).to_owned() });
                     }
                 }
                 self.retain(package, &mut changed, &|version| versions.contains_key(version));
@@ -114,20 +115,20 @@ impl Listed {
     }
 
     /// The directory of that name, made when there is none.
-    fn directory(&mut self, parent: Inode, name: &str, changed: &mut Vec<Changed>) -> Inode {
+    fn directory(&mut self, parent: Inode, name: &str, changed: &mut Vec<ChangedName>) -> Inode {
         if let Ok(inode) = self.named(parent, name) {
             return inode;
         }
         let inode = self.add(parent, Content::Directory(BTreeMap::new()));
         self.name(parent, name, inode);
-        changed.push(Changed { directory: parent, name: name.to_owned() });
+        changed.push(ChangedName { directory: parent, name: name.to_owned() });
         inode
     }
 
-    fn make(&mut self, package: Inode, target: &Wanted<'_>, options: &StoreOptions) -> Inode {
+    fn make(&mut self, package: Inode, target: &NameTarget<'_>, options: &StoreOptions) -> Inode {
         match target {
-            Wanted::Link(version) => self.add(package, Content::Symlink((*version).to_owned())),
-            Wanted::Pack(listing) => {
+            NameTarget::Link(version) => self.add(package, Content::Symlink((*version).to_owned())),
+            NameTarget::Pack(listing) => {
                 let inode = (self.packs.len() as Inode + 1) << PACK_SHIFT;
                 self.packs.push(Arc::new(PackNode::new(inode, package, listing, options.clone())));
                 inode
@@ -135,11 +136,13 @@ impl Listed {
         }
     }
 
-    fn leads_to(&self, package: Inode, version: &str, target: &Wanted<'_>) -> bool {
+    fn leads_to(&self, package: Inode, version: &str, target: &NameTarget<'_>) -> bool {
         let Ok(inode) = self.named(package, version) else { return false };
         match (target, self.node(inode)) {
-            (Wanted::Link(wanted), Ok(Node { content: Content::Symlink(target), .. })) => target == wanted,
-            (Wanted::Pack(listing), Err(_)) => {
+            (NameTarget::Link(wanted), Ok(Node { content: Content::Symlink(target), .. })) => {
+                target == wanted
+            }
+            (NameTarget::Pack(listing), Err(_)) => {
                 let pack = (inode >> PACK_SHIFT) as usize;
                 self.pack(pack - 1).is_ok_and(|pack| pack.shows(listing))
             }
@@ -147,7 +150,7 @@ impl Listed {
         }
     }
 
-    fn retain(&mut self, directory: Inode, changed: &mut Vec<Changed>, keep: &dyn Fn(&str) -> bool) {
+    fn retain(&mut self, directory: Inode, changed: &mut Vec<ChangedName>, keep: &dyn Fn(&str) -> bool) {
         let Ok(Node { content: Content::Directory(children), .. }) = self.node(directory) else { return };
         let gone: Vec<(String, Inode)> = children
             .iter()
@@ -160,7 +163,7 @@ impl Listed {
             if let Some(children) = self.children_mut(directory) {
                 children.remove(&name);
             }
-            changed.push(Changed { directory, name });
+            changed.push(ChangedName { directory, name });
         }
     }
 
@@ -236,28 +239,28 @@ impl Listed {
 }
 
 /// What each name should lead to. Names that are not plain are left out; of equal ones the first counts.
-fn names(listings: &[Listing]) -> Names<'_> {
-    let plain = |listing: &&Listing| {
+fn names(listings: &[PackListing]) -> Names<'_> {
+    let plain = |listing: &&PackListing| {
         [&listing.owner, &listing.name, &listing.version].iter().all(|name| is_plain_name(name))
     };
     let mut names = Names::new();
     for listing in listings.iter().filter(plain) {
         let versions = names.entry(&listing.owner).or_default().entry(&listing.name).or_default();
-        versions.entry(&listing.version).or_insert(Wanted::Pack(listing));
+        versions.entry(&listing.version).or_insert(NameTarget::Pack(listing));
     }
     for versions in names.values_mut().flat_map(BTreeMap::values_mut) {
         if let Some(twin) = twin_of_latest(versions) {
-            versions.insert(LATEST, Wanted::Link(twin));
+            versions.insert(LATEST, NameTarget::Link(twin));
         }
     }
     names
 }
 
 /// The named version that is the same pack as `latest`.
-fn twin_of_latest<'a>(versions: &BTreeMap<&'a str, Wanted<'a>>) -> Option<&'a str> {
-    let Some(Wanted::Pack(latest)) = versions.get(LATEST) else { return None };
-    let twin = |(&version, target): (&&'a str, &Wanted<'a>)| match target {
-        Wanted::Pack(other) if version != LATEST && other.location == latest.location => Some(version),
+fn twin_of_latest<'a>(versions: &BTreeMap<&'a str, NameTarget<'a>>) -> Option<&'a str> {
+    let Some(NameTarget::Pack(latest)) = versions.get(LATEST) else { return None };
+    let twin = |(&version, target): (&&'a str, &NameTarget<'a>)| match target {
+        NameTarget::Pack(other) if version != LATEST && other.location == latest.location => Some(version),
         _ => None,
     };
     versions.iter().filter_map(twin).next_back()

@@ -1,7 +1,7 @@
 //! `rootfs/` below one VERSION: the files of the pack's root disk, read through the store as they are asked for.
 //!
 //! The directory itself is shown without a look at the image. What is below it has the image's owners, modes, times and
-//! device numbers. An inode of the image is slot `1 << 31 | nid`, so an image may have inodes in its first 64 GiB only.
+//! device numbers. An image may have inodes in its first 64 GiB only ([`Slot::of_image`]).
 
 use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStringExt;
@@ -12,14 +12,12 @@ use lru::LruCache;
 use rustix::io::Errno;
 
 use super::errno::of_read_error;
-use super::pack::ROOT_DISK;
-use super::{Attributes, Entry, IMMUTABLE, Inode, Kind};
-use crate::erofs::{ErofsError, Image, Node, ReadImage, mode};
+use super::inode::{Attributes, Entry, IMMUTABLE, Inode, Kind};
+use super::slot::Slot;
+use crate::erofs::{ErofsError, ErofsImage, ErofsInode, ReadImage, mode};
 use crate::index::FileId;
 use crate::store::{ReadError, Store};
 
-/// Marks the slots that are inodes of the image.
-const NODE: u64 = 1 << 31;
 /// Positions before those of the image: one each for `.` and `..`.
 const DOTS: u64 = 2;
 /// Inodes remembered, of about 150 bytes each.
@@ -75,59 +73,56 @@ impl ReadImage for Member {
 /// An opened root disk.
 #[derive(Debug)]
 pub(super) struct RootDisk {
-    image: Image<Member>,
+    image: ErofsImage<Member>,
     /// Inode number of the pack's directory, which contains `rootfs`.
     pack: Inode,
-    nodes: Mutex<LruCache<u64, Arc<Node>>>,
+    nodes: Mutex<LruCache<u64, Arc<ErofsInode>>>,
 }
 
 impl RootDisk {
     /// Reads the superblock of the member `file`.
     pub(super) async fn open(store: Arc<Store>, file: FileId, pack: Inode) -> Result<Self, RootDiskError> {
         let size = store.index().entry(file).map_or(0, |entry| entry.size);
-        let image = Image::open(Member { store, file, size }).await?;
+        let image = ErofsImage::open(Member { store, file, size }).await?;
         Ok(Self { image, pack, nodes: Mutex::new(LruCache::new(REMEMBERED)) })
     }
 
-    /// Whether a slot is an inode of the image.
-    pub(super) fn has_slot(slot: u32) -> bool {
-        slot == ROOT_DISK || u64::from(slot) & NODE != 0
-    }
-
     fn inode(&self, nid: u64) -> Result<Inode, RootDiskError> {
-        match nid {
-            nid if nid == self.image.root() => Ok(self.pack | u64::from(ROOT_DISK)),
-            nid if nid < NODE => Ok(self.pack | NODE | nid),
-            _ => Err(ErofsError::Unsupported { what: "inodes beyond its first 64 GiB" }),
-        }
+        let slot = match nid == self.image.root() {
+            true => Slot::RootDisk,
+            false => Slot::of_image(nid)
+                .ok_or(ErofsError::Unsupported { what: "inodes beyond its first 64 GiB" })?,
+        };
+        Ok(self.pack | Inode::from(slot.encode()))
     }
 
-    fn nid(&self, slot: u32) -> u64 {
+    /// The inode of the image behind a slot.
+    fn nid(&self, slot: Slot) -> u64 {
         match slot {
-            ROOT_DISK => self.image.root(),
-            _ => u64::from(slot) & !NODE,
+            Slot::Image(nid) => nid.into(),
+            _ => self.image.root(),
         }
     }
 
-    async fn node(&self, nid: u64) -> Result<Arc<Node>, RootDiskError> {
+    async fn node(&self, nid: u64) -> Result<Arc<ErofsInode>, RootDiskError> {
         if let Some(node) = self.nodes.lock().expect("no panics while held").get(&nid) {
             return Ok(node.clone());
         }
         Ok(self.remember(self.image.node(nid).await?))
     }
 
-    fn remember(&self, node: Node) -> Arc<Node> {
+    fn remember(&self, node: ErofsInode) -> Arc<ErofsInode> {
         let node = Arc::new(node);
         self.nodes.lock().expect("no panics while held").put(node.nid, node.clone());
         node
     }
 
-    async fn directory(&self, slot: u32) -> Result<Arc<Node>, Refusal> {
+    async fn directory(&self, slot: Slot) -> Result<Arc<ErofsInode>, Refusal> {
         let node = self.node(self.nid(slot)).await?;
         if node.is_directory() { Ok(node) } else { Err(Refusal::Request(Errno::NOTDIR)) }
     }
 
-    pub(super) async fn lookup(&self, slot: u32, name: &[u8]) -> Result<Attributes, Refusal> {
+    pub(super) async fn lookup(&self, slot: Slot, name: &[u8]) -> Result<Attributes, Refusal> {
         let directory = self.directory(slot).await?;
         let Some(node) = self.image.lookup(&directory, name).await? else {
             return Err(Refusal::Request(Errno::NOENT));
@@ -135,11 +130,11 @@ impl RootDisk {
         Ok(self.show(&self.remember(node))?)
     }
 
-    pub(super) async fn attributes(&self, slot: u32) -> Result<Attributes, Refusal> {
+    pub(super) async fn attributes(&self, slot: Slot) -> Result<Attributes, Refusal> {
         Ok(self.show(&*self.node(self.nid(slot)).await?)?)
     }
 
-    fn show(&self, node: &Node) -> Result<Attributes, RootDiskError> {
+    fn show(&self, node: &ErofsInode) -> Result<Attributes, RootDiskError> {
         let kind = match node.mode & mode::TYPE {
             mode::DIRECTORY => Kind::Directory,
             mode::SYMLINK => Kind::Symlink,
@@ -163,14 +158,14 @@ impl RootDisk {
         })
     }
 
-    pub(super) async fn entries_from(&self, slot: u32, position: u64) -> Result<Vec<Entry>, Refusal> {
+    pub(super) async fn entries_from(&self, slot: Slot, position: u64) -> Result<Vec<Entry>, Refusal> {
         let directory = self.directory(slot).await?;
         let mut entries = Vec::new();
         if position < DOTS {
             let own = self.inode(directory.nid)?;
             let parent = match slot {
-                ROOT_DISK => self.pack,
-                _ => self.inode(self.image.parent(&directory).await?)?,
+                Slot::Image(_) => self.inode(self.image.parent(&directory).await?)?,
+                _ => self.pack,
             };
             entries = Entry::listing(own, parent, std::iter::empty(), position);
         }
@@ -183,7 +178,7 @@ impl RootDisk {
         Ok(entries)
     }
 
-    pub(super) async fn read(&self, slot: u32, offset: u64, len: u32) -> Result<Bytes, Refusal> {
+    pub(super) async fn read(&self, slot: Slot, offset: u64, len: u32) -> Result<Bytes, Refusal> {
         let node = self.node(self.nid(slot)).await?;
         match node.is_file() {
             true => Ok(self.image.read(&node, offset, u64::from(len)).await?),
@@ -193,7 +188,7 @@ impl RootDisk {
     }
 
     /// The next offset with data, or in a hole: all of a file is data, and every file ends in a hole.
-    pub(super) async fn seek(&self, slot: u32, offset: u64, data: bool) -> Result<u64, Refusal> {
+    pub(super) async fn seek(&self, slot: Slot, offset: u64, data: bool) -> Result<u64, Refusal> {
         let node = self.node(self.nid(slot)).await?;
         match node.is_file() {
             true if offset >= node.size => Err(Refusal::Request(Errno::NXIO)),
@@ -202,7 +197,7 @@ impl RootDisk {
         }
     }
 
-    pub(super) async fn link_target(&self, slot: u32) -> Result<Bytes, Refusal> {
+    pub(super) async fn link_target(&self, slot: Slot) -> Result<Bytes, Refusal> {
         let node = self.node(self.nid(slot)).await?;
         match node.is_symlink() {
             true => Ok(self.image.link_target(&node).await?),

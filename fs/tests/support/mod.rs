@@ -2,16 +2,17 @@
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
 use forkd_fs::digest::Digest;
 use forkd_fs::format::PACK_VERSION;
 use forkd_fs::manifest::{KvmKind, Manifest, Requires};
-use forkd_fs::source::{Deadlines, HttpClient, HttpOptions, Source};
+use forkd_fs::source::{HttpClient, HttpOptions, HttpSource, ReadDeadlines, Source};
 use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
 use forkd_fs::writer::{PackOptions, PackSummary, PackWriter};
 
@@ -159,7 +160,9 @@ pub fn http() -> HttpClient {
 /// An object to read ranges of.
 pub fn source(http: &HttpClient, url: &str, size: Option<u64>) -> Source {
     let deadline = options().demand_deadline;
-    Source::Http(http.source(url, size, Deadlines { demand: deadline, prefetch: deadline }).unwrap())
+    Source::Http(
+        HttpSource::new(http, url, size, ReadDeadlines { demand: deadline, prefetch: deadline }).unwrap(),
+    )
 }
 
 pub fn options() -> StoreOptions {
@@ -170,4 +173,13 @@ pub fn options() -> StoreOptions {
         prefetch_deadline: deadline,
         ..StoreOptions::default()
     }
+}
+
+/// Runs mkfs.erofs over a directory.
+pub fn mkfs(tree: &Path, args: &[&str]) -> Vec<u8> {
+    let out = tempfile::NamedTempFile::new().unwrap();
+    let made = Command::new("mkfs.erofs").arg("--quiet").args(args).arg(out.path()).arg(tree).output();
+    let made = made.expect("mkfs.erofs (erofs-utils) is there");
+    assert!(made.status.success(), "{args:?}: {}", String::from_utf8_lossy(&made.stderr));
+    fs::read(out.path()).unwrap()
 }

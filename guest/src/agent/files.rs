@@ -12,7 +12,7 @@ use forkd_abi::protocol::{FrameKind, MAX_FILE_LEN, Response};
 use super::stream::Stream;
 
 /// A file being received. Dropped unfinished, it leaves nothing.
-pub struct Put {
+pub struct FileUpload {
     file: File,
     mode: u32,
     target: PathBuf,
@@ -21,7 +21,7 @@ pub struct Put {
     renamed: bool,
 }
 
-impl Put {
+impl FileUpload {
     /// Opens the file beside the target; `unique` tells apart puts that run at the same time.
     pub fn open(path: &str, mode: u32, unique: u64) -> Result<Self, String> {
         let target = absolute(path)?;
@@ -55,7 +55,7 @@ impl Put {
     }
 }
 
-impl Drop for Put {
+impl Drop for FileUpload {
     fn drop(&mut self) {
         if !self.renamed {
             let _ = fs::remove_file(&self.partial);
@@ -64,13 +64,13 @@ impl Drop for Put {
 }
 
 /// A file being sent.
-pub struct Get {
+pub struct FileDownload {
     file: File,
     path: PathBuf,
     sent: u64,
 }
 
-impl Get {
+impl FileDownload {
     /// Opens a regular file and announces it on the stream.
     pub fn open(path: &str, stream: &mut Stream) -> Result<Self, String> {
         let path = absolute(path)?;

@@ -17,7 +17,7 @@ use rustix::system::sethostname;
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 
 use super::network::Network;
-use super::sys::{self, Ports};
+use super::sys::{self, IoPorts};
 
 /// A plain tmpfs file, because writing through the overlay costs ten times as much; `/etc/machine-id` leads here.
 const MACHINE_ID_FILE: &str = "/run/machine-id";
@@ -70,7 +70,7 @@ impl Machine {
 
     /// Tells the monitor that the agent listens. Without a doorbell nobody hears it.
     pub fn booted(&self) {
-        match Ports::open() {
+        match IoPorts::open() {
             Ok(ports) => ports.ring(Command::Booted),
             Err(error) => eprintln!("forkd-agent: no access to the doorbell: {error}"),
         }
@@ -86,7 +86,7 @@ impl Machine {
         self.rehearse()?;
         rustix::fs::sync();
         thread::sleep(SETTLE);
-        let ports = Ports::open()?;
+        let ports = IoPorts::open()?;
         let _ = ports.read_record(&mut self.record);
 
         ports.ring_snapshot();
@@ -180,7 +180,7 @@ fn clock_ns() -> u64 {
 }
 
 /// A copy among many may have been put aside between reading the time and setting its clock.
-fn correct_clock(ports: &Ports) {
+fn correct_clock(ports: &IoPorts) {
     for _ in 0..CLOCK_CORRECTIONS {
         let host = ports.host_time_ns();
         if host.abs_diff(clock_ns()) < CLOCK_TOLERANCE_NS || set_clock(host).is_err() {

@@ -1,8 +1,8 @@
 //! The agent: one thread, one `poll`, everything it serves.
 //!
-//! `main.rs` sets it up, as PID 1 ([`init`], [`machine`]) or as an ordinary process for tests, and calls [`Agent::run`].
-//! Few system calls and no timers: on kvm_pvm a system call costs 0.2 ms and a page fault 1.2 ms, so buffers are made
-//! once, sockets are tried before they are polled, and nothing runs while nothing is asked.
+//! `main.rs` sets it up, as PID 1 ([`init`], [`machine`]) or as an ordinary process for tests, and calls
+//! [`Agent::run`]. Few system calls and no timers: on kvm_pvm a system call costs 0.2 ms and a page fault 1.2 ms, so
+//! buffers are made once, sockets are tried before they are polled, and nothing runs while nothing is asked.
 
 pub mod init;
 pub mod machine;
@@ -27,7 +27,7 @@ use rustix::net::{SocketFlags, accept_with};
 use rustix::process::{WaitOptions, wait};
 
 use self::exec::{Exec, ExecPipe};
-use self::files::{Get, Put};
+use self::files::{FileDownload, FileUpload};
 use self::machine::Machine;
 use self::process::{Command, Spawner, exit_of};
 use self::stream::{Stream, next_frame};
@@ -70,8 +70,8 @@ enum Task {
     Status,
     Exec(Exec),
     Eval,
-    Put(Put),
-    Get(Get),
+    Put(FileUpload),
+    Get(FileDownload),
     Snapshot,
 }
 
@@ -305,11 +305,11 @@ impl Agent {
                 *task = Task::Eval;
                 self.worker.submit(EvalKey { slot, serial: *serial }, code);
             }
-            Request::Put { path, mode } => match Put::open(&path, mode, *serial) {
+            Request::Put { path, mode } => match FileUpload::open(&path, mode, *serial) {
                 Ok(put) => *task = Task::Put(put),
                 Err(message) => stream.fail(message),
             },
-            Request::Get { path } => match Get::open(&path, stream) {
+            Request::Get { path } => match FileDownload::open(&path, stream) {
                 Ok(get) => *task = Task::Get(get),
                 Err(message) => stream.fail(message),
             },

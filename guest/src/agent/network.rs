@@ -1,6 +1,6 @@
 //! The machine's network device: switched on before the snapshot, given a copy's own addresses after it.
 //!
-//! Used by [`super::machine`]. Before the snapshot the device has no link and no address.
+//! Before the snapshot the device has no link and no address.
 
 use std::fs;
 use std::os::fd::OwnedFd;

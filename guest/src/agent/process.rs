@@ -1,6 +1,4 @@
 //! Programs the agent starts: finding, starting and signalling them, and how they ended.
-//!
-//! Used by exec connections and by the warm worker.
 
 use std::collections::BTreeMap;
 use std::io;

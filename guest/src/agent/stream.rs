@@ -1,6 +1,4 @@
 //! One connection's bytes: buffered reading and writing of frames on a non-blocking socket.
-//!
-//! Used by the agent's loop and by the tasks that answer on a connection.
 
 use std::io::IoSlice;
 use std::ops::Range;

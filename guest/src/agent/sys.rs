@@ -114,9 +114,9 @@ pub fn add_entropy<const N: usize>(
 }
 
 /// Access to the doorbell's ports from this process, given back on drop: programs it starts afterwards have none.
-pub struct Ports(());
+pub struct IoPorts(());
 
-impl Ports {
+impl IoPorts {
     /// Asks the kernel for the ports; needs `CAP_SYS_RAWIO` and a kernel with `CONFIG_X86_IOPL_IOPERM`.
     pub fn open() -> io::Result<Self> {
         ioperm(true)?;
@@ -180,7 +180,7 @@ impl Ports {
     }
 }
 
-impl Drop for Ports {
+impl Drop for IoPorts {
     fn drop(&mut self) {
         // Cannot fail for ports that were granted; if it did, the process would merely keep them.
         let _ = ioperm(false);

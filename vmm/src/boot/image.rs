@@ -1,5 +1,5 @@
-//! The kernel's image: an ELF `vmlinux`, entered where it says, or a `bzImage`, entered at its 64-bit entry point, where
-//! it unpacks itself. Callers: `boot.rs`.
+//! The kernel's image: an ELF `vmlinux`, entered where it says, or a `bzImage`, entered at its 64-bit entry point,
+//! where it unpacks itself.
 //!
 //! Documentation/arch/x86/boot.rst of Linux, "The Real-Mode Kernel Header" and "64-bit Boot Protocol".
 

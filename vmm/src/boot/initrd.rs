@@ -1,4 +1,4 @@
-//! The initramfs: where it lies in guest memory. Callers: `boot.rs`.
+//! The initramfs: where it lies in guest memory.
 
 use super::image::Image;
 use crate::memory::{MemoryLayout, PAGE_BYTES};

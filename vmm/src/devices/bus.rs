@@ -1,10 +1,10 @@
 //! What a vCPU reaches through I/O ports and device windows. One bus serves all vCPUs of a machine, each on its own
-//! thread: every device has a lock of its own. Callers: `machine.rs`, `vcpu_loop.rs`.
+//! thread: every device has a lock of its own.
 
 use crate::arch;
 use crate::devices::cmos::{self, Cmos};
 use crate::devices::doorbell::{Doorbell, Ring};
-use crate::devices::serial::{Console, IrqLine, SerialPort, SerialSnapshot};
+use crate::devices::serial::{Console, IrqLine, SerialPort, SerialPortState};
 use crate::devices::virtio::DeviceKind;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{Block, ScratchDisk};
@@ -132,7 +132,7 @@ impl Bus {
         memory: &GuestMemory,
         peripherals: Peripherals,
         kinds: &[DeviceKind],
-        serial: Option<&SerialSnapshot>,
+        serial: Option<&SerialPortState>,
     ) -> Result<Bus, BusError> {
         let Peripherals { console, record, scratch, link, .. } = peripherals;
         let console = Console::new(console);
@@ -225,8 +225,8 @@ impl Bus {
     }
 
     /// State of the serial port.
-    pub fn save_serial(&self) -> SerialSnapshot {
-        SerialSnapshot::save(&lock(&self.serial))
+    pub fn save_serial(&self) -> SerialPortState {
+        SerialPortState::save(&lock(&self.serial))
     }
 
     /// Puts saved state into the devices of a new machine made with the same kinds.
@@ -238,8 +238,8 @@ impl Bus {
         Ok(())
     }
 
-    /// Has restored devices say what they have to, once. After the guest's first exit: an interrupt that waits for a guest
-    /// runs its handler before the first instruction, 3 ms where KVM emulates its kernel.
+    /// Has restored devices say what they have to, once. After the guest's first exit: an interrupt that waits for a
+    /// guest runs its handler before the first instruction, 3 ms where KVM emulates its kernel.
     pub fn resume_devices(&self) {
         if self.resume_owed.load(Ordering::Relaxed) && self.resume_owed.swap(false, Ordering::AcqRel) {
             for slot in &self.slots {

@@ -1,5 +1,5 @@
 //! The part of a PC's real-time clock (MC146818) that Linux reads at boot, so that a new machine starts with the
-//! right date. Read-only; forks get their time with the generation record. Callers: `machine.rs`.
+//! right date. Read-only; forks get their time with the generation record.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

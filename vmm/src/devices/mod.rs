@@ -1,5 +1,4 @@
 //! The devices of a machine. Guests may write anything into their registers and queues; no device trusts them.
-//! Callers: `machine.rs`.
 
 pub mod bus;
 pub mod cmos;

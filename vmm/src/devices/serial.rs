@@ -1,4 +1,4 @@
-//! The first serial port: the guest's console, written to a file of bounded size. Callers: `bus.rs`, `virtio/console.rs`.
+//! The first serial port: the guest's console, written to a file of bounded size.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -73,13 +73,13 @@ pub type SerialPort = Serial<IrqLine, NoEvents, Console>;
 
 /// What of the port survives a snapshot: registers; pending input is dropped, as nothing sends any.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
-pub struct SerialSnapshot {
+pub struct SerialPortState {
     registers: [u8; 9],
 }
 
-impl SerialSnapshot {
+impl SerialPortState {
     /// Takes the port's registers.
-    pub fn save(port: &SerialPort) -> SerialSnapshot {
+    pub fn save(port: &SerialPort) -> SerialPortState {
         let state = port.state();
         let registers = [
             state.baud_divisor_low,
@@ -92,7 +92,7 @@ impl SerialSnapshot {
             state.modem_status,
             state.scratch,
         ];
-        SerialSnapshot { registers }
+        SerialPortState { registers }
     }
 
     /// A port in that state.

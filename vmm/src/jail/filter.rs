@@ -1,9 +1,9 @@
-//! The system calls that a machine's process may make; any other ends it with SIGSYS. One filter for all of its threads:
-//! it is installed while there is one. Callers: `jail.rs`, tests.
+//! The system calls that a machine's process may make; any other ends it with SIGSYS. One filter for all of its
+//! threads: it is installed while there is one.
 //!
 //! Whatever is opened, bound or connected was so before: there is no call here that takes the name of anything.
 
-use super::program::{Argument, TooLong, Verdict, assemble};
+use super::program::{FilterAction, SyscallArgument, TooLong, assemble};
 use kvm_bindings as kvm;
 use libc::c_long;
 use seccompiler::BpfProgram;
@@ -88,9 +88,9 @@ const SELF: &[c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// Calls that the C library makes and does without, so they are no reason to end anybody. clone3(2): its flags lie in memory,
-/// which a filter cannot read; threads are then started with clone(2). mremap(2): memory that is moved loses its
-/// userfaultfd, and the kernel would fill what is missing of it with zeros, in the image that siblings share.
+/// Calls that the C library makes and does without, so they are no reason to end anybody. clone3(2): its flags lie in
+/// memory, which a filter cannot read; threads are then started with clone(2). mremap(2): memory that is moved loses
+/// its userfaultfd, and the kernel would fill what is missing of it with zeros, in the image that siblings share.
 const MISSING: &[c_long] = &[libc::SYS_clone3, libc::SYS_mremap];
 
 /// clone(2) flags of glibc's pthread_create: VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID,
@@ -115,8 +115,8 @@ const fn both<T>(number: u32) -> u32 {
     ioctl_expr(_IOC_READ | _IOC_WRITE, KVM, number, size_of::<T>() as u32) as u32
 }
 
-/// Requests of ioctl(2), numbers from linux/kvm.h. The filter compares one after the other, so the first are those that a
-/// running machine makes.
+/// Requests of ioctl(2), numbers from linux/kvm.h. The filter compares one after the other, so the first are those
+/// that a running machine makes.
 const REQUESTS: &[u32] = &[
     none(0x80),                        // KVM_RUN
     write::<kvm::kvm_irq_level>(0x61), // KVM_IRQ_LINE
@@ -193,26 +193,28 @@ impl Filter {
 }
 
 /// The calls that are known, those first that a running machine makes all the time.
-fn calls(own_pid: u32) -> Vec<(c_long, Verdict)> {
-    let mut calls = vec![(libc::SYS_ioctl, Verdict::AllowIf(1, Argument::IsAnyOf(REQUESTS.to_vec())))];
-    calls.extend([FILES, SOCKETS, SELF].concat().into_iter().map(|call| (call, Verdict::Allow)));
-    calls.extend(MISSING.iter().map(|call| (*call, Verdict::Refuse(libc::ENOSYS as u16))));
+fn calls(own_pid: u32) -> Vec<(c_long, FilterAction)> {
+    let mut calls =
+        vec![(libc::SYS_ioctl, FilterAction::AllowIf(1, SyscallArgument::IsAnyOf(REQUESTS.to_vec())))];
+    calls.extend([FILES, SOCKETS, SELF].concat().into_iter().map(|call| (call, FilterAction::Allow)));
+    calls.extend(MISSING.iter().map(|call| (*call, FilterAction::Refuse(libc::ENOSYS as u16))));
     let commands = FCNTLS.iter().map(|command| *command as u32).collect();
-    let no_code = Argument::Has { mask: libc::PROT_EXEC as u32, value: 0 };
+    let no_code = SyscallArgument::Has { mask: libc::PROT_EXEC as u32, value: 0 };
     // How glibc and Rust ask about an open file. Another file would have to be in the root directory, which is empty.
-    let of_descriptor = Argument::Has { mask: libc::AT_EMPTY_PATH as u32, value: libc::AT_EMPTY_PATH as u32 };
-    let set_name = Argument::IsAnyOf(vec![libc::PR_SET_NAME as u32]);
+    let of_descriptor =
+        SyscallArgument::Has { mask: libc::AT_EMPTY_PATH as u32, value: libc::AT_EMPTY_PATH as u32 };
+    let set_name = SyscallArgument::IsAnyOf(vec![libc::PR_SET_NAME as u32]);
     let checked = [
-        (libc::SYS_fcntl, 1, Argument::IsAnyOf(commands)),
+        (libc::SYS_fcntl, 1, SyscallArgument::IsAnyOf(commands)),
         (libc::SYS_mmap, 2, no_code.clone()),
         (libc::SYS_mprotect, 2, no_code),
-        (libc::SYS_clone, 0, Argument::Is64(THREAD_FLAGS)),
-        (libc::SYS_tgkill, 0, Argument::IsAnyOf(vec![own_pid])),
+        (libc::SYS_clone, 0, SyscallArgument::Is64(THREAD_FLAGS)),
+        (libc::SYS_tgkill, 0, SyscallArgument::IsAnyOf(vec![own_pid])),
         (libc::SYS_prctl, 0, set_name),
         (libc::SYS_newfstatat, 3, of_descriptor.clone()),
         (libc::SYS_statx, 2, of_descriptor),
     ];
-    calls.extend(checked.map(|(call, argument, wanted)| (call, Verdict::AllowIf(argument, wanted))));
+    calls.extend(checked.map(|(call, argument, wanted)| (call, FilterAction::AllowIf(argument, wanted))));
     calls
 }
 
@@ -269,7 +271,7 @@ mod tests {
         }
     }
 
-    fn of_library(calls: &[(c_long, Verdict)]) -> BpfProgram {
+    fn of_library(calls: &[(c_long, FilterAction)]) -> BpfProgram {
         let condition = |argument: u32, width, compare, value| {
             let condition = SeccompCondition::new(argument as u8, width, compare, value).unwrap();
             SeccompRule::new(vec![condition]).unwrap()
@@ -278,16 +280,16 @@ mod tests {
             .iter()
             .filter_map(|(call, verdict)| {
                 let rules = match verdict {
-                    Verdict::Allow => Vec::new(),
-                    Verdict::Refuse(_) => return None,
-                    Verdict::AllowIf(at, Argument::IsAnyOf(values)) => {
+                    FilterAction::Allow => Vec::new(),
+                    FilterAction::Refuse(_) => return None,
+                    FilterAction::AllowIf(at, SyscallArgument::IsAnyOf(values)) => {
                         let one = |value: &u32| condition(*at, Width::Dword, Compare::Eq, u64::from(*value));
                         values.iter().map(one).collect()
                     }
-                    Verdict::AllowIf(at, Argument::Is64(value)) => {
+                    FilterAction::AllowIf(at, SyscallArgument::Is64(value)) => {
                         vec![condition(*at, Width::Qword, Compare::Eq, *value)]
                     }
-                    Verdict::AllowIf(at, Argument::Has { mask, value }) => {
+                    FilterAction::AllowIf(at, SyscallArgument::Has { mask, value }) => {
                         let compare = Compare::MaskedEq(u64::from(*mask));
                         vec![condition(*at, Width::Qword, compare, u64::from(*value))]
                     }

@@ -1,8 +1,8 @@
 //! Assembles a system call filter for seccomp(2): which calls pass, and with which arguments.
 //!
-//! The kernel translates a filter in time proportional to its length, once for every machine that installs it. This one
-//! needs one instruction for a call or value where seccompiler's needs five: 163 instead of 660, 0.12 instead of 0.30 ms.
-//! Tests of `filter.rs`, the only caller, compare what the two decide.
+//! The kernel translates a filter in time proportional to its length, once for every machine that installs it. This
+//! one needs one instruction for a call or value where seccompiler's needs five: 163 instead of 660, 0.12 instead of
+//! 0.30 ms. Tests of `filter.rs`, the only caller, compare what the two decide.
 
 use seccompiler::{BpfProgram, sock_filter};
 
@@ -18,9 +18,10 @@ const AND: u32 = libc::BPF_ALU | libc::BPF_AND | libc::BPF_K;
 const EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
 const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
 
-/// What a call's argument must be. The kernel's calls take these arguments as 32 bits, but for [`Argument::Is64`].
+/// What a call's argument must be. The kernel's calls take these arguments as 32 bits, but for
+/// [`SyscallArgument::Is64`].
 #[derive(Debug, Clone)]
-pub enum Argument {
+pub enum SyscallArgument {
     /// One of these.
     IsAnyOf(Vec<u32>),
     /// This, in all 64 bits.
@@ -36,11 +37,11 @@ pub enum Argument {
 
 /// What becomes of a call.
 #[derive(Debug, Clone)]
-pub enum Verdict {
+pub enum FilterAction {
     /// It passes.
     Allow,
     /// It passes if the argument of that number (from 0) is as said.
-    AllowIf(u32, Argument),
+    AllowIf(u32, SyscallArgument),
     /// It fails with this error number.
     Refuse(u16),
 }
@@ -53,19 +54,19 @@ pub struct TooLong {
     pub instructions: usize,
 }
 
-/// A filter with these verdicts on calls by number; the first ones are found fastest. Any other call, and any of another
-/// instruction set, ends the process.
-pub fn assemble(calls: &[(libc::c_long, Verdict)]) -> Result<BpfProgram, TooLong> {
+/// A filter with these verdicts on calls by number; the first ones are found fastest. Any other call, and any of
+/// another instruction set, ends the process.
+pub fn assemble(calls: &[(libc::c_long, FilterAction)]) -> Result<BpfProgram, TooLong> {
     let mut tails: Vec<Vec<Step>> = Vec::new();
     let mut head = vec![Step::Load(ARCHITECTURE), Step::Unless(X86_64, Exit::Kill), Step::Load(NUMBER)];
     for (call, verdict) in calls {
         let exit = match verdict {
-            Verdict::Allow => Exit::Allow,
-            Verdict::AllowIf(argument, wanted) => {
+            FilterAction::Allow => Exit::Allow,
+            FilterAction::AllowIf(argument, wanted) => {
                 tails.push(check(ARGUMENTS + 8 * argument, wanted));
                 Exit::Tail(tails.len() - 1)
             }
-            Verdict::Refuse(errno) => {
+            FilterAction::Refuse(errno) => {
                 tails.push(vec![Step::Return(libc::SECCOMP_RET_ERRNO | u32::from(*errno))]);
                 Exit::Tail(tails.len() - 1)
             }
@@ -77,16 +78,20 @@ pub fn assemble(calls: &[(libc::c_long, Verdict)]) -> Result<BpfProgram, TooLong
 }
 
 /// The end of a call's checks: reached when its number has been recognised.
-fn check(offset: u32, wanted: &Argument) -> Vec<Step> {
+fn check(offset: u32, wanted: &SyscallArgument) -> Vec<Step> {
     let mut steps = vec![Step::Load(offset)];
     match wanted {
-        Argument::IsAnyOf(values) => steps.extend(values.iter().map(|value| Step::If(*value, Exit::Allow))),
-        Argument::Is64(value) => steps.extend([
+        SyscallArgument::IsAnyOf(values) => {
+            steps.extend(values.iter().map(|value| Step::If(*value, Exit::Allow)))
+        }
+        SyscallArgument::Is64(value) => steps.extend([
             Step::Unless(*value as u32, Exit::Kill),
             Step::Load(offset + 4),
             Step::If((value >> 32) as u32, Exit::Allow),
         ]),
-        Argument::Has { mask, value } => steps.extend([Step::And(*mask), Step::If(*value, Exit::Allow)]),
+        SyscallArgument::Has { mask, value } => {
+            steps.extend([Step::And(*mask), Step::If(*value, Exit::Allow)])
+        }
     }
     steps.push(Step::Return(libc::SECCOMP_RET_KILL_PROCESS));
     steps

@@ -1,5 +1,6 @@
-//! A machine as the pager knows it, and what its process is not allowed to do. Callers: `pager.rs`, `pager/faults.rs`.
+//! A machine as the pager knows it.
 
+use super::error::Misconduct;
 use super::image::Image;
 use crate::memory::PAGE_BYTES;
 use crate::uffd::Uffd;
@@ -11,47 +12,6 @@ use std::sync::Arc;
 const ADDRESSES_END: u64 = 1 << 47;
 /// Faults on pages that were there already, that every machine may have; see [`Client::may_fault_on_present`].
 const ON_PRESENT_MIN: u64 = 1 << 16;
-
-/// What a machine's process did that no honest one does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Misconduct {
-    /// It handed over some other descriptor.
-    #[error("what it handed over is not a userfaultfd")]
-    NotUserfaultfd,
-    /// Its userfaultfd tells of more than faults: copies of its process would fill the pager's descriptor table.
-    #[error("its userfaultfd has the features {features:#x}")]
-    Features {
-        /// As the kernel shows them.
-        features: u64,
-    },
-    /// It cannot have mapped the images there.
-    #[error("it says that it mapped the images at impossible addresses")]
-    Bases,
-    /// It handed over a second userfaultfd.
-    #[error("it attached to the pager twice")]
-    Twice,
-    /// It made its userfaultfd blocking, so that reading it would hang.
-    #[error("it changed the flags of its userfaultfd")]
-    Flags,
-    /// Its userfaultfd told of something that was not asked for.
-    #[error("its userfaultfd told of event {event:#x}")]
-    Event {
-        /// The kernel's number.
-        event: u8,
-    },
-    /// It watches memory that is no image, or lied about where the images are.
-    #[error("it faulted at {address:#x}, outside of every image")]
-    Outside {
-        /// In its address space.
-        address: u64,
-    },
-    /// It faults again and again on pages that are there: what it watches is not the image.
-    #[error("it faulted {faults} times on pages that are there")]
-    Spinning {
-        /// How often.
-        faults: u64,
-    },
-}
 
 pub(super) struct Client {
     pub(super) uffd: Arc<Uffd>,
@@ -95,8 +55,8 @@ impl Client {
         })
     }
 
-    /// Counts a fault whose page was there already. It can only have raced with the filling of its chunk, and once it is
-    /// mapped it does not fault again: there are fewer of them than pages.
+    /// Counts a fault whose page was there already. It can only have raced with the filling of its chunk, and once it
+    /// is mapped it does not fault again: there are fewer of them than pages.
     pub(super) fn may_fault_on_present(&mut self) -> Result<(), Misconduct> {
         self.on_present += 1;
         if self.on_present > self.on_present_max {

@@ -1,11 +1,12 @@
 //! Reading what machines wait for. One thread reads all userfaultfds where a read cannot block, and otherwise one a
-//! machine. Callers: `pager.rs`.
+//! machine.
 
-use super::client::Misconduct;
+use super::error::{Misconduct, PagerError, PagerFailure};
 use super::image::Image;
-use super::{ChunkId, ClientId, PagerError, PagerFailure, STOP_EVENT, Shared};
+use super::shared::Shared;
+use super::source::{ClientId, ImageChunk};
 use crate::memory::ImageId;
-use crate::uffd::{Message, Reading, Uffd};
+use crate::uffd::{Uffd, UffdEvent, UffdReads};
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -13,6 +14,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+/// Epoll token of the pipe that ends the reader; machines have their ids.
+pub(super) const STOP_EVENT: u64 = u64::MAX;
 /// How often a thread that reads one machine's faults looks whether it is still needed.
 const LOOK_AROUND: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
@@ -31,11 +34,11 @@ impl Shared {
     /// Has a machine's faults read from now on.
     pub(super) fn watch(self: &Arc<Self>, id: ClientId, uffd: &Arc<Uffd>) -> Result<(), PagerError> {
         match self.reading {
-            Reading::NeverBlocks => {
+            UffdReads::NeverBlocks => {
                 epoll::add(&self.epoll, &**uffd, epoll::EventData::new_u64(id.0), epoll::EventFlags::IN)
                     .map_err(|source| PagerError::Poll { operation: "epoll_ctl", source })?;
             }
-            Reading::MayBlock => {
+            UffdReads::MayBlock => {
                 let (shared, uffd) = (Arc::clone(self), Arc::clone(uffd));
                 std::thread::spawn(move || shared.serve_one(id, &uffd));
             }
@@ -83,7 +86,7 @@ impl Shared {
     }
 
     /// Reads what one machine waits for; returns whether to go on with it.
-    fn serve(&self, id: ClientId, messages: &mut Vec<Message>) -> bool {
+    fn serve(&self, id: ClientId, messages: &mut Vec<UffdEvent>) -> bool {
         let Some((uffd, bases)) = self
             .lock()
             .clients
@@ -105,7 +108,7 @@ impl Shared {
         }
         for message in &*messages {
             let served = match *message {
-                Message::Fault { address } => {
+                UffdEvent::Fault { address } => {
                     self.counters.faults.fetch_add(1, Ordering::Relaxed);
                     tracing::trace!(?id, address, ?bases, "a machine waits for a page");
                     match self.locate(&bases, address) {
@@ -118,7 +121,7 @@ impl Shared {
                         None => Err(Misconduct::Outside { address }),
                     }
                 }
-                Message::Other { event } => Err(Misconduct::Event { event }),
+                UffdEvent::Other { event } => Err(Misconduct::Event { event }),
             };
             if let Err(misconduct) = served {
                 self.refuse(id, &uffd, misconduct);
@@ -128,7 +131,7 @@ impl Shared {
         true
     }
 
-    /// Leaves a machine asleep. Its descriptor is kept: see [`super::Client::ended`].
+    /// Leaves a machine asleep. Its descriptor is kept: see [`super::client::Client::ended`].
     fn refuse(&self, id: ClientId, uffd: &Uffd, misconduct: Misconduct) {
         tracing::error!(?id, error = %misconduct, "a machine is not served any more");
         let _ = epoll::delete(&self.epoll, uffd);
@@ -140,16 +143,16 @@ impl Shared {
     }
 
     /// The chunk at an address of a machine, and the offset in its image.
-    fn locate(&self, bases: &[u64], address: u64) -> Option<(ChunkId, u64)> {
+    fn locate(&self, bases: &[u64], address: u64) -> Option<(ImageChunk, u64)> {
         let inside = |(position, (image, base)): (usize, (&Image, &u64))| {
             let offset = address.checked_sub(*base).filter(|offset| *offset < image.shape.bytes)?;
-            let chunk = ChunkId { image: ImageId::ALL[position], chunk: offset / image.shape.chunk_bytes };
+            let chunk = ImageChunk { image: ImageId::ALL[position], chunk: offset / image.shape.chunk_bytes };
             Some((chunk, offset))
         };
         self.images.iter().zip(bases).enumerate().find_map(inside)
     }
 
-    fn want(&self, id: ClientId, chunk: ChunkId, uffd: &Uffd, bases: &[u64]) -> Result<(), Misconduct> {
+    fn want(&self, id: ClientId, chunk: ImageChunk, uffd: &Uffd, bases: &[u64]) -> Result<(), Misconduct> {
         let state = &mut *self.lock();
         if self.is_present(chunk) {
             self.counters.faults_on_present.fetch_add(1, Ordering::Relaxed);

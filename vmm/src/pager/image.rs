@@ -1,12 +1,36 @@
-//! One image: its memfd, the pager's own mapping of it, and which chunks are there. Callers: `pager.rs`.
+//! One image: its memfd, the pager's own mapping of it, and which chunks are there.
 
-use super::{ChunkContent, Damaged, ImageShape, PagerError};
+use super::error::{DamagedPage, PagerError};
+use super::source::ChunkContent;
 use crate::memory::{ImageId, Mapping, PAGE_BYTES, Sharing, create_image};
 use crate::uffd::Uffd;
 use rustix::fd::OwnedFd;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const ZERO_PAGE: [u8; PAGE_BYTES as usize] = [0; PAGE_BYTES as usize];
+
+/// Shape of one image.
+#[derive(Debug, Clone, Copy)]
+pub struct ImageShape {
+    /// Length, bytes; a multiple of the page size.
+    pub bytes: u64,
+    /// Bytes filled at a time; a multiple of the page size.
+    pub chunk_bytes: u64,
+}
+
+impl ImageShape {
+    /// Number of chunks.
+    pub fn chunks(&self) -> u64 {
+        self.bytes.div_ceil(self.chunk_bytes)
+    }
+
+    /// Where a chunk lies in the image; the last one may be shorter.
+    pub fn range(&self, chunk: u64) -> Range<u64> {
+        let start = chunk * self.chunk_bytes;
+        start..(start + self.chunk_bytes).min(self.bytes)
+    }
+}
 
 #[derive(Debug)]
 pub(super) struct Image {
@@ -78,6 +102,6 @@ impl Image {
         if read == page.len() && page == expected {
             return Ok(());
         }
-        Err(Damaged { image: self.id, offset }.into())
+        Err(DamagedPage { image: self.id, offset }.into())
     }
 }

@@ -1,4 +1,4 @@
-//! Exceptions that the monitor raises in the guest, because it carries out instructions that raise them. For `pvm.rs`.
+//! Exceptions that the monitor raises in the guest, because it carries out instructions that raise them.
 
 use crate::kvm::{KvmError, ioctl};
 use kvm_ioctls::VcpuFd;

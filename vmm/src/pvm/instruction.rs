@@ -1,5 +1,5 @@
 //! XSAVE and XRSTOR as bytes: which of them it is, where its operand lies, how long it is (Intel SDM volume 2,
-//! "Instruction Format"). For `pvm.rs`. Written by hand, because a complete decoder's tables would be built in every
+//! "Instruction Format"). Written by hand, because a complete decoder's tables would be built in every
 //! child before its first use; the tests compare it with a complete one.
 
 use kvm_bindings::kvm_regs;
@@ -14,7 +14,7 @@ const NO_BASE: u8 = 5;
 
 /// What is done to the processor's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Operation {
+pub enum XsaveOperation {
     /// XSAVE: it is written to memory.
     Save,
     /// XRSTOR: it is read from memory.
@@ -25,7 +25,7 @@ pub enum Operation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct XsaveInstruction {
     /// Which of the two.
-    pub operation: Operation,
+    pub operation: XsaveOperation,
     /// XSAVE64 or XRSTOR64: x87 pointers have 64 bits.
     pub wide: bool,
     /// Linear address of the area.
@@ -63,8 +63,8 @@ impl XsaveInstruction {
         let [0x0f, 0xae, modrm, rest @ ..] = bytes.get(opcode_at..)? else { return None };
         let (mode, extension, number) = (modrm >> 6, modrm >> 3 & 7, modrm & 7);
         let operation = match extension {
-            4 => Operation::Save,
-            5 => Operation::Restore,
+            4 => XsaveOperation::Save,
+            5 => XsaveOperation::Restore,
             _ => return None,
         };
         if mode == 3 {
@@ -160,10 +160,10 @@ mod tests {
     fn reference(bytes: &[u8], regs: &kvm_regs) -> Option<XsaveInstruction> {
         let instruction = Decoder::with_ip(64, bytes, regs.rip, DecoderOptions::NONE).decode();
         let (operation, wide) = match instruction.code() {
-            Code::Xsave_mem => (Operation::Save, false),
-            Code::Xsave64_mem => (Operation::Save, true),
-            Code::Xrstor_mem => (Operation::Restore, false),
-            Code::Xrstor64_mem => (Operation::Restore, true),
+            Code::Xsave_mem => (XsaveOperation::Save, false),
+            Code::Xsave64_mem => (XsaveOperation::Save, true),
+            Code::Xrstor_mem => (XsaveOperation::Restore, false),
+            Code::Xrstor64_mem => (XsaveOperation::Restore, true),
             _ => return None,
         };
         let address =

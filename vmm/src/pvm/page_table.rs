@@ -38,7 +38,7 @@ const PAGE_BITS: u32 = 12;
 
 /// What memory is reached for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Access {
+pub enum MemoryAccess {
     /// To read it.
     Read,
     /// To write it.
@@ -47,7 +47,7 @@ pub enum Access {
 
 /// Why an address has no translation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Untranslated {
+pub enum TranslationError {
     /// It is not canonical: the processor raises a general protection exception.
     NotCanonical,
     /// The processor raises a page fault.
@@ -63,7 +63,7 @@ pub enum Untranslated {
 
 /// A contiguous piece of guest-physical memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Piece {
+pub struct PhysicalPiece {
     /// Where it begins.
     pub start: GuestAddress,
     /// Its length, bytes.
@@ -98,23 +98,27 @@ impl<'a> AddressSpace<'a> {
 
     /// Where the bytes of `range` lie, from the first page to the last, all of which allow `access`. Marks them as
     /// accessed, and as dirty when they are to be written.
-    pub fn pieces(&self, range: Range<u64>, access: Access) -> Result<Vec<Piece>, Untranslated> {
+    pub fn pieces(
+        &self,
+        range: Range<u64>,
+        access: MemoryAccess,
+    ) -> Result<Vec<PhysicalPiece>, TranslationError> {
         let mut pieces = Vec::new();
         let mut address = range.start;
         while address < range.end {
             let bytes = (PAGE_BYTES - address % PAGE_BYTES).min(range.end - address);
-            pieces.push(Piece { start: self.translate(address, access)?, bytes: bytes as usize });
+            pieces.push(PhysicalPiece { start: self.translate(address, access)?, bytes: bytes as usize });
             address += bytes;
         }
         Ok(pieces)
     }
 
     /// The guest-physical address of `address`.
-    pub fn translate(&self, address: u64, access: Access) -> Result<GuestAddress, Untranslated> {
+    pub fn translate(&self, address: u64, access: MemoryAccess) -> Result<GuestAddress, TranslationError> {
         let address_bits = PAGE_BITS + LEVEL_BITS * self.levels;
         let upper = (address as i64) >> (address_bits - 1);
         if upper != 0 && upper != -1 {
-            return Err(Untranslated::NotCanonical);
+            return Err(TranslationError::NotCanonical);
         }
         let mut table = self.root;
         let mut allowed = WRITABLE | USER;
@@ -141,37 +145,37 @@ impl<'a> AddressSpace<'a> {
             if !self.allows(allowed, access) {
                 return Err(self.fault(address, access, FAULT_PRESENT));
             }
-            let dirty = if access == Access::Write { DIRTY } else { 0 };
+            let dirty = if access == MemoryAccess::Write { DIRTY } else { 0 };
             self.mark(entry_at, entry, ACCESSED | dirty)?;
             return Ok(GuestAddress(entry & ADDRESS & !offset_bits | address & offset_bits));
         }
         Err(self.fault(address, access, 0))
     }
 
-    fn allows(&self, allowed: u64, access: Access) -> bool {
+    fn allows(&self, allowed: u64, access: MemoryAccess) -> bool {
         let (user_page, writable) = (allowed & USER != 0, allowed & WRITABLE != 0);
         if self.user_mode {
-            user_page && (writable || access == Access::Read)
+            user_page && (writable || access == MemoryAccess::Read)
         } else {
             let reachable = !(user_page && self.user_pages_closed);
-            reachable && (writable || access == Access::Read || !self.write_protect)
+            reachable && (writable || access == MemoryAccess::Read || !self.write_protect)
         }
     }
 
-    fn fault(&self, address: u64, access: Access, cause: u32) -> Untranslated {
-        let write = if access == Access::Write { FAULT_WRITE } else { 0 };
+    fn fault(&self, address: u64, access: MemoryAccess, cause: u32) -> TranslationError {
+        let write = if access == MemoryAccess::Write { FAULT_WRITE } else { 0 };
         let user = if self.user_mode { FAULT_USER } else { 0 };
-        Untranslated::Fault { address, error_code: cause | write | user }
+        TranslationError::Fault { address, error_code: cause | write | user }
     }
 
-    fn mark(&self, entry_at: GuestAddress, entry: u64, bits: u64) -> Result<(), Untranslated> {
+    fn mark(&self, entry_at: GuestAddress, entry: u64, bits: u64) -> Result<(), TranslationError> {
         if entry & bits == bits {
             return Ok(());
         }
-        let slice = self.ram.get_slice(entry_at, 8).map_err(|_| Untranslated::Changed)?;
-        let shared = slice.get_atomic_ref::<AtomicU64>(0).map_err(|_| Untranslated::Changed)?;
+        let slice = self.ram.get_slice(entry_at, 8).map_err(|_| TranslationError::Changed)?;
+        let shared = slice.get_atomic_ref::<AtomicU64>(0).map_err(|_| TranslationError::Changed)?;
         let marked = shared.compare_exchange(entry, entry | bits, Ordering::AcqRel, Ordering::Relaxed);
-        marked.map(|_| ()).map_err(|_| Untranslated::Changed)
+        marked.map(|_| ()).map_err(|_| TranslationError::Changed)
     }
 }
 
@@ -233,7 +237,7 @@ mod tests {
             let (regs, mut sregs) = registers(false);
             sregs.cr4 = if five { CR4_LA57 } else { 0 };
             let space = AddressSpace::new(&ram, &regs, &sregs);
-            let access = if write { Access::Write } else { Access::Read };
+            let access = if write { MemoryAccess::Write } else { MemoryAccess::Read };
             prop_assert_eq!(space.translate(address, access), Ok(GuestAddress(physical | address & offset)));
             let entry: u64 = ram.read_obj(leaf).unwrap();
             prop_assert_eq!(entry & ACCESSED, ACCESSED);
@@ -251,7 +255,7 @@ mod tests {
                 }
             }
             let (regs, sregs) = registers(false);
-            let access = if write { Access::Write } else { Access::Read };
+            let access = if write { MemoryAccess::Write } else { MemoryAccess::Read };
             let space = AddressSpace::new(&ram, &regs, &sregs);
             let _ = space.pieces(address..address.saturating_add(3 * PAGE_BYTES), access);
         }
@@ -285,9 +289,9 @@ mod tests {
                 let (regs, mut sregs) = registers(user_mode);
                 sregs.cr0 = if write_protect { CR0_WP } else { 0 };
                 sregs.cr4 = if smap { CR4_SMAP } else { 0 };
-                let access = if write { Access::Write } else { Access::Read };
+                let access = if write { MemoryAccess::Write } else { MemoryAccess::Read };
                 let seen = AddressSpace::new(&ram, &regs, &sregs).translate(AT, access);
-                let fault = code.map(|error_code| Untranslated::Fault { address: AT, error_code });
+                let fault = code.map(|error_code| TranslationError::Fault { address: AT, error_code });
                 assert_eq!(
                     seen.err(),
                     fault,
@@ -305,7 +309,7 @@ mod tests {
         sregs.cr4 = CR4_SMAP;
         regs.rflags = RFLAGS_AC;
         let space = AddressSpace::new(&ram, &regs, &sregs);
-        assert_eq!(space.translate(0x5008, Access::Write), Ok(GuestAddress(0x6008)));
+        assert_eq!(space.translate(0x5008, MemoryAccess::Write), Ok(GuestAddress(0x6008)));
     }
 
     #[test]
@@ -315,10 +319,10 @@ mod tests {
             let ram = ram();
             map(&ram, 4, level, 0x7000, physical, PRESENT | WRITABLE);
             let (regs, sregs) = registers(false);
-            let seen = AddressSpace::new(&ram, &regs, &sregs).translate(0x7000, Access::Read);
+            let seen = AddressSpace::new(&ram, &regs, &sregs).translate(0x7000, MemoryAccess::Read);
             assert_eq!(
                 seen,
-                Err(Untranslated::Fault { address: 0x7000, error_code: reserved }),
+                Err(TranslationError::Fault { address: 0x7000, error_code: reserved }),
                 "level {level}"
             );
         }
@@ -330,11 +334,11 @@ mod tests {
         let (regs, sregs) = registers(false);
         let space = AddressSpace::new(&ram, &regs, &sregs);
         for address in [1 << 47, 0xffff_7fff_ffff_ffff, 1 << 63] {
-            assert_eq!(space.translate(address, Access::Read), Err(Untranslated::NotCanonical));
+            assert_eq!(space.translate(address, MemoryAccess::Read), Err(TranslationError::NotCanonical));
         }
         let top = 0xffff_ffff_ffff_f000;
-        let fault = Untranslated::Fault { address: top, error_code: 0 };
-        assert_eq!(space.pieces(top..u64::MAX, Access::Read), Err(fault), "the last page");
+        let fault = TranslationError::Fault { address: top, error_code: 0 };
+        assert_eq!(space.pieces(top..u64::MAX, MemoryAccess::Read), Err(fault), "the last page");
     }
 
     #[test]
@@ -343,11 +347,11 @@ mod tests {
         let (regs, sregs) = registers(false);
         let space = AddressSpace::new(&ram, &regs, &sregs);
         map(&ram, 4, 0, 0x8000, 0x2_0000, PRESENT | WRITABLE);
-        let missing = Untranslated::Fault { address: 0x9000, error_code: FAULT_WRITE };
-        assert_eq!(space.pieces(0x8f00..0x9100, Access::Write), Err(missing));
+        let missing = TranslationError::Fault { address: 0x9000, error_code: FAULT_WRITE };
+        assert_eq!(space.pieces(0x8f00..0x9100, MemoryAccess::Write), Err(missing));
         map(&ram, 4, 0, 0x9000, 0x3_0000, PRESENT | WRITABLE);
-        let piece = |start, bytes| Piece { start: GuestAddress(start), bytes };
+        let piece = |start, bytes| PhysicalPiece { start: GuestAddress(start), bytes };
         let both = vec![piece(0x2_0f00, 0x100), piece(0x3_0000, 0x100)];
-        assert_eq!(space.pieces(0x8f00..0x9100, Access::Write), Ok(both));
+        assert_eq!(space.pieces(0x8f00..0x9100, MemoryAccess::Write), Ok(both));
     }
 }

@@ -1,11 +1,10 @@
 //! XSAVE and XRSTOR of the guest's kernel, carried out on its registers and memory. KVM's emulator, which runs that
-//! kernel on `kvm_pvm`, does not know them, and without them two tasks of a guest share their vector registers. For
-//! `pvm.rs`.
+//! kernel on `kvm_pvm`, does not know them, and without them two tasks of a guest share their vector registers.
 
 use super::exception::Exception;
-use super::instruction::{Operation, XsaveInstruction};
-use super::page_table::{Access, AddressSpace, Piece, Untranslated};
-use super::xsave_area::{self, FIXED, Layout, Refused, XSTATE_BV};
+use super::instruction::{XsaveInstruction, XsaveOperation};
+use super::page_table::{AddressSpace, MemoryAccess, PhysicalPiece, TranslationError};
+use super::xsave_area::{self, FIXED, RefusedImage, XSTATE_BV, XsaveLayout};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
@@ -26,7 +25,7 @@ pub struct UnknownState {
 
 /// What came of an instruction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Outcome {
+pub enum XsaveOutcome {
     /// It is done.
     Done,
     /// It raises an exception, and has changed nothing.
@@ -37,7 +36,7 @@ pub enum Outcome {
 
 /// A vCPU as the instruction finds it.
 #[derive(Debug, Clone, Copy)]
-pub struct Registers<'a> {
+pub struct XsaveRegisters<'a> {
     /// General registers.
     pub general: &'a kvm_regs,
     /// Control and segment registers.
@@ -46,21 +45,21 @@ pub struct Registers<'a> {
     pub xcr0: u64,
 }
 
-impl From<Untranslated> for Outcome {
-    fn from(untranslated: Untranslated) -> Outcome {
+impl From<TranslationError> for XsaveOutcome {
+    fn from(untranslated: TranslationError) -> XsaveOutcome {
         match untranslated {
-            Untranslated::NotCanonical => Outcome::Raises(Exception::GeneralProtection),
-            Untranslated::Fault { address, error_code } => {
-                Outcome::Raises(Exception::PageFault { address, error_code })
+            TranslationError::NotCanonical => XsaveOutcome::Raises(Exception::GeneralProtection),
+            TranslationError::Fault { address, error_code } => {
+                XsaveOutcome::Raises(Exception::PageFault { address, error_code })
             }
-            Untranslated::Changed => Outcome::Again,
+            TranslationError::Changed => XsaveOutcome::Again,
         }
     }
 }
 
-impl From<Refused> for Outcome {
-    fn from(_: Refused) -> Outcome {
-        Outcome::Raises(Exception::GeneralProtection)
+impl From<RefusedImage> for XsaveOutcome {
+    fn from(_: RefusedImage) -> XsaveOutcome {
+        XsaveOutcome::Raises(Exception::GeneralProtection)
     }
 }
 
@@ -68,20 +67,20 @@ impl From<Refused> for Outcome {
 /// save that is done; `state` is to be given back to the vCPU only after a restore that is done.
 pub fn execute(
     instruction: &XsaveInstruction,
-    registers: Registers<'_>,
+    registers: XsaveRegisters<'_>,
     ram: &GuestMemoryMmap,
-    layout: &Layout,
+    layout: &XsaveLayout,
     state: &mut [u8],
-) -> Result<Outcome, UnknownState> {
-    let Registers { general, special, xcr0 } = registers;
+) -> Result<XsaveOutcome, UnknownState> {
+    let XsaveRegisters { general, special, xcr0 } = registers;
     if special.cr4 & CR4_OSXSAVE == 0 {
-        return Ok(Outcome::Raises(Exception::InvalidOpcode));
+        return Ok(XsaveOutcome::Raises(Exception::InvalidOpcode));
     }
     if special.cr0 & CR0_TS != 0 {
-        return Ok(Outcome::Raises(Exception::DeviceNotAvailable));
+        return Ok(XsaveOutcome::Raises(Exception::DeviceNotAvailable));
     }
     if !instruction.address.is_multiple_of(ALIGNMENT) {
-        return Ok(Outcome::Raises(Exception::GeneralProtection));
+        return Ok(XsaveOutcome::Raises(Exception::GeneralProtection));
     }
     let components = (general.rdx << 32 | general.rax & 0xffff_ffff) & xcr0;
     let unknown = components & !layout.within(state.len());
@@ -90,10 +89,10 @@ pub fn execute(
     }
     let area = Area { space: AddressSpace::new(ram, general, special), ram, address: instruction.address };
     let done = match instruction.operation {
-        Operation::Save => area.save(layout, state, components, instruction.wide),
-        Operation::Restore => area.restore(layout, state, components, xcr0, instruction.wide),
+        XsaveOperation::Save => area.save(layout, state, components, instruction.wide),
+        XsaveOperation::Restore => area.restore(layout, state, components, xcr0, instruction.wide),
     };
-    Ok(done.map_or_else(|other| other, |()| Outcome::Done))
+    Ok(done.map_or_else(|other| other, |()| XsaveOutcome::Done))
 }
 
 /// The instruction's operand.
@@ -104,8 +103,14 @@ struct Area<'a> {
 }
 
 impl Area<'_> {
-    fn save(&self, layout: &Layout, state: &mut [u8], components: u64, wide: bool) -> Result<(), Outcome> {
-        let pieces = self.pieces(layout.bytes(components), Access::Write)?;
+    fn save(
+        &self,
+        layout: &XsaveLayout,
+        state: &mut [u8],
+        components: u64,
+        wide: bool,
+    ) -> Result<(), XsaveOutcome> {
+        let pieces = self.pieces(layout.bytes(components), MemoryAccess::Write)?;
         let mut before = [0; 8];
         self.read(&pieces, XSTATE_BV.start, &mut before)?;
         xsave_area::save(state, components, u64::from_le_bytes(before), wide);
@@ -119,33 +124,33 @@ impl Area<'_> {
 
     fn restore(
         &self,
-        layout: &Layout,
+        layout: &XsaveLayout,
         state: &mut [u8],
         components: u64,
         available: u64,
         wide: bool,
-    ) -> Result<(), Outcome> {
+    ) -> Result<(), XsaveOutcome> {
         let mut image = vec![0; FIXED];
-        self.read(&self.pieces(FIXED, Access::Read)?, 0, &mut image)?;
+        self.read(&self.pieces(FIXED, MemoryAccess::Read)?, 0, &mut image)?;
         // What the image does not have is not read.
         let there = components & xsave_area::present(&image);
         let bytes = layout.bytes(there);
         image.resize(layout.bytes(components), 0);
         if bytes > FIXED {
-            let pieces = self.pieces(bytes, Access::Read)?;
+            let pieces = self.pieces(bytes, MemoryAccess::Read)?;
             self.read(&pieces, FIXED, &mut image[FIXED..bytes])?;
         }
         Ok(layout.restore(&image, state, components, available, wide)?)
     }
 
-    fn pieces(&self, bytes: usize, access: Access) -> Result<Vec<Piece>, Outcome> {
-        let end = self.address.checked_add(bytes as u64).ok_or(Untranslated::NotCanonical)?;
+    fn pieces(&self, bytes: usize, access: MemoryAccess) -> Result<Vec<PhysicalPiece>, XsaveOutcome> {
+        let end = self.address.checked_add(bytes as u64).ok_or(TranslationError::NotCanonical)?;
         let pieces = self.space.pieces(self.address..end, access)?;
         let in_ram = pieces.iter().all(|piece| self.ram.check_range(piece.start, piece.bytes));
         if in_ram { Ok(pieces) } else { Err(not_ram()) }
     }
 
-    fn read(&self, pieces: &[Piece], offset: usize, into: &mut [u8]) -> Result<(), Outcome> {
+    fn read(&self, pieces: &[PhysicalPiece], offset: usize, into: &mut [u8]) -> Result<(), XsaveOutcome> {
         for (at, address, bytes) in parts(pieces, offset, into.len()) {
             let part = &mut into[at - offset..at - offset + bytes];
             self.ram.read_slice(part, address).map_err(|_| not_ram())?;
@@ -155,13 +160,13 @@ impl Area<'_> {
 }
 
 /// What lies outside of RAM (the root disk, a device) is no place for an area: Linux ends the program that gave it one.
-fn not_ram() -> Outcome {
-    Outcome::Raises(Exception::GeneralProtection)
+fn not_ram() -> XsaveOutcome {
+    XsaveOutcome::Raises(Exception::GeneralProtection)
 }
 
 /// Where the `bytes` of an area from `offset` on lie: offset in the area, address, bytes.
 fn parts(
-    pieces: &[Piece],
+    pieces: &[PhysicalPiece],
     offset: usize,
     bytes: usize,
 ) -> impl Iterator<Item = (usize, GuestAddress, usize)> {
@@ -179,6 +184,7 @@ fn parts(
 
 #[cfg(test)]
 mod tests {
+    use super::super::xsave_area::amd_leaf;
     use super::*;
     use kvm_bindings::kvm_segment;
 
@@ -221,10 +227,10 @@ mod tests {
             Bed { ram, general, special, state }
         }
 
-        fn run(&mut self, operation: Operation, address: u64) -> Result<Outcome, UnknownState> {
+        fn run(&mut self, operation: XsaveOperation, address: u64) -> Result<XsaveOutcome, UnknownState> {
             let instruction = XsaveInstruction { operation, wide: true, address, length: 4 };
-            let registers = Registers { general: &self.general, special: &self.special, xcr0: 0xe7 };
-            execute(&instruction, registers, &self.ram, &layout(), &mut self.state)
+            let registers = XsaveRegisters { general: &self.general, special: &self.special, xcr0: 0xe7 };
+            execute(&instruction, registers, &self.ram, &XsaveLayout::new(amd_leaf), &mut self.state)
         }
 
         /// A page's bytes.
@@ -235,23 +241,12 @@ mod tests {
         }
     }
 
-    fn layout() -> Layout {
-        Layout::new(|subleaf| match subleaf {
-            0 => [0xe7, 0x980, 0x980, 0],
-            2 => [0x100, 0x240, 0, 0],
-            5 => [0x40, 0x340, 0, 0],
-            6 => [0x200, 0x380, 0, 0],
-            7 => [0x400, 0x580, 0, 0],
-            _ => [0; 4],
-        })
-    }
-
     #[test]
     fn an_area_over_two_pages_comes_back() {
         let mut bed = Bed::new([WRITABLE, WRITABLE]);
         let saved = bed.state.clone();
         let at = AREA + 4096 - 640;
-        assert_eq!(bed.run(Operation::Save, at), Ok(Outcome::Done));
+        assert_eq!(bed.run(XsaveOperation::Save, at), Ok(XsaveOutcome::Done));
         assert_eq!(bed.page(0x10_0000)[4096 - 64..], saved[576..640]);
         assert_eq!(bed.page(0x30_0000)[..0x980 - 640], saved[640..0x980]);
         assert!(bed.page(0x30_0000)[0x980 - 640..].iter().all(|byte| *byte == 0), "written behind the area");
@@ -259,7 +254,7 @@ mod tests {
         assert!(software.iter().all(|byte| *byte == 0), "the part for software is not the processor's");
         bed.state[32..416].fill(9);
         bed.state[576..0x980].fill(9);
-        assert_eq!(bed.run(Operation::Restore, at), Ok(Outcome::Done));
+        assert_eq!(bed.run(XsaveOperation::Restore, at), Ok(XsaveOutcome::Done));
         assert_eq!(bed.state, saved);
     }
 
@@ -268,56 +263,63 @@ mod tests {
         for (bits, code) in [(0, 2), (READ_ONLY, 3)] {
             let mut bed = Bed::new([WRITABLE, bits]);
             let fault = Exception::PageFault { address: AREA + 4096, error_code: code };
-            assert_eq!(bed.run(Operation::Save, AREA + 4096 - 640), Ok(Outcome::Raises(fault)));
+            assert_eq!(bed.run(XsaveOperation::Save, AREA + 4096 - 640), Ok(XsaveOutcome::Raises(fault)));
             assert!(bed.page(0x10_0000).iter().all(|byte| *byte == 0), "half of it was written");
         }
         let mut bed = Bed::new([WRITABLE, 0]);
         bed.ram.write_obj(0xe7_u64, GuestAddress(0x10_0000 + 4096 - 640 + 512)).unwrap();
         let before = bed.state.clone();
         let fault = Exception::PageFault { address: AREA + 4096, error_code: 0 };
-        assert_eq!(bed.run(Operation::Restore, AREA + 4096 - 640), Ok(Outcome::Raises(fault)));
+        assert_eq!(bed.run(XsaveOperation::Restore, AREA + 4096 - 640), Ok(XsaveOutcome::Raises(fault)));
         assert_eq!(bed.state, before);
         // What the image does not have is not read.
         bed.ram.write_obj(3_u64, GuestAddress(0x10_0000 + 4096 - 640 + 512)).unwrap();
-        assert_eq!(bed.run(Operation::Restore, AREA + 4096 - 640), Ok(Outcome::Done));
+        assert_eq!(bed.run(XsaveOperation::Restore, AREA + 4096 - 640), Ok(XsaveOutcome::Done));
     }
 
     #[test]
     fn what_the_processor_refuses_raises_its_exception() {
-        let general_protection = Ok(Outcome::Raises(Exception::GeneralProtection));
+        let general_protection = Ok(XsaveOutcome::Raises(Exception::GeneralProtection));
         let mut bed = Bed::new([WRITABLE, WRITABLE]);
         for address in [AREA + 1, AREA + 32, 1 << 63, !63] {
-            assert_eq!(bed.run(Operation::Save, address), general_protection, "{address:#x}");
+            assert_eq!(bed.run(XsaveOperation::Save, address), general_protection, "{address:#x}");
         }
         bed.ram.write_obj(0x100_u64, GuestAddress(0x10_0000 + 512)).unwrap();
-        assert_eq!(bed.run(Operation::Restore, AREA), general_protection, "a component that is not enabled");
+        assert_eq!(
+            bed.run(XsaveOperation::Restore, AREA),
+            general_protection,
+            "a component that is not enabled"
+        );
         bed.special.cr0 |= CR0_TS;
-        assert_eq!(bed.run(Operation::Save, AREA), Ok(Outcome::Raises(Exception::DeviceNotAvailable)));
+        assert_eq!(
+            bed.run(XsaveOperation::Save, AREA),
+            Ok(XsaveOutcome::Raises(Exception::DeviceNotAvailable))
+        );
         bed.special.cr4 = 0;
-        assert_eq!(bed.run(Operation::Save, AREA), Ok(Outcome::Raises(Exception::InvalidOpcode)));
+        assert_eq!(bed.run(XsaveOperation::Save, AREA), Ok(XsaveOutcome::Raises(Exception::InvalidOpcode)));
     }
 
     #[test]
     fn memory_that_is_not_ram_is_no_place_for_an_area() {
         let mut bed = Bed::new([WRITABLE, WRITABLE]);
         bed.ram.write_obj(1_u64 << 40 | WRITABLE, GuestAddress(0x4000 + 8)).unwrap();
-        let refused = Ok(Outcome::Raises(Exception::GeneralProtection));
-        assert_eq!(bed.run(Operation::Save, AREA + 4096 - 640), refused);
+        let refused = Ok(XsaveOutcome::Raises(Exception::GeneralProtection));
+        assert_eq!(bed.run(XsaveOperation::Save, AREA + 4096 - 640), refused);
         assert!(bed.page(0x10_0000).iter().all(|byte| *byte == 0), "half of it was written");
         bed.ram.write_obj(0xe7_u64, GuestAddress(0x10_0000 + 4096 - 640 + 512)).unwrap();
-        assert_eq!(bed.run(Operation::Restore, AREA + 4096 - 640), refused);
+        assert_eq!(bed.run(XsaveOperation::Restore, AREA + 4096 - 640), refused);
     }
 
     #[test]
     fn state_that_kvm_does_not_pass_is_named() {
         let mut bed = Bed::new([WRITABLE, WRITABLE]);
         bed.state.truncate(1024);
-        assert_eq!(bed.run(Operation::Save, AREA), Err(UnknownState { components: 0xc0 }));
+        assert_eq!(bed.run(XsaveOperation::Save, AREA), Err(UnknownState { components: 0xc0 }));
         bed.general.rax = 7;
         bed.general.rdx = 0;
         assert_eq!(
-            bed.run(Operation::Save, AREA),
-            Ok(Outcome::Done),
+            bed.run(XsaveOperation::Save, AREA),
+            Ok(XsaveOutcome::Done),
             "what is not asked for does not matter"
         );
     }

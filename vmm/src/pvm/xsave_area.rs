@@ -1,6 +1,6 @@
 //! The memory image of a processor's x87, SSE, AVX and further state, as XSAVE writes and XRSTOR reads it in the
 //! standard format, and as KVM_GET_XSAVE and KVM_SET_XSAVE pass it (Intel SDM volume 1, chapter "Managing State Using
-//! the XSAVE Feature Set"; Documentation/virt/kvm/api.rst of Linux). For `xsave.rs`.
+//! the XSAVE Feature Set"; Documentation/virt/kvm/api.rst of Linux).
 //!
 //! ```text
 //!   0..24   x87 control, status, pointers        24..32  MXCSR and its mask
@@ -45,7 +45,7 @@ const EXTENDED_STATE: u32 = 0xd;
 const COMPONENTS: Range<u32> = 2..63;
 
 /// Registers of one CPUID leaf, EAX to EDX.
-pub type Leaf = [u32; 4];
+pub type CpuidLeaf = [u32; 4];
 
 /// A component behind the fixed part.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,25 +67,25 @@ impl Component {
 
 /// Where this host's processor keeps which component.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Layout {
+pub struct XsaveLayout {
     components: Vec<Component>,
 }
 
 /// The image is one that XRSTOR refuses with a general protection exception.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Refused;
+pub struct RefusedImage;
 
-impl Layout {
+impl XsaveLayout {
     /// The layout that CPUID leaf 0xD of this processor names.
-    pub fn of_host() -> Layout {
-        Layout::new(|subleaf| {
+    pub fn of_host() -> XsaveLayout {
+        XsaveLayout::new(|subleaf| {
             let leaf = raw_cpuid::cpuid!(EXTENDED_STATE, subleaf);
             [leaf.eax, leaf.ebx, leaf.ecx, leaf.edx]
         })
     }
 
     /// The layout that the sub-leaves of leaf 0xD name. What is no user state, or lies where none can lie, is left out.
-    pub fn new(leaf: impl Fn(u32) -> Leaf) -> Layout {
+    pub fn new(leaf: impl Fn(u32) -> CpuidLeaf) -> XsaveLayout {
         let [low, _, _, high] = leaf(0);
         let listed = u64::from(high) << 32 | u64::from(low);
         let component = |number: u32| {
@@ -96,7 +96,7 @@ impl Layout {
             (plausible && !supervisor).then_some(component)
         };
         let numbers = COMPONENTS.filter(|number| listed & !AMX & 1 << number != 0);
-        Layout { components: numbers.filter_map(component).collect() }
+        XsaveLayout { components: numbers.filter_map(component).collect() }
     }
 
     /// The components that lie within an image of `bytes`, as bits of XSTATE_BV.
@@ -139,14 +139,14 @@ impl Layout {
         components: u64,
         available: u64,
         wide: bool,
-    ) -> Result<(), Refused> {
+    ) -> Result<(), RefusedImage> {
         let there = present(from);
         if there & !available != 0 || from[MUST_BE_ZERO].iter().any(|byte| *byte != 0) {
-            return Err(Refused);
+            return Err(RefusedImage);
         }
         if components & (SSE | AVX) != 0 {
             if word(from, MXCSR) & !mxcsr_mask(to) != 0 {
-                return Err(Refused);
+                return Err(RefusedImage);
             }
             to[MXCSR].copy_from_slice(&from[MXCSR]);
         }
@@ -205,27 +205,29 @@ fn mxcsr_mask(state: &[u8]) -> u32 {
     }
 }
 
+/// Leaf 0xD of an AMD processor with AVX-512, protection keys and shadow stacks: what tests
+/// use, on whatever host they run.
+#[doc(hidden)]
+pub fn amd_leaf(subleaf: u32) -> CpuidLeaf {
+    match subleaf {
+        0 => [0x2e7, 0x980, 0x980, 0],
+        1 => [0xf, 0x9a8, 0x1800, 0],
+        2 => [0x100, 0x240, 0, 0],
+        5 => [0x40, 0x340, 0, 0],
+        6 => [0x200, 0x380, 0, 0],
+        7 => [0x400, 0x580, 0, 0],
+        9 => [8, 0x980, 0, 0],
+        11 => [0x10, 0, 1, 0],
+        _ => [0; 4],
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Leaf 0xD of an AMD processor with AVX-512, protection keys and shadow stacks.
-    fn amd(subleaf: u32) -> Leaf {
-        match subleaf {
-            0 => [0x2e7, 0x980, 0x980, 0],
-            1 => [0xf, 0x9a8, 0x1800, 0],
-            2 => [0x100, 0x240, 0, 0],
-            5 => [0x40, 0x340, 0, 0],
-            6 => [0x200, 0x380, 0, 0],
-            7 => [0x400, 0x580, 0, 0],
-            9 => [8, 0x980, 0, 0],
-            11 => [0x10, 0, 1, 0],
-            _ => [0; 4],
-        }
-    }
-
-    fn image(layout: &Layout, seed: u8) -> Vec<u8> {
+    fn image(layout: &XsaveLayout, seed: u8) -> Vec<u8> {
         let mut image: Vec<u8> =
             (0..layout.bytes(u64::MAX)).map(|at| (at as u8).wrapping_mul(31) ^ seed).collect();
         image[MXCSR].copy_from_slice(&0x1f80_u32.to_le_bytes());
@@ -237,7 +239,7 @@ mod tests {
 
     #[test]
     fn the_layout_is_what_the_processor_says() {
-        let layout = Layout::new(amd);
+        let layout = XsaveLayout::new(amd_leaf);
         assert_eq!(layout.within(4096), 0x2e7);
         assert_eq!((layout.within(2432), layout.within(832), layout.within(575)), (0xe7, 7, 0));
         assert_eq!((layout.bytes(0), layout.bytes(7), layout.bytes(0xe7)), (FIXED, 832, 2432));
@@ -249,7 +251,7 @@ mod tests {
 
     #[test]
     fn this_host_has_what_its_programs_use() {
-        let layout = Layout::of_host();
+        let layout = XsaveLayout::of_host();
         let avx = std::arch::is_x86_feature_detected!("avx");
         assert_eq!(layout.within(4096) & AVX != 0, avx, "{layout:?}");
         let avx512 = std::arch::is_x86_feature_detected!("avx512f");
@@ -269,12 +271,12 @@ mod tests {
             18 => [0x2000, 0x240, 0, 0],
             _ => [0x40, 0x240, 0, 0],
         };
-        assert_eq!(Layout::new(wild).within(usize::MAX), 0x83);
+        assert_eq!(XsaveLayout::new(wild).within(usize::MAX), 0x83);
     }
 
     #[test]
     fn absent_components_go_to_their_initial_form_and_others_stay() {
-        let layout = Layout::new(amd);
+        let layout = XsaveLayout::new(amd_leaf);
         let (mut from, mut to) = (image(&layout, 1), image(&layout, 2));
         let before = to.clone();
         set_present(&mut from, 0);
@@ -292,14 +294,18 @@ mod tests {
 
     #[test]
     fn what_the_processor_refuses_is_refused_and_changes_nothing() {
-        let layout = Layout::new(amd);
+        let layout = XsaveLayout::new(amd_leaf);
         let damages: [(usize, u8, u64); 5] =
             [(513, 2, 7), (520, 1, 7), (527, 0x80, 7), (535, 1, 0), (27, 1, 4)];
         for (at, value, components) in damages {
             let (mut from, mut to) = (image(&layout, 1), image(&layout, 2));
             from[at] = value;
             let before = to.clone();
-            assert_eq!(layout.restore(&from, &mut to, components, 0xe7, true), Err(Refused), "byte {at}");
+            assert_eq!(
+                layout.restore(&from, &mut to, components, 0xe7, true),
+                Err(RefusedImage),
+                "byte {at}"
+            );
             assert_eq!(to, before, "byte {at}");
         }
         let (mut from, mut to) = (image(&layout, 1), image(&layout, 2));
@@ -315,7 +321,7 @@ mod tests {
 
     #[test]
     fn narrow_forms_have_no_tops_of_pointers() {
-        let layout = Layout::new(amd);
+        let layout = XsaveLayout::new(amd_leaf);
         let mut state = image(&layout, 3);
         set_present(&mut state, 3);
         save(&mut state, 3, 0, false);
@@ -335,7 +341,7 @@ mod tests {
         fn what_is_saved_and_restored_is_what_was_there(
             in_use in 0_u64..0x400, saved in 0_u64..0x400, restored in 0_u64..0x400, before in any::<u64>(), seed in any::<u8>(),
         ) {
-            let layout = Layout::new(amd);
+            let layout = XsaveLayout::new(amd_leaf);
             let all = layout.within(4096);
             let (in_use, saved, restored) = (in_use & all, saved & all, restored & all);
             let mut original = image(&layout, seed);

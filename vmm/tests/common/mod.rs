@@ -6,9 +6,9 @@ use forkd_vmm::devices::bus::Peripherals;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::devices::virtio::block::ScratchDisk;
 use forkd_vmm::kvm::{Hypervisor, KvmKind};
-use forkd_vmm::machine::{Flow, Machine, Shape, Stop};
+use forkd_vmm::machine::{AfterRing, Machine, MachineShape, StopReason};
 use forkd_vmm::memory::{GuestMemory, Mapping, MemoryLayout, Sharing, create_image};
-use forkd_vmm::snapshot::MachineState;
+use forkd_vmm::vmstate::MachineState;
 use kvm_bindings::{KVM_MP_STATE_RUNNABLE, kvm_mp_state, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 use rustix::fd::{AsFd, OwnedFd};
@@ -165,11 +165,11 @@ pub fn hypervisor() -> Hypervisor {
 
 /// A machine about to run an image's code, its memory shared with the image.
 pub fn machine(image: &OwnedFd, record: Vec<u8>) -> (Machine, File) {
-    machine_of(Shape { layout: layout(), vcpus: 1 }, image, record)
+    machine_of(MachineShape { layout: layout(), vcpus: 1 }, image, record)
 }
 
 /// The same with a shape of the test's own; only the first vCPU is about to run.
-pub fn machine_of(shape: Shape, image: &OwnedFd, record: Vec<u8>) -> (Machine, File) {
+pub fn machine_of(shape: MachineShape, image: &OwnedFd, record: Vec<u8>) -> (Machine, File) {
     let mapping = Mapping::of_file(image, shape.layout.ram_bytes(), Sharing::Shared).unwrap();
     let memory = GuestMemory::new(&shape.layout, vec![mapping]).unwrap();
     let (peripherals, console) = peripherals(record);
@@ -195,9 +195,9 @@ pub fn run_until(machine: &mut Machine, wanted: Ring) -> Vec<Ring> {
     let mut rung = Vec::new();
     let stop = machine.run(|ring| {
         rung.push(ring);
-        if ring == wanted { Flow::Stop } else { Flow::Continue }
+        if ring == wanted { AfterRing::Stop } else { AfterRing::Continue }
     });
-    assert_eq!(stop.expect("the guest runs"), Stop::Asked);
+    assert_eq!(stop.expect("the guest runs"), StopReason::Asked);
     rung
 }
 

@@ -6,11 +6,13 @@ use bytes::Bytes;
 use forkd_vmm::cgroup::{self, Groups, Limits};
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
-use forkd_vmm::jail::{self, Cell, FILE_BYTES, Isolation, Jail};
+use forkd_vmm::jail::{self, FILE_BYTES, Isolation, Jail, JailOptions};
 use forkd_vmm::memory::{ImageId, create_image};
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report, Start, monotonic_ns};
-use forkd_vmm::sys::{self, Confined, Forked, Lifetime};
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::process::{
+    MachineFiles, MachineProcess, MachineReport, MachineSpec, MachineStart, monotonic_ns,
+};
+use forkd_vmm::sys::{self, ConfinedFork, Forked, Lifetime};
 use forkd_vmm::zygote::Zygote;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
@@ -33,13 +35,13 @@ struct Origin {
 }
 
 impl PageSource for Origin {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let mut bytes = vec![0; CHUNK as usize];
         rustix::io::pread(&self.full, &mut bytes, chunk.chunk * CHUNK)?;
         Ok(ChunkContent::Data(Bytes::from(bytes)))
     }
 
-    fn unavailable(&self, chunk: ChunkId, _waiting: &[ClientId], failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, _waiting: &[ClientId], failure: SourceFailure) {
         panic!("chunk {chunk:?} of a file in memory: {failure}");
     }
 }
@@ -93,8 +95,8 @@ impl Bed {
             record: Vec::new(),
             mac: None,
             scratch_bytes: 0,
-            held: false,
-            start: Start::Restore { lazy, zero_runs: Vec::new() },
+            waits_at_first_instruction: false,
+            start: MachineStart::Restore { lazy, zero_runs: Vec::new() },
         };
         let files = MachineFiles {
             images: vec![if lazy {
@@ -117,11 +119,12 @@ impl Bed {
     fn follow(&self, child: &mut Child, number: u64, wanted: Ring) {
         let deadline = Instant::now() + PATIENCE;
         loop {
-            match child.process.channel.receive_until::<Report>(deadline).unwrap().expect("it reports") {
-                (Report::Attached { bases }, mut fds) => {
+            match child.process.channel.receive_until::<MachineReport>(deadline).unwrap().expect("it reports")
+            {
+                (MachineReport::Attached { bases }, mut fds) => {
                     self.pager.attach(ClientId(number), fds.pop().unwrap(), bases).unwrap();
                 }
-                (Report::Rang { ring, at_ns }, _) => {
+                (MachineReport::Rang { ring, at_ns }, _) => {
                     child.rung.push((ring, at_ns));
                     if ring == wanted {
                         return;
@@ -144,7 +147,7 @@ pub fn runs() {
         child.process.kill();
     }
     for child in &children {
-        let closed = child.process.channel.receive::<Report>();
+        let closed = child.process.channel.receive::<MachineReport>();
         assert!(matches!(closed, Err(ChannelError::Closed)), "killed on request is no failure: {closed:?}");
     }
 }
@@ -213,10 +216,11 @@ pub fn filtered() {
     bed.follow(&mut child, 1, Ring::Ready);
     trace::make_it_open_a_file(child.process.pid);
     let deadline = Instant::now() + PATIENCE;
-    let report = child.process.channel.receive_until::<Report>(deadline).unwrap().expect("a last report").0;
-    let Report::Failed { error } = report else { panic!("{report:?}") };
+    let report =
+        child.process.channel.receive_until::<MachineReport>(deadline).unwrap().expect("a last report").0;
+    let MachineReport::Failed { error } = report else { panic!("{report:?}") };
     assert_eq!(error, "the machine's process was ended by its system call filter");
-    assert!(matches!(child.process.channel.receive::<Report>(), Err(ChannelError::Closed)));
+    assert!(matches!(child.process.channel.receive::<MachineReport>(), Err(ChannelError::Closed)));
     // The zygote goes on.
     let mut next = bed.spawn(2, true);
     bed.follow(&mut next, 2, Ring::Ready);
@@ -277,12 +281,12 @@ pub fn grouped() {
     let directory = groups.path().join("abc-1");
     let sleeper = || {
         let group = groups.create(&limits).unwrap();
-        let place = sys::Place { pid_namespace: true, cgroup: Some(group.as_fd()) };
+        let place = sys::ProcessPlace { pid_namespace: true, cgroup: Some(group.as_fd()) };
         match sys::fork_confined(place).unwrap() {
-            Confined::Child => loop {
+            ConfinedFork::Child => loop {
                 std::thread::sleep(PATIENCE);
             },
-            Confined::Parent { pid, pidfd } => (group, pid.as_raw_nonzero().get(), pidfd),
+            ConfinedFork::Parent { pid, pidfd } => (group, pid.as_raw_nonzero().get(), pidfd),
         }
     };
     let over = |pidfd: &OwnedFd| rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
@@ -393,8 +397,8 @@ fn processes(jail: &mut Option<Jail>, count: u32, jailed: bool) -> f64 {
     for number in 0..count {
         let place = jail.as_ref().filter(|_| jailed).map(|jail| jail.place(None)).unwrap_or_default();
         match sys::fork_confined(place).unwrap() {
-            Confined::Child => {
-                let cell = Cell { number, file_bytes: FILE_BYTES, lazy: true };
+            ConfinedFork::Child => {
+                let cell = JailOptions { number, file_bytes: FILE_BYTES, lazy: true };
                 let entered = jail.take().filter(|_| jailed).map(|jail| jail.enter(&cell, &[say.as_fd()]));
                 let _opened = entered.transpose().unwrap();
                 let _ = rustix::io::write(&say, b"x");
@@ -402,7 +406,7 @@ fn processes(jail: &mut Option<Jail>, count: u32, jailed: bool) -> f64 {
                     std::thread::sleep(PATIENCE);
                 }
             }
-            Confined::Parent { pidfd, .. } => born.push(pidfd),
+            ConfinedFork::Parent { pidfd, .. } => born.push(pidfd),
         }
     }
     for _ in 0..count {
@@ -426,7 +430,7 @@ fn machines(bed: &Bed, first: u64, count: u64) -> f64 {
     let last = children.iter().flat_map(|child| &child.rung).map(|(_, at)| *at).max().unwrap();
     for child in &children {
         child.process.kill();
-        while child.process.channel.receive::<Report>().is_ok() {}
+        while child.process.channel.receive::<MachineReport>().is_ok() {}
     }
     (last - started) as f64 / 1e6
 }

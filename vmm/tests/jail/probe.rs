@@ -2,8 +2,8 @@
 //! system call filter, and prints what happened. Whatever succeeds fails the test.
 
 use crate::attempts::{ATTEMPTS, Around, Attempt};
-use forkd_vmm::jail::{Cell, FILE_BYTES, Isolation, Jail};
-use forkd_vmm::sys::{self, Confined, Forked, Lifetime};
+use forkd_vmm::jail::{FILE_BYTES, Isolation, Jail, JailOptions};
+use forkd_vmm::sys::{self, ConfinedFork, Forked, Lifetime};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions};
@@ -57,15 +57,15 @@ fn take_the_zygotes_part(owner: Pid, mut table: File) -> bool {
     let jail = Jail::build().expect("the jail can be built here");
     assert_eq!(jail.isolation(), Isolation::Privileged, "these tests need root");
     let (console, foreign) = (memory_file(), memory_file());
-    let mut cell = Cell { number: 1, file_bytes: FILE_BYTES, lazy: false };
+    let mut cell = JailOptions { number: 1, file_bytes: FILE_BYTES, lazy: false };
     let sibling = match sys::fork_confined(jail.place(None)).unwrap() {
-        Confined::Child => {
+        ConfinedFork::Child => {
             jail.enter(&cell, &[]).unwrap();
             loop {
                 std::thread::sleep(std::time::Duration::from_secs(60));
             }
         }
-        Confined::Parent { pid, pidfd } => (pid, pidfd),
+        ConfinedFork::Parent { pid, pidfd } => (pid, pidfd),
     };
     writeln!(table, "| attempt | in the jail | in the jail without its filter |\n|---|---|---|").unwrap();
     let mut wrong = false;
@@ -76,7 +76,7 @@ fn take_the_zygotes_part(owner: Pid, mut table: File) -> bool {
             let (mut read, mut write) =
                 rustix::pipe::pipe().map(|(a, b)| (File::from(a), File::from(b))).unwrap();
             match sys::fork_confined(jail.place(None)).unwrap() {
-                Confined::Child => {
+                ConfinedFork::Child => {
                     let files = [console.as_fd(), write.as_fd()];
                     let (opened, filter) = jail.confine(&cell, &files).expect("the jail can be entered");
                     if filtered {
@@ -93,7 +93,7 @@ fn take_the_zygotes_part(owner: Pid, mut table: File) -> bool {
                     let _ = write.write_all(&code.to_ne_bytes());
                     sys::exit_now(0)
                 }
-                Confined::Parent { pidfd, .. } => {
+                ConfinedFork::Parent { pidfd, .. } => {
                     drop(write);
                     outcomes.push(outcome(&mut read, &pidfd));
                 }

@@ -13,8 +13,8 @@ use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::ImageId;
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::process::{MachineSpec, Report, Start, monotonic_ns};
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
+use forkd_vmm::process::{MachineReport, MachineSpec, MachineStart, monotonic_ns};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
@@ -109,7 +109,7 @@ struct PageRecorder {
 }
 
 impl PageSource for PageRecorder {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let touch = (chunk.image, monotonic_ns(), chunk.chunk as u32);
         self.touched.lock().unwrap_or_else(PoisonError::into_inner).push(touch);
         std::thread::sleep(self.page_delay);
@@ -119,7 +119,7 @@ impl PageSource for PageRecorder {
         Ok(if zero { ChunkContent::Zero } else { ChunkContent::Data(page.into()) })
     }
 
-    fn unavailable(&self, chunk: ChunkId, _waiters: &[ClientId], failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, _waiters: &[ClientId], failure: SourceFailure) {
         tracing::error!(
             ?chunk,
             error = crate::chain::chain(&*failure),
@@ -192,10 +192,18 @@ fn record_touches(
     let variable = trial.variable.then(|| ("FORKD_TRIAL".to_owned(), "1".to_owned()));
     let environment = BTreeMap::from_iter(variable);
     let record = identity::fresh("trial", 1, None, environment)?;
-    let start = Start::Restore { lazy: true, zero_runs: Vec::new() };
+    let start = MachineStart::Restore { lazy: true, zero_runs: Vec::new() };
     let scratch_bytes = trials.scratch.bytes();
     let limits = Limits::of(machines.name(), &layout);
-    let spec = MachineSpec { layout, limits, record, mac: None, start, scratch_bytes, held: false };
+    let spec = MachineSpec {
+        layout,
+        limits,
+        record,
+        mac: None,
+        start,
+        scratch_bytes,
+        waits_at_first_instruction: false,
+    };
     let vmstate = open(&dir.join(snapshots::VMSTATE))?;
     let images =
         ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
@@ -219,7 +227,7 @@ fn run_trial(
 ) -> Result<[u64; PHASES - 1], BuildError> {
     let doing = "restoring the snapshot to record its trace";
     let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
-        Report::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
+        MachineReport::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
         _ => None,
     })?;
     pager.attach(ClientId(0), uffd, bases)?;

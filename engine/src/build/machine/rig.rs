@@ -10,7 +10,7 @@ use crate::local::run_dir::{RunDir, RunDirError};
 use crate::local::snapshots::{SnapshotError, file_error};
 use forkd_abi::protocol::Answer;
 use forkd_vmm::devices::doorbell::Ring;
-use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, Report};
+use forkd_vmm::process::{MachineFiles, MachineProcess, MachineReport, MachineSpec};
 use forkd_vmm::zygote::Zygote;
 use rustix::fd::{AsFd, OwnedFd};
 use std::fs::File;
@@ -113,17 +113,19 @@ impl<'a> BuildMachine<'a> {
         &self,
         doing: &'static str,
         timeout: Duration,
-        mut wanted: impl FnMut(Report, Vec<OwnedFd>) -> Option<T>,
+        mut wanted: impl FnMut(MachineReport, Vec<OwnedFd>) -> Option<T>,
     ) -> Result<T, BuildError> {
         let deadline = Instant::now() + timeout;
         loop {
             let failed = |error: String| BuildError::Failed { doing, error };
             self.interrupt.check()?;
             let slice = deadline.min(Instant::now() + INTERRUPT_CHECK);
-            match self.process.channel.receive_until::<Report>(slice) {
+            match self.process.channel.receive_until::<MachineReport>(slice) {
                 Ok(None) if Instant::now() < deadline => {}
-                Ok(Some((Report::Failed { error }, _))) => return Err(failed(error)),
-                Ok(Some((Report::Ended, _))) => return Err(failed("the guest reset itself".to_owned())),
+                Ok(Some((MachineReport::Failed { error }, _))) => return Err(failed(error)),
+                Ok(Some((MachineReport::Ended, _))) => {
+                    return Err(failed("the guest reset itself".to_owned()));
+                }
                 Ok(Some((report, fds))) => {
                     if let Some(result) = wanted(report, fds) {
                         return Ok(result);
@@ -143,7 +145,7 @@ impl<'a> BuildMachine<'a> {
         wanted: Ring,
     ) -> Result<u64, BuildError> {
         self.wait(doing, timeout, |report, _| match report {
-            Report::Rang { ring, at_ns } if ring == wanted => Some(at_ns),
+            MachineReport::Rang { ring, at_ns } if ring == wanted => Some(at_ns),
             _ => None,
         })
     }

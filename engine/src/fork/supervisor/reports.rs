@@ -8,7 +8,7 @@ use crate::local::run_dir::ChildState;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::pager::ClientId;
-use forkd_vmm::process::{MachineProcess, Order, Report};
+use forkd_vmm::process::{MachineOrder, MachineProcess, MachineReport};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -62,7 +62,7 @@ impl Supervisor {
                 if !readable.next().unwrap_or(false) {
                     return true;
                 }
-                match process.channel.receive::<Report>() {
+                match process.channel.receive::<MachineReport>() {
                     Ok((report, fds)) => {
                         self.note(*at, report, fds);
                         true
@@ -90,7 +90,7 @@ impl Supervisor {
             children[at].goes_on = true;
             if let Some(process) = &children[at].process {
                 // One that is gone is noticed by its reports.
-                let _ = process.channel.send(&Order::Resume, &[]);
+                let _ = process.channel.send(&MachineOrder::Resume, &[]);
             }
             self.tell(at);
         }
@@ -110,18 +110,18 @@ impl Supervisor {
         self.turns.as_ref().is_some_and(awaited)
     }
 
-    fn note(&self, at: usize, report: Report, mut fds: Vec<OwnedFd>) {
+    fn note(&self, at: usize, report: MachineReport, mut fds: Vec<OwnedFd>) {
         let mut children = self.children();
         let child = &mut children[at];
         match report {
-            Report::Attached { bases } => {
+            MachineReport::Attached { bases } => {
                 if let (Some(pager), Some(uffd)) = (self.template.pager(), fds.pop())
                     && let Err(error) = pager.attach(child.client, uffd, bases)
                 {
                     child.end(ChildState::Failed, Some(chain(&error)));
                 }
             }
-            Report::Rang { ring, at_ns } => {
+            MachineReport::Rang { ring, at_ns } => {
                 // The guest controls what it rings and how often: only the first of each kind counts.
                 let moment = Milestone { at_ns, fetched: self.template.progress().bytes_fetched };
                 match ring {
@@ -152,9 +152,9 @@ impl Supervisor {
                 }
             }
             // A fork is not asked for snapshots; its machine waits for an order that never comes.
-            Report::Snapshot => child.kill(),
-            Report::Ended => child.state = child.state.max(ChildState::Ended),
-            Report::Failed { error } => {
+            MachineReport::Snapshot => child.kill(),
+            MachineReport::Ended => child.state = child.state.max(ChildState::Ended),
+            MachineReport::Failed { error } => {
                 child.error = Some(error);
                 child.state = child.state.max(ChildState::Failed);
             }

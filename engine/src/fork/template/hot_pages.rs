@@ -7,7 +7,7 @@ use forkd_fs::prefetch;
 use forkd_fs::store::{ChunkData, Store};
 use forkd_fs::trace::Trace;
 use forkd_vmm::memory::{ImageId, PAGE_BYTES};
-use forkd_vmm::pager::{ChunkId, Pager};
+use forkd_vmm::pager::{ImageChunk, Pager};
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -103,7 +103,7 @@ impl HotPages {
         let mut touched = Vec::new();
         for ((image, page), bytes) in listed.zip(bytes.chunks_exact(PAGE_BYTES as usize)) {
             let offset = u64::from(*page) * PAGE_BYTES;
-            let id = ChunkId { image: *image, chunk: offset / chunk_bytes };
+            let id = ImageChunk { image: *image, chunk: offset / chunk_bytes };
             // Children have their own zeros there.
             if pages.is_zero(id) || pager.is_present(id) {
                 continue;

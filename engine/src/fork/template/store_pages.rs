@@ -6,7 +6,7 @@ use crate::picture::timeline::Recorder;
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
 use forkd_fs::store::{ChunkData, ReadError, Store};
 use forkd_vmm::memory::ImageId;
-use forkd_vmm::pager::{ChunkContent, ChunkId, ClientId, ImageShape, PageSource, SourceFailure};
+use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, SourceFailure};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 use tokio::runtime::Handle;
@@ -15,7 +15,7 @@ use tokio::runtime::Handle;
 #[derive(Debug, Clone)]
 pub struct Unavailable {
     /// The chunk.
-    pub chunk: ChunkId,
+    pub chunk: ImageChunk,
     /// The machines that wait for it.
     pub waiters: Vec<ClientId>,
     /// Why, with causes.
@@ -37,20 +37,20 @@ pub(super) struct StorePages {
 }
 
 impl StorePages {
-    pub(super) fn pack_chunk(&self, chunk: ChunkId) -> Option<PackChunk> {
+    pub(super) fn pack_chunk(&self, chunk: ImageChunk) -> Option<PackChunk> {
         let file = self.files[chunk.image.index()]?;
         let number = u32::try_from(chunk.chunk).ok()?;
         // The image may be longer than the file: its rest is zero.
         (number < self.store.index().chunk_count(file)).then_some(PackChunk { file, chunk: number })
     }
 
-    pub(super) fn is_zero(&self, chunk: ChunkId) -> bool {
+    pub(super) fn is_zero(&self, chunk: ImageChunk) -> bool {
         self.pack_chunk(chunk).is_none_or(|chunk| self.store.index().is_zero(chunk))
     }
 
     /// A pack's chunk as the image has it. A file that ends in the middle of a chunk is followed by zeros: the image is
     /// as long as the device needs.
-    pub(super) fn content(&self, chunk: ChunkId, data: ChunkData) -> ChunkContent {
+    pub(super) fn content(&self, chunk: ImageChunk, data: ChunkData) -> ChunkContent {
         let ChunkData::Data(bytes) = data else { return ChunkContent::Zero };
         let expected = self.shapes[chunk.image.index()].range(chunk.chunk);
         let expected = (expected.end - expected.start) as usize;
@@ -66,19 +66,19 @@ impl StorePages {
         ChunkContent::Data(whole.into())
     }
 
-    pub(super) fn image_chunk(&self, chunk: PackChunk) -> Option<ChunkId> {
+    pub(super) fn image_chunk(&self, chunk: PackChunk) -> Option<ImageChunk> {
         let position = self.files.iter().position(|file| *file == Some(chunk.file))?;
-        Some(ChunkId { image: ImageId::ALL[position], chunk: chunk.chunk.into() })
+        Some(ImageChunk { image: ImageId::ALL[position], chunk: chunk.chunk.into() })
     }
 }
 
 impl PageSource for StorePages {
-    fn load(&self, chunk: ChunkId) -> Result<ChunkContent, SourceFailure> {
+    fn load(&self, chunk: ImageChunk) -> Result<ChunkContent, SourceFailure> {
         let Some(wanted) = self.pack_chunk(chunk) else { return Ok(ChunkContent::Zero) };
         Ok(self.content(chunk, self.runtime.block_on(self.store.chunk(wanted))?))
     }
 
-    fn unavailable(&self, chunk: ChunkId, waiters: &[ClientId], failure: SourceFailure) {
+    fn unavailable(&self, chunk: ImageChunk, waiters: &[ClientId], failure: SourceFailure) {
         if matches!(failure.downcast_ref(), Some(ReadError::Stopped)) {
             // forkd is ending, and its machines with it.
             return;
@@ -93,7 +93,7 @@ impl PageSource for StorePages {
         self.faults.count(image, offset);
     }
 
-    fn served(&self, chunk: ChunkId, since: Instant, waiters: &[ClientId]) {
+    fn served(&self, chunk: ImageChunk, since: Instant, waiters: &[ClientId]) {
         if let Some(recorder) = self.recorder.get() {
             recorder.served(IMAGE_FILES[chunk.image.index()], chunk.chunk, since, waiters.len());
         }

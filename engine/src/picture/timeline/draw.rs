@@ -4,7 +4,7 @@
 use super::{Events, Span};
 use crate::picture::sizes::show_size;
 use crate::picture::svg::{Anchor, Bar, Key, PALE, Picture};
-use forkd_fs::source::Class;
+use forkd_fs::source::Priority;
 
 /// Children that are drawn.
 const CHILDREN_MAX: usize = 32;
@@ -122,7 +122,8 @@ impl Scene {
 
     fn summary(&self) -> Vec<String> {
         let sums = |is_ahead: bool| {
-            let of_class = self.events.requests.iter().filter(|request| request.class.is_ahead() == is_ahead);
+            let of_class =
+                self.events.requests.iter().filter(|request| request.priority.is_ahead() == is_ahead);
             of_class.fold((0, 0), |(count, bytes), request| (count + 1, bytes + request.bytes))
         };
         let ((demand, demand_bytes), (prefetch, prefetch_bytes)) = (sums(false), sums(true));
@@ -144,12 +145,12 @@ impl Scene {
 
     fn requests(&self) -> Vec<Item> {
         let item = |request: &super::RequestSpan| {
-            let (colour, class) = match request.class {
-                Class::Demand => (DEMAND, "demand"),
-                Class::WorkingSet => (PREFETCH, "working set"),
-                Class::Prefetch => (PREFETCH, "prefetch"),
+            let (colour, priority) = match request.priority {
+                Priority::Demand => (DEMAND, "demand"),
+                Priority::WorkingSet => (PREFETCH, "working set"),
+                Priority::Prefetch => (PREFETCH, "prefetch"),
             };
-            let tip = format!("{class}, {}, {}", show_size(request.bytes), shown(request.span));
+            let tip = format!("{priority}, {}, {}", show_size(request.bytes), shown(request.span));
             Item { span: request.span, colour, tip }
         };
         self.events.requests.iter().map(item).collect()
@@ -301,10 +302,10 @@ mod tests {
 
     #[test]
     fn everything_is_in_the_picture() {
-        let request = |class| super::super::RequestSpan { span: span(1.0, 4.0), bytes: 2048, class };
+        let request = |priority| super::super::RequestSpan { span: span(1.0, 4.0), bytes: 2048, priority };
         let fault = FaultSpan { span: span(15.0, 25.5), file: "memory.bin", chunk: 77, waiters: 3 };
         let events = Events {
-            requests: vec![request(Class::Demand), request(Class::Prefetch)],
+            requests: vec![request(Priority::Demand), request(Priority::Prefetch)],
             decodings: vec![span(2.0, 2.5)],
             faults: vec![fault],
             left_out: 0,

@@ -4,8 +4,8 @@ use std::fmt;
 
 use reqwest::Url;
 
-use super::HttpError;
-use super::credentials::Credential;
+use super::credential::Credential;
+use super::error::HttpError;
 
 /// An http(s) URL without user information, and how messages call it. Its `Debug` shows no secrets either.
 #[derive(Clone, PartialEq, Eq)]

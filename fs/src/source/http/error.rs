@@ -101,7 +101,7 @@ pub enum HttpError {
     },
     /// The copy of an object whose host serves no ranges cannot be kept.
     #[error("cannot keep a copy of {url}, whose host serves no byte ranges, in {}: {source}", directory.display())]
-    Spool {
+    TemporaryFile {
         /// What was asked.
         url: String,
         /// Where the copy was to be.
@@ -282,7 +282,7 @@ impl HttpError {
             | Self::Downgrade { .. }
             | Self::Untrusted { .. }
             | Self::Queued { .. }
-            | Self::Spool { .. }
+            | Self::TemporaryFile { .. }
             | Self::Download { .. }
             | Self::TooSlow { .. }
             | Self::Replaced { .. }

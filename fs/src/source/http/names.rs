@@ -1,4 +1,4 @@
-//! Addresses of host names, by the system's own resolver. Callers: `client.rs`.
+//! Addresses of host names, by the system's own resolver.
 //!
 //! forkd is linked statically, and the C library of a static program cannot safely load what `/etc/nsswitch.conf`
 //! names. getent(1), which comes with the system's C library, can; where it is missing, the C library's built-in files
@@ -35,9 +35,9 @@ pub enum NameError {
 
 /// The system's resolver.
 #[derive(Debug)]
-pub struct SystemNames;
+pub struct SystemResolver;
 
-impl Resolve for SystemNames {
+impl Resolve for SystemResolver {
     fn resolve(&self, name: Name) -> Resolving {
         Box::pin(async move {
             // reqwest puts the port in.

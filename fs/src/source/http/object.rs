@@ -9,28 +9,30 @@ use bytes::Bytes;
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
 use reqwest::{Response, StatusCode};
 
-use super::HttpError;
-use super::client::{HttpClient, check_encoding, next_piece, own_connection};
+use super::client::HttpClient;
+use super::error::HttpError;
 use super::redirect::Route;
 use super::retry::bad_status;
-use crate::source::{Class, Counters, Deadlines, Trouble};
+use super::transport::{check_encoding, next_piece, own_connection};
+use crate::source::counters::{Outage, TransferCounters};
+use crate::source::priority::{Priority, ReadDeadlines};
 
 /// One object on a server.
 #[derive(Debug)]
 pub(super) struct Object {
     pub(super) client: HttpClient,
     pub(super) route: Route,
-    deadlines: Mutex<Deadlines>,
+    deadlines: Mutex<ReadDeadlines>,
     /// What a registry says of its size.
     declared_size: Option<u64>,
-    learnt: Mutex<Learnt>,
+    known: Mutex<KnownObject>,
     bytes: AtomicU64,
-    failing: Mutex<Failing>,
+    failing: Mutex<RetryingReads>,
 }
 
 /// What the first good answer said of the object; later ones must agree.
 #[derive(Debug, Default)]
-struct Learnt {
+struct KnownObject {
     /// Its strong ETag (`Some(None)`: it had none).
     etag: Option<Option<String>>,
     size: Option<u64>,
@@ -40,9 +42,9 @@ struct Learnt {
 
 /// Reads that are being retried.
 #[derive(Debug, Default)]
-struct Failing {
+struct RetryingReads {
     reads: u32,
-    trouble: Option<Trouble>,
+    outage: Option<Outage>,
 }
 
 /// An answer that may be used.
@@ -55,23 +57,23 @@ pub(super) enum Answer {
 }
 
 impl Object {
-    pub(super) fn new(client: HttpClient, route: Route, size: Option<u64>, deadlines: Deadlines) -> Self {
+    pub(super) fn new(client: HttpClient, route: Route, size: Option<u64>, deadlines: ReadDeadlines) -> Self {
         Self {
             client,
             route,
             deadlines: Mutex::new(deadlines),
             declared_size: size,
-            learnt: Mutex::default(),
+            known: Mutex::default(),
             bytes: AtomicU64::new(0),
             failing: Mutex::default(),
         }
     }
 
-    pub(super) fn deadline(&self, class: Class) -> Duration {
+    pub(super) fn deadline(&self, priority: Priority) -> Duration {
         let deadlines = self.deadlines.lock().expect("no panics while held");
-        match class {
-            Class::Demand => deadlines.demand,
-            Class::WorkingSet | Class::Prefetch => deadlines.prefetch,
+        match priority {
+            Priority::Demand => deadlines.demand,
+            Priority::WorkingSet | Priority::Prefetch => deadlines.prefetch,
         }
     }
 
@@ -81,21 +83,21 @@ impl Object {
     }
 
     /// How long a first attempt waits for the next bytes: short enough to leave time for another.
-    pub(super) fn idle(&self, class: Class) -> Duration {
-        self.longest_idle(class).min(self.deadline(class) / 3)
+    pub(super) fn idle(&self, priority: Priority) -> Duration {
+        self.longest_idle(priority).min(self.deadline(priority) / 3)
     }
 
     /// How long any attempt waits for the next bytes.
-    pub(super) fn longest_idle(&self, class: Class) -> Duration {
-        self.client.options().idle_timeout.min(self.deadline(class))
+    pub(super) fn longest_idle(&self, priority: Priority) -> Duration {
+        self.client.options().idle_timeout.min(self.deadline(priority))
     }
 
     pub(super) fn size(&self) -> Option<u64> {
-        self.declared_size.or_else(|| self.learnt().size)
+        self.declared_size.or_else(|| self.known().size)
     }
 
-    pub(super) fn counters(&self) -> Counters {
-        Counters { requests: self.route.requests(), bytes: self.bytes.load(Relaxed) }
+    pub(super) fn counters(&self) -> TransferCounters {
+        TransferCounters { requests: self.route.requests(), bytes: self.bytes.load(Relaxed) }
     }
 
     /// Asks for bytes `first..=last`; `again`: after an answer that was not one to this.
@@ -113,7 +115,7 @@ impl Object {
                 self.check_range(&response, first, last).map(|()| Answer::Range(response))
             }
             // A page of somebody else's looks like this. From a host that serves ranges it never is the object.
-            StatusCode::OK if response.content_length().is_none() && self.learnt().ranges => {
+            StatusCode::OK if response.content_length().is_none() && self.known().ranges => {
                 let (url, wanted) = (self.route.label(), format!("bytes {first}-{last}"));
                 Err(HttpError::WrongRange { url, wanted, got: "something without a length".into() })
             }
@@ -150,8 +152,8 @@ impl Object {
         Ok(piece)
     }
 
-    fn learnt(&self) -> MutexGuard<'_, Learnt> {
-        self.learnt.lock().expect("no panics while held")
+    fn known(&self) -> MutexGuard<'_, KnownObject> {
+        self.known.lock().expect("no panics while held")
     }
 
     /// Asks for the way again after an answer that was not one to what was asked: a redirect may have led astray. What
@@ -167,14 +169,14 @@ impl Object {
     /// digest anyway.
     pub(super) fn unlearn_after(&self, error: &HttpError) {
         if error.is_of_another_object() {
-            *self.learnt() = Learnt::default();
+            *self.known() = KnownObject::default();
             self.route.forget_all();
         }
     }
 
     /// The object has `total` bytes: true from the first who says so, an error from those who say otherwise later.
     pub(super) fn check_size(&self, total: u64) -> Result<(), HttpError> {
-        let size = self.declared_size.unwrap_or_else(|| *self.learnt().size.get_or_insert(total));
+        let size = self.declared_size.unwrap_or_else(|| *self.known().size.get_or_insert(total));
         if total != size {
             let detail = format!("{size} bytes were expected, it has {total}");
             return Err(HttpError::Replaced { url: self.route.label(), detail });
@@ -186,9 +188,9 @@ impl Object {
         if again {
             headers.extend(own_connection());
         }
-        let etag = self.learnt().etag.clone().flatten().and_then(|etag| HeaderValue::from_str(&etag).ok());
+        let etag = self.known().etag.clone().flatten().and_then(|etag| HeaderValue::from_str(&etag).ok());
         headers.extend(etag.map(|etag| (header::IF_MATCH, etag)));
-        self.route.send(&self.client, idle, &headers).await
+        self.route.send(self.client.transport(), idle, &headers).await
     }
 
     fn refusal(&self, response: &Response) -> HttpError {
@@ -219,7 +221,7 @@ impl Object {
         if got_last < last {
             return Err(HttpError::OutOfRange { url: url(), wanted: format!("{first}-{last}") });
         }
-        self.learnt().ranges = true;
+        self.known().ranges = true;
         Ok(())
     }
 
@@ -232,7 +234,7 @@ impl Object {
     /// answer that is not one to what was asked teaches nothing.
     fn check_object(&self, response: &Response, size: Option<u64>) -> Result<(), HttpError> {
         let etag = header_text(response, header::ETAG).filter(|etag| etag.starts_with('"'));
-        let mut learnt = self.learnt();
+        let mut learnt = self.known();
         let pinned = learnt.etag.as_ref().and_then(Option::as_deref);
         let (known, url) = (self.declared_size.or(learnt.size), || self.route.label());
         if let (Some(wanted), Some(got)) = (known, size)
@@ -258,8 +260,8 @@ impl Object {
         Ok(())
     }
 
-    pub(super) fn trouble(&self) -> Option<Trouble> {
-        self.failing.lock().expect("no panics while held").trouble.clone()
+    pub(super) fn outage(&self) -> Option<Outage> {
+        self.failing.lock().expect("no panics while held").outage.clone()
     }
 
     /// A read met `error` and tries again. `failing`: whether it has said so before.
@@ -268,8 +270,8 @@ impl Object {
         if !std::mem::replace(failing, true) {
             all.reads += 1;
         }
-        let since = all.trouble.as_ref().map_or_else(Instant::now, |trouble| trouble.since);
-        all.trouble = Some(Trouble { since, last_error: error.to_string() });
+        let since = all.outage.as_ref().map_or_else(Instant::now, |outage| outage.since);
+        all.outage = Some(Outage { since, last_error: error.to_string() });
     }
 
     /// A read goes on, or is given up.
@@ -280,7 +282,7 @@ impl Object {
         let mut all = self.failing.lock().expect("no panics while held");
         all.reads -= 1;
         if all.reads == 0 {
-            all.trouble = None;
+            all.outage = None;
         }
     }
 }

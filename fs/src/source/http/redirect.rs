@@ -8,11 +8,11 @@ use std::time::Duration;
 use reqwest::header::{self, HeaderMap};
 use reqwest::{Response, StatusCode};
 
-use super::HttpError;
 use super::address::Address;
-use super::client::HttpClient;
-use super::credentials::Credential;
+use super::credential::Credential;
+use super::error::HttpError;
 use super::retry::bad_status;
+use super::transport::Transport;
 
 /// Most redirects followed in a row.
 const MAX_REDIRECTS: usize = 10;
@@ -22,7 +22,7 @@ const MAX_REDIRECTS: usize = 10;
 pub(super) struct Route {
     start: Address,
     credential: Option<Credential>,
-    known: Mutex<Known>,
+    known: Mutex<KnownRoute>,
     /// Held by whoever asks for the way again.
     resolving: tokio::sync::Mutex<()>,
     /// Requests sent, each redirect's one too.
@@ -31,7 +31,7 @@ pub(super) struct Route {
 
 /// What is known of the way.
 #[derive(Debug, Default)]
-struct Known {
+struct KnownRoute {
     /// How often the way was found out.
     generation: u64,
     target: Option<Target>,
@@ -78,20 +78,20 @@ impl Route {
     /// is left to the caller.
     pub(super) async fn send(
         &self,
-        client: &HttpClient,
+        transport: &Transport,
         idle: Duration,
         headers: &HeaderMap,
     ) -> Result<Response, HttpError> {
         let (generation, target) = self.known();
         let Some(target) = target else {
             // Several first readers ask side by side: waiting for one of them would cost the others a round trip.
-            return self.resolve(client, idle, headers, generation).await;
+            return self.resolve(transport, idle, headers, generation).await;
         };
-        let answer = self.exchange(client, &target, idle, headers).await;
+        let answer = self.exchange(transport, &target, idle, headers).await;
         match answer {
             Ok(response) if is_stale(&target, response.status()) => {
                 drop(response);
-                self.resolve_again(client, idle, headers, generation).await
+                self.resolve_again(transport, idle, headers, generation).await
             }
             // The host it leads to may be gone for good: the next attempt asks for the way.
             Err(error) if target.redirected => {
@@ -105,7 +105,7 @@ impl Route {
     /// Finds the way again after generation `generation` of it went stale, or uses what another reader found meanwhile.
     async fn resolve_again(
         &self,
-        client: &HttpClient,
+        transport: &Transport,
         idle: Duration,
         headers: &HeaderMap,
         generation: u64,
@@ -116,20 +116,20 @@ impl Route {
             (known.generation, known.refused, known.target.clone())
         };
         if newest == generation {
-            return self.resolve(client, idle, headers, generation).await;
+            return self.resolve(transport, idle, headers, generation).await;
         }
         drop(turn);
         match (refused, target) {
             (Some(status), _) => Err(bad_status(&self.label(), status, &HeaderMap::new())),
-            (None, Some(target)) => self.exchange(client, &target, idle, headers).await,
-            (None, None) => self.resolve(client, idle, headers, newest).await,
+            (None, Some(target)) => self.exchange(transport, &target, idle, headers).await,
+            (None, None) => self.resolve(transport, idle, headers, newest).await,
         }
     }
 
     /// Follows redirects from the start and remembers where they lead, unless that was found out since `generation`.
     async fn resolve(
         &self,
-        client: &HttpClient,
+        transport: &Transport,
         idle: Duration,
         headers: &HeaderMap,
         generation: u64,
@@ -137,27 +137,27 @@ impl Route {
         let start = Target { address: self.start.clone(), redirected: false, at_home: true };
         let count = || _ = self.requests.fetch_add(1, Relaxed);
         let (response, target) =
-            follow(client, start, self.credential.as_ref(), idle, headers, &count).await?;
+            follow(transport, start, self.credential.as_ref(), idle, headers, &count).await?;
         let status = response.status();
         let mut known = self.known.lock().expect("no panics while held");
         if known.generation == generation && !is_passing(status) {
             let refused = is_refusal(status);
             let target = (!refused).then_some(target);
-            *known = Known { generation: generation + 1, target, refused: refused.then_some(status) };
+            *known = KnownRoute { generation: generation + 1, target, refused: refused.then_some(status) };
         }
         Ok(response)
     }
 
     async fn exchange(
         &self,
-        client: &HttpClient,
+        transport: &Transport,
         target: &Target,
         idle: Duration,
         headers: &HeaderMap,
     ) -> Result<Response, HttpError> {
         let credential = self.credential.as_ref().filter(|_| target.at_home);
         self.requests.fetch_add(1, Relaxed);
-        client.exchange(&target.address, credential, idle, headers).await
+        transport.exchange(&target.address, credential, idle, headers).await
     }
 
     fn known(&self) -> (u64, Option<Target>) {
@@ -168,32 +168,32 @@ impl Route {
     /// The next request asks the way again.
     pub(super) fn forget_all(&self) {
         let mut known = self.known.lock().expect("no panics while held");
-        *known = Known { generation: known.generation + 1, ..Known::default() };
+        *known = KnownRoute { generation: known.generation + 1, ..KnownRoute::default() };
     }
 
     fn forget(&self, generation: u64) {
         let mut known = self.known.lock().expect("no panics while held");
         if known.generation == generation {
-            *known = Known { generation: generation + 1, ..Known::default() };
+            *known = KnownRoute { generation: generation + 1, ..KnownRoute::default() };
         }
     }
 }
 
 /// Fetches `address` once with `headers`, following redirects and remembering nothing.
 pub(super) async fn fetch(
-    client: &HttpClient,
+    transport: &Transport,
     address: Address,
     credential: Option<&Credential>,
     idle: Duration,
     headers: &HeaderMap,
 ) -> Result<Response, HttpError> {
     let start = Target { address, redirected: false, at_home: true };
-    Ok(follow(client, start, credential, idle, headers, &|| ()).await?.0)
+    Ok(follow(transport, start, credential, idle, headers, &|| ()).await?.0)
 }
 
 /// Asks at `at` and wherever redirects lead from there, until an answer is none.
 async fn follow(
-    client: &HttpClient,
+    transport: &Transport,
     mut at: Target,
     credential: Option<&Credential>,
     idle: Duration,
@@ -205,7 +205,7 @@ async fn follow(
     loop {
         let credential = credential.filter(|_| at.at_home);
         count();
-        let response = client.exchange(&at.address, credential, idle, headers).await?;
+        let response = transport.exchange(&at.address, credential, idle, headers).await?;
         if !is_redirect(response.status()) {
             return Ok((response, at));
         }

@@ -5,12 +5,14 @@ use std::time::{Duration, Instant, SystemTime};
 use reqwest::StatusCode;
 use reqwest::header::{self, HeaderMap, HeaderName};
 
-use super::HttpError;
+use super::error::HttpError;
 
 /// First pause before trying again; doubles up to [`LONGEST_PAUSE`], each time scattered by half, so that readers that
 /// failed together do not come back together.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Bytes that must arrive within one deadline: a server that drips is treated like one that is silent.
+pub(super) const PROGRESS: u64 = 64 << 10;
 
 /// The error for a status that is not success.
 pub(super) fn bad_status(url: &str, status: StatusCode, headers: &HeaderMap) -> HttpError {

@@ -1,16 +1,15 @@
-//! virtio-balloon (virtio 1.2, section 5.5) with free page reporting: a guest tells which of its memory holds nothing, and
-//! while a snapshot is being built that memory is given back, so that it does not travel in packs. Callers: `bus.rs`.
+//! virtio-balloon (virtio 1.2, section 5.5) with free page reporting: a guest tells which of its memory holds
+//! nothing, and while a snapshot is being built that memory is given back, so that it does not travel in packs.
 //!
-//! Only a machine that was booted gives memory back: its RAM is an image of its own, mapped shared, and a hole in it reads
-//! as zero. In a fork the page would be another copy of what the snapshot has there, or a fault to the pager; reports are
-//! answered there and change nothing.
+//! Only a machine that was booted gives memory back: its RAM is an image of its own, mapped shared, and a hole in it
+//! reads as zero. In a fork the page would be another copy of what the snapshot has there, or a fault to the pager;
+//! reports are answered there and change nothing.
 //!
 //! A kernel that relies on the content of free pages (poisoned, or zeroed when freed) does not report without
 //! `VIRTIO_BALLOON_F_PAGE_POISON`, which is not offered.
 
-use super::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
+use super::device::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
 use crate::memory::{GuestMemory, PAGE_BYTES};
-use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -28,12 +27,6 @@ const REPORT_RANGES: usize = 32;
 const INFLATE_PAGES: usize = 1024;
 /// Offset of the field that the driver writes: the number of pages in its balloon.
 const ACTUAL: u64 = 4;
-
-/// What of the balloon survives a snapshot.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BalloonSnapshot {
-    actual: [u8; 4],
-}
 
 /// The device.
 #[derive(Debug)]
@@ -142,12 +135,12 @@ impl VirtioDevice for Balloon {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Balloon(BalloonSnapshot { actual: self.actual })
+        DeviceState::Balloon { actual: self.actual }
     }
 
     fn restore(&mut self, state: &DeviceState) {
-        if let DeviceState::Balloon(saved) = state {
-            self.actual = saved.actual;
+        if let DeviceState::Balloon { actual } = state {
+            self.actual = *actual;
         }
     }
 }

@@ -1,17 +1,17 @@
 //! virtio-blk (virtio 1.2, section 5.2): a scratch disk of the machine's own, for workloads that write more than memory
-//! holds. It is a sparse file without a name: empty in every machine, and gone with it. Callers: `bus.rs`.
+//! holds. It is a sparse file without a name: empty in every machine, and gone with it.
 //!
-//! Requests are served in the vCPU's own thread by pread(2) and pwrite(2): data mostly goes to and from the host's page
-//! cache, and a guest that waits for its disk needs no second thread to wait with. One notification serves the requests
-//! that were in the ring when it came and moves at most `NOTIFY_BYTES`, so the device's lock is held for a bounded time.
+//! Requests are served in the vCPU's own thread by pread(2) and pwrite(2): data mostly goes to and from the host's
+//! page cache, and a guest that waits for its disk needs no second thread to wait with. One notification serves the
+//! requests that were in the ring when it came and moves at most `NOTIFY_BYTES`, so the device's lock is held for a
+//! bounded time.
 //!
 //! No flushes are asked for (`VIRTIO_BLK_F_FLUSH` is not offered): a completed write outlives the guest's kernel, and
 //! what would lose it ends the machine, and with it the disk, anyway.
 
-use super::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
+use super::device::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
@@ -54,12 +54,6 @@ pub struct ScratchDisk {
     pub file: File,
     /// Its length.
     pub bytes: u64,
-}
-
-/// What of the disk survives a snapshot: its capacity. The content does not.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BlockSnapshot {
-    sectors: u64,
 }
 
 /// How a request ends (virtio 1.2, section 5.2.6).
@@ -269,13 +263,13 @@ impl VirtioDevice for Block {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Block(BlockSnapshot { sectors: self.sectors })
+        DeviceState::Block { sectors: self.sectors }
     }
 
     fn restore(&mut self, state: &DeviceState) {
         // The driver knows this capacity. Where the file is shorter, requests fail.
-        if let DeviceState::Block(saved) = state {
-            self.sectors = saved.sectors;
+        if let DeviceState::Block { sectors } = state {
+            self.sectors = *sectors;
         }
     }
 }

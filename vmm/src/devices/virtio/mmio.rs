@@ -1,6 +1,6 @@
-//! The register window of a virtio-mmio device (virtio 1.2, section 4.2.2, version 2). Callers: `machine.rs`.
+//! The register window of a virtio-mmio device (virtio 1.2, section 4.2.2, version 2).
 
-use super::{DeviceState, VirtioDevice};
+use super::device::{DeviceState, VirtioDevice};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,

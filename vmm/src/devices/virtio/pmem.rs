@@ -1,8 +1,8 @@
 //! virtio-pmem (virtio 1.2, section 5.19): tells the guest where the root disk lies in its physical memory. The data
 //! itself is a read-only memory slot, so there are no block requests; only flushes arrive here, and succeed, as
-//! there is nothing to flush. Callers: `machine.rs`.
+//! there is nothing to flush.
 
-use super::{VirtioDevice, VirtioError, read_config_bytes};
+use super::device::{VirtioDevice, VirtioError, read_config_bytes};
 use std::ops::Range;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};

@@ -1,6 +1,6 @@
-//! virtio-rng (virtio 1.2, section 5.4): the host's random bytes. Callers: `machine.rs`.
+//! virtio-rng (virtio 1.2, section 5.4): the host's random bytes.
 
-use super::{VirtioDevice, VirtioError};
+use super::device::{VirtioDevice, VirtioError};
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};

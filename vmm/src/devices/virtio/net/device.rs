@@ -2,10 +2,9 @@
 //! thread; frames from the tap are put into the receive queue as it has room. Constants: virtio 1.2, section 5.1.
 
 use super::{FRAME_MAX, HEADER, Link};
-use crate::devices::virtio::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
+use crate::devices::virtio::device::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
 use rustix::fd::{AsFd, BorrowedFd};
 use rustix::io::Errno;
-use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::{VIRTIO_NET_F_MAC, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP};
@@ -21,12 +20,6 @@ const QUEUE_SIZE: u16 = 64;
 const UNLINKED_MAC: [u8; 6] = [2, 0, 0, 0, 0, 1];
 /// Where `num_buffers` lies in a frame's header. It is always 1.
 const NUM_BUFFERS: usize = 10;
-
-/// What of the device survives a snapshot: whether the driver has seen a link. Frames do not.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NetSnapshot {
-    had_link: bool,
-}
 
 /// The device.
 #[derive(Debug)]
@@ -165,12 +158,12 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> DeviceState {
-        DeviceState::Net(NetSnapshot { had_link: self.link.is_some() })
+        DeviceState::Net { had_link: self.link.is_some() }
     }
 
     fn restore(&mut self, state: &DeviceState) {
-        if let DeviceState::Net(saved) = state {
-            self.driver_has_link = saved.had_link;
+        if let DeviceState::Net { had_link } = state {
+            self.driver_has_link = *had_link;
         }
     }
 

@@ -1,11 +1,10 @@
 //! virtio-net (virtio 1.2, section 5.1): Ethernet frames between the guest and a tap device of the host. Without a tap
-//! there is no link. Frames go through one by one: no checksum or segmentation is left to the other side. Callers:
-//! `bus.rs`, `machine.rs`, and the root crate, which makes taps.
+//! there is no link. Frames go through one by one: no checksum or segmentation is left to the other side.
 
 pub mod backend;
 pub mod device;
 
-pub use device::{Net, NetSnapshot};
+pub use device::Net;
 
 use rustix::fd::OwnedFd;
 
@@ -19,6 +18,7 @@ pub const HEADER: usize = 12;
 pub struct Link {
     /// A tap device without headers (`IFF_TAP | IFF_NO_PI`).
     pub tap: OwnedFd,
-    /// The Ethernet address that the device shows. A driver that read another before a snapshot must be told by other means.
+    /// The Ethernet address that the device shows. A driver that read another before a snapshot must be told by other
+    /// means.
     pub mac: [u8; 6],
 }

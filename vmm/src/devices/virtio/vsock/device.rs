@@ -4,8 +4,7 @@
 use super::connection::{Connection, Verdict};
 use super::packet::{GuestPacket, PAYLOAD_MAX};
 use super::{CONNECTIONS_MAX, GUEST_CID, HOST_CID, STREAM_BUFFER};
-use crate::devices::virtio::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
-use serde::{Deserialize, Serialize};
+use crate::devices::virtio::device::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
 use std::collections::{BTreeMap, VecDeque};
 use std::os::unix::net::UnixStream;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
@@ -49,13 +48,6 @@ struct Control {
     key: StreamKey,
     op: u16,
     flags: u32,
-}
-
-/// What of vsock survives a snapshot: streams do not, but the guest must hear that they ended.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VsockSnapshot {
-    had_streams: bool,
-    next_host_port: u32,
 }
 
 /// The device.
@@ -328,13 +320,13 @@ impl VirtioDevice for Vsock {
 
     fn save(&self) -> DeviceState {
         let had_streams = !self.connections.is_empty() || self.reset_owed;
-        DeviceState::Vsock(VsockSnapshot { had_streams, next_host_port: self.next_host_port })
+        DeviceState::Vsock { had_streams, next_host_port: self.next_host_port }
     }
 
     fn restore(&mut self, state: &DeviceState) {
-        if let DeviceState::Vsock(saved) = state {
-            self.next_host_port = saved.next_host_port.max(HOST_PORT_START);
-            self.reset_owed = saved.had_streams;
+        if let DeviceState::Vsock { had_streams, next_host_port } = state {
+            self.next_host_port = (*next_host_port).max(HOST_PORT_START);
+            self.reset_owed = *had_streams;
         }
     }
 

@@ -2,14 +2,14 @@
 //! `CONNECT <port>\n`, reads `OK <host port>\n`, and then talks to whoever listens on that port in the guest.
 //!
 //! `device` is the virtqueue side (called with the transport's lock held), `connection` the state of one stream, and
-//! `backend` the thread that waits for the host's sockets. Callers: `machine.rs`.
+//! `backend` the thread that waits for the host's sockets.
 
 pub mod backend;
 mod connection;
 mod device;
 mod packet;
 
-pub use device::{Vsock, VsockSnapshot};
+pub use device::Vsock;
 
 /// The guest's context ID. Every machine has its own device, so all can be the same.
 pub const GUEST_CID: u64 = 3;

@@ -1,5 +1,5 @@
 //! A packet that the guest sent, gathered from its descriptors: Linux puts payloads of more than 32 KiB into several (since
-//! 6.17, and in its stable series). Layout: virtio 1.2, section 5.10.6. Callers: `device.rs`.
+//! 6.17, and in its stable series). Layout: virtio 1.2, section 5.10.6.
 
 use std::io::{self, Read};
 use virtio_queue::DescriptorChain;

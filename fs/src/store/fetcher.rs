@@ -1,24 +1,30 @@
-//! Getting frames: from the disk cache or the source, several in one request, each checked against the index before it
-//! is decoded. The only place where bytes become trusted.
+//! Getting chunks: from memory, the disk cache or the source, several frames in one request, each checked against the
+//! index before it is decoded. The only place where bytes become trusted.
 
-use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
-use super::flight::{Entry, Lead, Outcome, Waiter};
-use super::{ReadError, Store};
+use super::coalesce::{Cut, coalesce};
+use super::decoded::Decoded;
+use super::error::ReadError;
+use super::flight::{Entry, Flights, Lead, Outcome, Waiter};
+use super::frames::{Frames, decode};
+use super::head::Head;
+use super::options::StoreOptions;
+use crate::cache::ChunkCache;
 use crate::digest::Digest;
-use crate::index::{ChunkRecord, Index};
-use crate::observe::Decoding;
-use crate::source::{Class, RangeBody, SourceError};
+use crate::index::Index;
+use crate::observe::{Decoding, Observer};
+use crate::source::{Priority, Source, SourceError};
 
-/// A request is cut after this many bytes: 40 ms at 50 MB/s, so that several requests in parallel hide their round
-/// trips, chunks arrive roughly in the order they were asked for, and a broken connection loses little.
-const MAX_RUN: u64 = 2 << 20;
+/// How long a demand read waits for a prefetch that is fetching its chunk before it asks for it itself.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// How often a frame is fetched until it is refused. On a line that damages one answer in a hundred, a second attempt
 /// still fails once in ten thousand frames.
@@ -32,49 +38,121 @@ pub(super) type Sink = mpsc::Sender<(u32, Bytes)>;
 
 /// A part of a bulk read that one task does.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct Part {
     /// Record numbers, ascending.
     wanted: Vec<u32>,
     /// Whether to keep the frames between the wanted ones, which come along in the request.
     keep_gaps: bool,
 }
 
-/// How frames are put together in requests.
-#[derive(Debug, Clone, Copy)]
-struct Cut {
-    /// Most bytes between two of one request.
+/// A pack's chunks, by the numbers of their records.
+#[derive(Debug)]
+pub(super) struct Fetcher {
+    pub(super) source: Source,
+    pub(super) index: Index,
+    /// The first bytes of the pack, not trusted more than any others; may be empty.
+    pub(super) head: Head,
+    cache: Option<Arc<ChunkCache>>,
+    decoded: Decoded,
+    flights: Arc<Flights>,
     max_gap: u64,
-    /// Frames that end here or before are on their way already, and go into no request with others.
-    head_len: u64,
+    /// One bit a record: verified since the pack was opened.
+    fetched: Vec<AtomicU64>,
+    fetched_count: AtomicU32,
+    observer: Option<Arc<dyn Observer>>,
 }
 
-/// Cuts ascending record numbers into those that go into one request each.
-fn coalesce<T>(index: &Index, cut: Cut, items: Vec<T>, record: impl Fn(&T) -> u32) -> Vec<Vec<T>> {
-    let Cut { max_gap, head_len } = cut;
-    let mut runs: Vec<Vec<T>> = Vec::new();
-    let (mut start, mut end) = (0, 0);
-    for item in items {
-        let frame = index.record_at(record(&item));
-        let frame_end = frame.offset + u64::from(frame.length);
-        match runs.last_mut() {
-            Some(run)
-                if frame.offset - end <= max_gap
-                    && frame_end - start <= MAX_RUN
-                    && (end <= head_len) == (frame_end <= head_len) =>
-            {
-                run.push(item)
-            }
-            _ => {
-                start = frame.offset;
-                runs.push(vec![item]);
-            }
+/// A frame someone waits for.
+enum Pending {
+    Ready(Bytes),
+    Fetching(Waiter),
+}
+
+impl Fetcher {
+    pub(super) fn new(source: Source, index: Index, head: Head, options: StoreOptions) -> Self {
+        let words = index.stored_chunk_count().div_ceil(64);
+        Self {
+            source,
+            head,
+            cache: options.cache,
+            decoded: Decoded::new(options.decoded_bytes),
+            flights: Arc::default(),
+            max_gap: options.max_gap,
+            fetched: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            fetched_count: AtomicU32::new(0),
+            observer: options.observer,
+            index,
         }
-        end = frame_end;
     }
-    runs
-}
 
-impl Store {
+    /// Drops the decoded chunks kept in memory.
+    pub(super) fn release_memory(&self) {
+        self.decoded.clear();
+    }
+
+    /// How many chunks were verified since the pack was opened.
+    pub(super) fn fetched_count(&self) -> u32 {
+        self.fetched_count.load(Relaxed)
+    }
+
+    /// Plain chunks someone waits for, in the order of `records`.
+    pub(super) async fn demand(self: &Arc<Self>, records: &[u32]) -> Result<Vec<Bytes>, ReadError> {
+        let mut leads = Vec::new();
+        let pending: Vec<Pending> =
+            records.iter().map(|&record| self.look_up(record, false, &mut leads)).collect();
+        if !leads.is_empty() {
+            self.launch(leads);
+        }
+        let mut plains = Vec::with_capacity(records.len());
+        for (&record, pending) in records.iter().zip(pending) {
+            plains.push(self.wait_for_chunk(record, pending).await?);
+        }
+        Ok(plains)
+    }
+
+    /// Looks for a chunk in memory, then among those being fetched; a lead is added when it is in neither.
+    fn look_up(&self, record: u32, overtake: bool, leads: &mut Vec<Lead>) -> Pending {
+        if let Some(plain) = self.decoded.get(record) {
+            return Pending::Ready(plain);
+        }
+        match self.flights.enter(record, Priority::Demand, overtake) {
+            Entry::Join(waiter) => Pending::Fetching(waiter),
+            Entry::Lead(lead) => match self.decoded.get(record) {
+                // It landed between the first look and the entry.
+                Some(plain) => Pending::Ready(plain),
+                None => {
+                    let waiter = lead.waiter(Priority::Demand);
+                    leads.push(lead);
+                    Pending::Fetching(waiter)
+                }
+            },
+        }
+    }
+
+    async fn wait_for_chunk(self: &Arc<Self>, record: u32, mut pending: Pending) -> Result<Bytes, ReadError> {
+        // More than one round is needed only when others fail; a task that always dies must not spin.
+        for _ in 0..8 {
+            let waiter = match pending {
+                Pending::Ready(plain) => return Ok(plain),
+                Pending::Fetching(waiter) => waiter,
+            };
+            let landed = match waiter.is_ahead() {
+                true => timeout(PATIENCE, waiter.landed()).await.unwrap_or(None),
+                false => waiter.landed().await,
+            };
+            if let Some(outcome) = landed {
+                if let Ok(plain) = &outcome {
+                    self.decoded.put(record, plain);
+                }
+                return outcome;
+            }
+            let mut leads = Vec::new();
+            pending = self.look_up(record, true, &mut leads);
+            self.launch(leads);
+        }
+        Err(ReadError::Stopped)
+    }
+
     /// Starts fetching frames someone waits for: each cached one by itself, the others coalesced.
     pub(super) fn launch(self: &Arc<Self>, mut leads: Vec<Lead>) {
         leads.sort_unstable_by_key(Lead::record);
@@ -83,36 +161,41 @@ impl Store {
         let mut cached = cached.into_iter().peekable();
         while cached.peek().is_some() {
             let leads: Vec<Lead> = cached.by_ref().take(CACHED_TOGETHER).collect();
-            let store = self.clone();
+            let this = self.clone();
             tokio::spawn(async move {
-                for lead in store.land_cached(leads).await {
+                for lead in this.land_cached(leads).await {
                     // Every waiter gets the error by the landing.
-                    drop(store.fetch_run(vec![lead], Class::Demand, None).await);
+                    drop(this.fetch_run(vec![lead], Priority::Demand, None).await);
                 }
             });
         }
         for run in coalesce(&self.index, self.cut(), missing, Lead::record) {
-            let store = self.clone();
-            tokio::spawn(async move { drop(store.fetch_run(run, Class::Demand, None).await) });
+            let this = self.clone();
+            tokio::spawn(async move { drop(this.fetch_run(run, Priority::Demand, None).await) });
         }
     }
 
     /// Cuts a batch of a bulk read into parts, those that need no request first.
-    pub(super) fn split(&self, records: Vec<u32>) -> Vec<Work> {
+    pub(super) fn split(&self, records: Vec<u32>) -> Vec<Part> {
         let (cached, missing): (Vec<_>, Vec<_>) =
             records.into_iter().partition(|&record| self.is_cached(record));
         let cached =
-            cached.chunks(CACHED_TOGETHER).map(|part| Work { wanted: part.to_vec(), keep_gaps: false });
+            cached.chunks(CACHED_TOGETHER).map(|part| Part { wanted: part.to_vec(), keep_gaps: false });
         let missing = coalesce(&self.index, self.cut(), missing, |&record| record);
-        cached.chain(missing.into_iter().map(|wanted| Work { wanted, keep_gaps: true })).collect()
+        cached.chain(missing.into_iter().map(|wanted| Part { wanted, keep_gaps: true })).collect()
     }
 
     /// Does one part of a bulk read.
-    pub(super) async fn work(self: Arc<Self>, work: Work, class: Class, sink: Sink) -> Result<(), ReadError> {
-        let (leads, joins) = self.claim(&work, class, &sink).await;
+    pub(super) async fn work(
+        self: Arc<Self>,
+        work: Part,
+        priority: Priority,
+        sink: Sink,
+    ) -> Result<(), ReadError> {
+        let (leads, joins) = self.claim(&work, priority, &sink).await;
         // What others fetch already may leave holes, so the runs are cut anew.
         for run in coalesce(&self.index, self.cut(), leads, Lead::record) {
-            self.fetch_run(run, class, Some(&sink)).await?;
+            self.fetch_run(run, priority, Some(&sink)).await?;
         }
         for (record, waiter) in joins {
             let plain = match waiter.landed().await {
@@ -124,11 +207,12 @@ impl Store {
         Ok(())
     }
 
-    /// Delivers what is at hand and takes the lead for what nobody fetches yet; what others fetch is returned to wait for.
+    /// Delivers what is at hand and takes the lead for what nobody fetches yet; what others fetch is returned to wait
+    /// for.
     async fn claim(
         self: &Arc<Self>,
-        work: &Work,
-        class: Class,
+        work: &Part,
+        priority: Priority,
         sink: &Sink,
     ) -> (Vec<Lead>, Vec<(u32, Waiter)>) {
         let (mut leads, mut joins) = (Vec::new(), Vec::new());
@@ -150,7 +234,7 @@ impl Store {
                 deliver(sink, record, plain).await;
                 continue;
             }
-            match self.flights.enter(record, class, false) {
+            match self.flights.enter(record, priority, false) {
                 Entry::Lead(lead) => leads.push(lead),
                 Entry::Join(waiter) if wanted => joins.push((record, waiter)),
                 Entry::Join(_) => {}
@@ -164,7 +248,7 @@ impl Store {
     async fn fetch_run(
         self: &Arc<Self>,
         leads: Vec<Lead>,
-        class: Class,
+        priority: Priority,
         sink: Option<&Sink>,
     ) -> Result<(), ReadError> {
         let (Some(first), Some(last)) = (leads.first(), leads.last()) else { return Ok(()) };
@@ -177,12 +261,12 @@ impl Store {
             let outcome = match &failure {
                 // The connection is gone for all that follows.
                 Some(ReadError::Source { source, .. }) => Err(self.source_error(record, source.clone())),
-                _ => match self.next_frame(record, start..end, class, &mut frames).await {
+                _ => match self.next_frame(record, start..end, priority, &mut frames).await {
                     Ok(frame) => self.settle(record, frame).await,
                     Err(source) => Err(self.source_error(record, Arc::new(source))),
                 },
             };
-            match (&outcome, class.is_ahead()) {
+            match (&outcome, priority.is_ahead()) {
                 (Err(error), true) => return Err(error.clone()),
                 (Err(error), false) => drop(failure.get_or_insert_with(|| error.clone())),
                 (Ok(plain), false) => self.decoded.put(record, plain),
@@ -200,12 +284,13 @@ impl Store {
         Cut { max_gap: self.max_gap, head_len: self.head.len() }
     }
 
-    /// The next frame of those in `range`: from the head, or else from `request`, which is made when it is first needed.
+    /// The next frame of those in `range`: from the head, or else from `request`, which is made when it is first
+    /// needed.
     async fn next_frame(
         &self,
         number: u32,
         range: Range<u64>,
-        class: Class,
+        priority: Priority,
         request: &mut Option<Frames>,
     ) -> Result<Bytes, SourceError> {
         let record = self.index.record_at(number);
@@ -216,7 +301,7 @@ impl Store {
         }
         let frames = request.get_or_insert_with(|| {
             let at = record.offset;
-            Frames { body: self.source.stream_at(at, range.end - at, class), at, buffer: BytesMut::new() }
+            Frames::new(self.source.stream_at(at, range.end - at, priority), at)
         });
         frames.take(record).await
     }
@@ -235,11 +320,11 @@ impl Store {
             attempts += 1;
             if attempts == FRAME_ATTEMPTS {
                 let (file, chunk) = (self.file_name(number), record.chunk);
-                let (expected, location) = (record.digest, self.location().to_owned());
+                let (expected, location) = (record.digest, self.source.describe().to_owned());
                 return Err(ReadError::Corrupt { file, chunk, expected, found, location });
             }
-            tracing::warn!(location = self.location(), offset = record.offset, %found, expected = %record.digest, "damaged frame, fetching it again");
-            let again = self.source.read_at(record.offset, u64::from(record.length), Class::Demand).await;
+            tracing::warn!(location = self.source.describe(), offset = record.offset, %found, expected = %record.digest, "damaged frame, fetching it again");
+            let again = self.source.read_at(record.offset, u64::from(record.length), Priority::Demand).await;
             frame = again.map_err(|source| self.source_error(number, Arc::new(source)))?;
         }
     }
@@ -250,18 +335,18 @@ impl Store {
         number: u32,
         frame: Bytes,
     ) -> Result<Result<Bytes, Digest>, ReadError> {
-        let store = self.clone();
+        let this = self.clone();
         let opened = tokio::task::spawn_blocking(move || {
-            let record = store.index.record_at(number);
+            let record = this.index.record_at(number);
             let found = Digest::of(&frame);
             if found != record.digest {
                 return Ok(Err(found));
             }
-            let plain = store.decode(number, &frame)?;
-            if let Some(cache) = &store.cache {
+            let plain = this.decode(number, &frame)?;
+            if let Some(cache) = &this.cache {
                 cache.put(found, frame);
             }
-            store.mark_fetched(number);
+            this.mark_fetched(number);
             Ok(Ok(plain))
         });
         opened.await.map_err(|_| ReadError::Stopped)?
@@ -269,13 +354,13 @@ impl Store {
 
     /// Lands chunks from the disk cache. Returns those that are not there after all.
     async fn land_cached(self: &Arc<Self>, leads: Vec<Lead>) -> Vec<Lead> {
-        let store = self.clone();
+        let this = self.clone();
         let read = move || {
             let mut missing = Vec::new();
             for lead in leads {
-                match store.read_cached(lead.record()) {
+                match this.read_cached(lead.record()) {
                     Some(plain) => {
-                        store.decoded.put(lead.record(), &plain);
+                        this.decoded.put(lead.record(), &plain);
                         lead.land(Ok(plain));
                     }
                     None => missing.push(lead),
@@ -288,8 +373,8 @@ impl Store {
     }
 
     async fn from_cache(self: &Arc<Self>, number: u32) -> Option<Bytes> {
-        let store = self.clone();
-        tokio::task::spawn_blocking(move || store.read_cached(number)).await.ok()?
+        let this = self.clone();
+        tokio::task::spawn_blocking(move || this.read_cached(number)).await.ok()?
     }
 
     /// A chunk from the disk cache; `None` when it is not there after all.
@@ -315,7 +400,7 @@ impl Store {
         }
         plain.ok_or_else(|| {
             let (file, chunk) = (self.file_name(number), self.index.record_at(number).chunk);
-            ReadError::Decode { file, chunk, location: self.location().to_owned(), plain_len }
+            ReadError::Decode { file, chunk, location: self.source.describe().to_owned(), plain_len }
         })
     }
 
@@ -327,93 +412,21 @@ impl Store {
         let file = self.index.chunk_at(number).file;
         self.index.entry(file).map_or_else(String::new, |entry| entry.name.clone())
     }
+
+    fn mark_fetched(&self, record: u32) {
+        let bit = 1 << (record % 64);
+        if self.fetched[record as usize / 64].fetch_or(bit, Relaxed) & bit == 0 {
+            self.fetched_count.fetch_add(1, Relaxed);
+        }
+    }
+
+    /// Whether a chunk was verified since the pack was opened.
+    pub(super) fn is_record_fetched(&self, record: u32) -> bool {
+        self.fetched[record as usize / 64].load(Relaxed) & (1 << (record % 64)) != 0
+    }
 }
 
 /// The receiver only goes away when the bulk read was given up, which also ends this task.
 async fn deliver(sink: &Sink, record: u32, plain: Bytes) {
     let _ = sink.send((record, plain)).await;
-}
-
-/// Decodes a checked frame; `None` unless it gives exactly `plain_len` bytes. Never writes more than that.
-fn decode(frame: &[u8], plain_len: u32) -> Option<Bytes> {
-    thread_local! {
-        static DECODER: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
-    }
-    DECODER.with_borrow_mut(|decoder| {
-        let decoder = match decoder {
-            Some(decoder) => decoder,
-            None => decoder.insert(zstd::bulk::Decompressor::new().ok()?),
-        };
-        let mut plain = Vec::with_capacity(plain_len as usize);
-        let len = decoder.decompress_to_buffer(frame, &mut plain).ok()?;
-        (len == plain_len as usize).then(|| plain.into())
-    })
-}
-
-/// Cuts a range that is arriving into frames.
-struct Frames {
-    body: RangeBody,
-    /// Offset in the pack of the buffer's first byte.
-    at: u64,
-    buffer: BytesMut,
-}
-
-impl Frames {
-    /// The bytes of the frame at `record`, which lies behind those taken before.
-    async fn take(&mut self, record: &ChunkRecord) -> Result<Bytes, SourceError> {
-        while self.at < record.offset {
-            if self.buffer.is_empty() {
-                self.fill().await?;
-            }
-            let gap = (record.offset - self.at).min(self.buffer.len() as u64);
-            drop(self.buffer.split_to(gap as usize));
-            self.at += gap;
-        }
-        while self.buffer.len() < record.length as usize {
-            self.fill().await?;
-        }
-        self.at += u64::from(record.length);
-        Ok(self.buffer.split_to(record.length as usize).freeze())
-    }
-
-    async fn fill(&mut self) -> Result<(), SourceError> {
-        let piece = self.body.next().await?.expect("a range delivers every byte or an error");
-        self.buffer.extend_from_slice(&piece);
-        Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn decoding_is_exact_and_bounded() {
-        let plain = vec![7; 100_000];
-        let frame = zstd::bulk::compress(&plain, 3).unwrap();
-        assert_eq!(decode(&frame, 100_000).unwrap(), plain);
-        assert_eq!(decode(&frame, 99_999), None, "a frame that holds more than the index says");
-        assert_eq!(decode(&frame, 100_001), None, "or less");
-        assert_eq!(decode(&frame[..frame.len() - 1], 100_000), None);
-        assert_eq!(decode(b"not a frame", 11), None);
-    }
-
-    #[test]
-    fn neighbours_share_a_request_within_limits() {
-        const MAX_GAP: u64 = 128 << 10;
-        let record =
-            |chunk: u32, offset| ChunkRecord { chunk, length: 1000, offset, digest: Digest::of(b"") };
-        let offsets = [0, 1000, 2000 + MAX_GAP, 3001 + 2 * MAX_GAP, 4000 + MAX_RUN, 4000 + 2 * MAX_RUN];
-        let records = offsets.iter().enumerate().map(|(chunk, &at)| record(chunk as u32, at)).collect();
-        let index = Index::new(64 << 10, 1 << 30, vec![("m".into(), 1 << 20, records)]);
-        let cut = |wanted: &[u32], head_len| {
-            coalesce(&index, Cut { max_gap: MAX_GAP, head_len }, wanted.to_vec(), |&r| r)
-        };
-        let runs = |wanted: &[u32]| cut(wanted, 0);
-        assert_eq!(runs(&[0, 1, 2, 3, 4, 5]), [vec![0, 1, 2], vec![3], vec![4], vec![5]]);
-        assert_eq!(runs(&[0, 2]), [vec![0], vec![2]], "the gap counts between wanted frames");
-        assert!(runs(&[]).is_empty());
-        assert_eq!(cut(&[0, 1, 2], 1999), [vec![0], vec![1, 2]], "what is on its way is not asked for again");
-        assert_eq!(cut(&[0, 1, 2], 2000), [vec![0, 1], vec![2]]);
-    }
 }

@@ -10,9 +10,9 @@ use std::sync::{Mutex, OnceLock};
 
 use netrc::{Authenticator, Netrc};
 use reqwest::header::HeaderValue;
-use reqwest::{RequestBuilder, Url};
 
 use super::address::Address;
+use super::credential::Credential;
 
 /// The environment variable with a token for the hub.
 pub const TOKEN_VARIABLE: &str = "FORKD_HUB_TOKEN";
@@ -22,13 +22,6 @@ pub const TOKEN_VARIABLE: &str = "FORKD_HUB_TOKEN";
 pub struct Credentials {
     token: Option<String>,
     netrc: Option<PathBuf>,
-}
-
-/// What one host is told.
-#[derive(Clone, PartialEq, Eq)]
-pub(super) enum Credential {
-    Basic { user: String, password: String },
-    Bearer(String),
 }
 
 /// The hosts that may learn who we are.
@@ -70,33 +63,6 @@ impl fmt::Debug for Credentials {
             .field("token", &self.token.is_some())
             .field("netrc", &self.netrc)
             .finish()
-    }
-}
-
-impl Credential {
-    /// The user and password in a URL.
-    pub(super) fn of_userinfo(url: &Url) -> Option<Self> {
-        let decode = |text| percent_encoding::percent_decode_str(text).decode_utf8_lossy().into_owned();
-        let (user, password) = (url.username(), url.password());
-        let named = !user.is_empty() || password.is_some();
-        named.then(|| Self::Basic { user: decode(user), password: decode(password.unwrap_or_default()) })
-    }
-
-    /// Adds it to a request.
-    pub(super) fn dress(&self, request: RequestBuilder) -> RequestBuilder {
-        match self {
-            Self::Basic { user, password } => request.basic_auth(user, Some(password)),
-            Self::Bearer(token) => request.bearer_auth(token),
-        }
-    }
-}
-
-impl fmt::Debug for Credential {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Basic { .. } => "Basic(…)",
-            Self::Bearer(_) => "Bearer(…)",
-        })
     }
 }
 

@@ -7,10 +7,9 @@
 //! 16  sha256     32 bytes of the body
 //! 48  body       postcard encoding of MachineState
 //! ```
-//! KVM structures are stored as the kernel defines them (arch/x86/include/uapi/asm/kvm.h). Callers: `machine.rs`,
-//! `process.rs`, the root crate.
+//! KVM structures are stored as the kernel defines them (arch/x86/include/uapi/asm/kvm.h).
 
-use crate::devices::serial::SerialSnapshot;
+use crate::devices::serial::SerialPortState;
 use crate::devices::virtio::DeviceKind;
 use crate::devices::virtio::mmio::WindowState;
 use crate::kvm::KvmKind;
@@ -38,7 +37,7 @@ pub struct MachineState {
     pub(crate) clock: kvm_clock_data,
     pub(crate) pit: kvm_pit_state2,
     pub(crate) irqchips: Vec<kvm_irqchip>,
-    pub(crate) serial: SerialSnapshot,
+    pub(crate) serial: SerialPortState,
     pub(crate) windows: Vec<(DeviceKind, WindowState)>,
     /// Whether ACPI tables, and with them the generation page, are in its memory.
     pub(crate) described: bool,
@@ -46,7 +45,7 @@ pub struct MachineState {
 
 /// A `vmstate` cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum SnapshotError {
+pub enum VmstateError {
     /// No magic, too short, or cut off.
     #[error("this is not a forkd vmstate, or it is cut off ({bytes} bytes)")]
     NotVmstate {
@@ -78,10 +77,10 @@ pub enum SnapshotError {
 
 impl MachineState {
     /// The `vmstate` file of this state.
-    pub fn encode(&self) -> Result<Vec<u8>, SnapshotError> {
-        let body = postcard::to_stdvec(self).map_err(SnapshotError::Malformed)?;
+    pub fn encode(&self) -> Result<Vec<u8>, VmstateError> {
+        let body = postcard::to_stdvec(self).map_err(VmstateError::Malformed)?;
         if body.len() > BODY_MAX {
-            return Err(SnapshotError::TooLarge { bytes: body.len() });
+            return Err(VmstateError::TooLarge { bytes: body.len() });
         }
         let mut bytes = MAGIC.to_vec();
         bytes.extend(VERSION.to_le_bytes());
@@ -92,8 +91,8 @@ impl MachineState {
     }
 
     /// Reads a `vmstate` file.
-    pub fn decode(bytes: &[u8]) -> Result<MachineState, SnapshotError> {
-        let not_vmstate = SnapshotError::NotVmstate { bytes: bytes.len() };
+    pub fn decode(bytes: &[u8]) -> Result<MachineState, VmstateError> {
+        let not_vmstate = VmstateError::NotVmstate { bytes: bytes.len() };
         let Some((header, body)) = bytes.split_at_checked(HEADER) else { return Err(not_vmstate) };
         let word =
             |at: usize| u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
@@ -101,15 +100,15 @@ impl MachineState {
             return Err(not_vmstate);
         }
         if word(8) != VERSION {
-            return Err(SnapshotError::Version { found: word(8) });
+            return Err(VmstateError::Version { found: word(8) });
         }
         if word(12) as usize != body.len() || body.len() > BODY_MAX {
             return Err(not_vmstate);
         }
         if Sha256::digest(body)[..] != header[16..] {
-            return Err(SnapshotError::Damaged);
+            return Err(VmstateError::Damaged);
         }
-        let state: MachineState = postcard::from_bytes(body).map_err(SnapshotError::Malformed)?;
+        let state: MachineState = postcard::from_bytes(body).map_err(VmstateError::Malformed)?;
         state.layout.check()?;
         Ok(state)
     }

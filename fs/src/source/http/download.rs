@@ -15,10 +15,10 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::timeout_at;
 
+use super::error::HttpError;
 use super::object::Object;
-use super::retry::Retries;
-use super::{HttpError, PROGRESS};
-use crate::source::Class;
+use super::retry::{PROGRESS, Retries};
+use crate::source::priority::Priority;
 
 /// Most bytes handed to a reader at a time.
 const PIECE: u64 = 512 << 10;
@@ -29,7 +29,7 @@ const FRUITLESS: u32 = 8;
 
 /// An object being downloaded whole.
 #[derive(Debug)]
-pub(super) struct Spool {
+pub(super) struct WholeDownload {
     shared: Arc<Shared>,
     task: Mutex<AbortHandle>,
 }
@@ -39,12 +39,12 @@ struct Shared {
     object: Arc<Object>,
     file: File,
     directory: PathBuf,
-    fill: watch::Sender<Fill>,
+    received: watch::Sender<Received>,
 }
 
 /// How far the download is.
 #[derive(Debug, Clone)]
-struct Fill {
+struct Received {
     /// Bytes in the file.
     have: u64,
     /// Bytes received since the last mark; [`PROGRESS`] of them set it anew. Bytes received once more count: a
@@ -62,12 +62,12 @@ enum End {
     Failed(Arc<HttpError>),
 }
 
-impl Spool {
+impl WholeDownload {
     /// Goes on with `first`, an answer with the whole object.
     pub(super) fn start(object: Arc<Object>, first: Response) -> Result<Self, HttpError> {
-        let directory = object.client.options().spool_dir.clone().unwrap_or_else(std::env::temp_dir);
+        let directory = object.client.download_dir();
         let file = std::fs::create_dir_all(&directory).and_then(|()| tempfile::tempfile_in(&directory));
-        let file = file.map_err(|source| HttpError::Spool {
+        let file = file.map_err(|source| HttpError::TemporaryFile {
             url: object.route.label(),
             directory: directory.clone(),
             source,
@@ -78,8 +78,8 @@ impl Spool {
             size,
             "the host serves no byte ranges: downloading the whole object"
         );
-        let fill = Fill { have: 0, unmarked: 0, mark: Instant::now(), end: None, trouble: None };
-        let shared = Arc::new(Shared { object, file, directory, fill: watch::channel(fill).0 });
+        let received = Received { have: 0, unmarked: 0, mark: Instant::now(), end: None, trouble: None };
+        let shared = Arc::new(Shared { object, file, directory, received: watch::channel(received).0 });
         let task = Mutex::new(shared.clone().spawn(Some(first)));
         Ok(Self { shared, task })
     }
@@ -87,14 +87,14 @@ impl Spool {
     /// A reader arrives: a download that was given up is taken up again, unless the object is another one now.
     pub(super) fn enter(&self) {
         let mut task = self.task.lock().expect("no panics while held");
-        let given_up = |fill: &mut Fill| match &fill.end {
+        let given_up = |received: &mut Received| match &received.end {
             Some(End::Failed(error)) if !matches!(**error, HttpError::Replaced { .. }) => {
-                (fill.end, fill.trouble, fill.mark) = (None, None, Instant::now());
+                (received.end, received.trouble, received.mark) = (None, None, Instant::now());
                 true
             }
             _ => false,
         };
-        if self.shared.fill.send_if_modified(given_up) {
+        if self.shared.received.send_if_modified(given_up) {
             *task = self.shared.clone().spawn(None);
         }
     }
@@ -130,9 +130,9 @@ impl Spool {
 
     /// Waits until there are more than `at` bytes or all of them; returns how many there are.
     async fn wait(&self, at: u64, since: Instant, deadline: Duration) -> Result<u64, HttpError> {
-        let mut fill = self.shared.fill.subscribe();
+        let mut received = self.shared.received.subscribe();
         loop {
-            let now = fill.borrow_and_update().clone();
+            let now = received.borrow_and_update().clone();
             let url = || self.shared.object.route.label();
             match now.end {
                 _ if now.have > at => return Ok(now.have),
@@ -141,7 +141,7 @@ impl Spool {
                 None => {}
             }
             let since = since.max(now.mark);
-            if timeout_at((since + deadline).into(), fill.changed()).await.is_err() {
+            if timeout_at((since + deadline).into(), received.changed()).await.is_err() {
                 let waited = since.elapsed();
                 return Err(match now.trouble {
                     Some(last) => HttpError::Download { url: url(), last },
@@ -152,7 +152,7 @@ impl Spool {
     }
 }
 
-impl Drop for Spool {
+impl Drop for WholeDownload {
     fn drop(&mut self) {
         self.task.lock().expect("no panics while held").abort();
     }
@@ -165,28 +165,29 @@ impl Shared {
 
     async fn download(self: Arc<Self>, mut first: Option<Response>) {
         let object = &self.object;
-        let mut retries = Retries::new(object.deadline(Class::Demand).max(object.deadline(Class::Prefetch)));
-        let (mut failing, mut fruitless, mut furthest) = (false, 0, self.fill.borrow().have);
+        let mut retries =
+            Retries::new(object.deadline(Priority::Demand).max(object.deadline(Priority::Prefetch)));
+        let (mut failing, mut fruitless, mut furthest) = (false, 0, self.received.borrow().have);
         let end = loop {
-            let (before, again) = (self.fill.borrow().have, retries.after_wrong_answer());
+            let (before, again) = (self.received.borrow().have, retries.after_wrong_answer());
             let Err(error) = self.attempt(first.take(), again, &mut failing).await else {
                 break End::Complete;
             };
-            let reached = self.fill.borrow().have;
+            let reached = self.received.borrow().have;
             let too_long = matches!(error, HttpError::WrongLength { wanted, got, .. } if got > wanted);
             if too_long || (before == 0 && matches!(error, HttpError::WrongLength { .. })) {
                 // It may have been something else, and nothing of that may be held against the next answer. Of an
                 // answer that ends early, but began with the bytes that were there, what is new stays.
-                self.fill.send_modify(|fill| fill.have = before);
+                self.received.send_modify(|received| received.have = before);
             }
-            let (error, mark) = (Arc::new(error), self.fill.borrow().mark);
+            let (error, mark) = (Arc::new(error), self.received.borrow().mark);
             let further = reached > furthest && !too_long;
             if further {
                 furthest = reached;
                 retries.reset();
             }
             fruitless = if further { 0 } else { fruitless + 1 };
-            self.fill.send_modify(|fill| fill.trouble = Some(error.clone()));
+            self.received.send_modify(|received| received.trouble = Some(error.clone()));
             object.note_failure(&mut failing, &error);
             match retries.next_pause(mark, &error).filter(|_| fruitless <= FRUITLESS) {
                 Some(pause) => tokio::time::sleep(pause).await,
@@ -197,7 +198,7 @@ impl Shared {
             }
         };
         object.note_recovery(&mut failing);
-        self.fill.send_modify(|fill| fill.end = Some(end));
+        self.received.send_modify(|received| received.end = Some(end));
     }
 
     /// Receives the object from its start, skipping what is there already. `again`: after an answer that was not one to
@@ -208,7 +209,7 @@ impl Shared {
         again: bool,
         failing: &mut bool,
     ) -> Result<(), HttpError> {
-        let (object, idle) = (&self.object, self.object.idle(Class::Prefetch));
+        let (object, idle) = (&self.object, self.object.idle(Priority::Prefetch));
         let mut response = match first {
             Some(first) => first,
             None => object.ask_whole(idle, again).await?,
@@ -221,7 +222,7 @@ impl Shared {
             self.take(at, &piece).await?;
             at += piece.len() as u64;
         }
-        let have = self.fill.borrow().have;
+        let have = self.received.borrow().have;
         match object.size() {
             Some(size) if at < size => {
                 Err(HttpError::WrongLength { url: object.route.label(), wanted: size, got: at })
@@ -234,7 +235,7 @@ impl Shared {
 
     /// Keeps what is new of `piece`, which lies at `at`; what is not new must be what came before.
     async fn take(self: &Arc<Self>, at: u64, piece: &Bytes) -> Result<(), HttpError> {
-        let have = self.fill.borrow().have;
+        let have = self.received.borrow().have;
         let known = have.saturating_sub(at).min(piece.len() as u64) as usize;
         let (shared, piece_) = (self.clone(), piece.clone());
         let work = move || {
@@ -248,12 +249,12 @@ impl Shared {
             let (url, detail) = (self.object.route.label(), "other bytes came the second time".into());
             return Err(HttpError::Replaced { url, detail });
         }
-        self.fill.send_modify(|fill| {
-            fill.have = have.max(at + piece.len() as u64);
-            fill.unmarked += piece.len() as u64;
-            fill.trouble = None;
-            if fill.unmarked >= PROGRESS {
-                (fill.unmarked, fill.mark) = (0, Instant::now());
+        self.received.send_modify(|received| {
+            received.have = have.max(at + piece.len() as u64);
+            received.unmarked += piece.len() as u64;
+            received.trouble = None;
+            if received.unmarked >= PROGRESS {
+                (received.unmarked, received.mark) = (0, Instant::now());
             }
         });
         Ok(())
@@ -261,7 +262,7 @@ impl Shared {
 
     /// Refuses to receive more than the object has, than anybody downloads whole unasked, and than the disk can spare.
     fn check_length(&self, len: u64) -> Result<(), HttpError> {
-        let limit = self.object.client.options().spool_limit;
+        let limit = self.object.client.options().download_limit;
         let url = || self.object.route.label();
         match self.object.size() {
             Some(size) if len > size => Err(HttpError::WrongLength { url: url(), wanted: size, got: len }),
@@ -272,10 +273,10 @@ impl Shared {
 
     /// Says before a download rather than at its end that the disk is too full for it.
     fn check_size(&self) -> Result<(), HttpError> {
-        let limit = self.object.client.options().spool_limit;
+        let limit = self.object.client.options().download_limit;
         match self.object.size() {
             Some(size) if size > limit => Err(HttpError::NoRanges { url: self.object.route.label(), limit }),
-            Some(size) => self.check_room(size.saturating_sub(self.fill.borrow().have)),
+            Some(size) => self.check_room(size.saturating_sub(self.received.borrow().have)),
             None => Ok(()),
         }
     }
@@ -291,6 +292,6 @@ impl Shared {
     }
 
     fn failed_file(&self, source: io::Error) -> HttpError {
-        HttpError::Spool { url: self.object.route.label(), directory: self.directory.clone(), source }
+        HttpError::TemporaryFile { url: self.object.route.label(), directory: self.directory.clone(), source }
     }
 }

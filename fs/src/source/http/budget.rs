@@ -1,5 +1,5 @@
-//! Who may send requests when: a budget of requests for each class, and prefetch making way for demand on the link they
-//! share.
+//! Who may send requests when: a budget of requests for each priority, and prefetch making way for demand on the link
+//! they share.
 //!
 //! Not reading a body does not free the link: what the server may send ahead waits in socket buffers that are larger
 //! than a frame (measured: pausing prefetch bodies changes nothing). What helps is not to have asked for it. So while
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use crate::source::Class;
+use crate::source::priority::Priority;
 
 /// For so long after demand and prefetch last met, prefetch keeps its requests small.
 const CONTENTION: Duration = Duration::from_secs(2);
@@ -29,7 +29,7 @@ const LARGEST: u64 = 2 << 20;
 
 /// The budgets of a client.
 #[derive(Debug)]
-pub(super) struct Lanes {
+pub(super) struct RequestBudgets {
     demand: Arc<Semaphore>,
     prefetch: Arc<Semaphore>,
     traffic: Arc<Traffic>,
@@ -58,7 +58,7 @@ struct Pace {
 #[derive(Debug)]
 pub(super) struct Permit {
     _budget: OwnedSemaphorePermit,
-    class: Class,
+    priority: Priority,
     traffic: Arc<Traffic>,
 }
 
@@ -71,7 +71,7 @@ pub(super) struct Timing {
     bytes: u64,
 }
 
-impl Lanes {
+impl RequestBudgets {
     pub(super) fn new(demand: usize, prefetch: usize) -> Self {
         Self {
             demand: Arc::new(Semaphore::new(demand)),
@@ -80,19 +80,19 @@ impl Lanes {
         }
     }
 
-    /// Waits for the right to send a request of that class.
-    pub(super) async fn permit(&self, class: Class) -> Permit {
-        let budget = match class {
-            Class::Demand => &self.demand,
-            Class::WorkingSet | Class::Prefetch => &self.prefetch,
+    /// Waits for the right to send a request of that priority.
+    pub(super) async fn permit(&self, priority: Priority) -> Permit {
+        let budget = match priority {
+            Priority::Demand => &self.demand,
+            Priority::WorkingSet | Priority::Prefetch => &self.prefetch,
         };
         let budget = budget.clone().acquire_owned().await.expect("the budgets are never closed");
-        if class == Class::Prefetch {
+        if priority == Priority::Prefetch {
             let _ = timeout(LONGEST_WAIT, self.no_demand()).await;
         }
-        self.traffic.count(class).fetch_add(1, Relaxed);
+        self.traffic.count(priority).fetch_add(1, Relaxed);
         self.traffic.note_contention();
-        Permit { _budget: budget, class, traffic: self.traffic.clone() }
+        Permit { _budget: budget, priority, traffic: self.traffic.clone() }
     }
 
     /// The most a prefetch request should ask for now.
@@ -132,10 +132,10 @@ impl Lanes {
 }
 
 impl Traffic {
-    fn count(&self, class: Class) -> &AtomicUsize {
-        match class {
-            Class::Demand => &self.demands,
-            Class::WorkingSet | Class::Prefetch => &self.prefetches,
+    fn count(&self, priority: Priority) -> &AtomicUsize {
+        match priority {
+            Priority::Demand => &self.demands,
+            Priority::WorkingSet | Priority::Prefetch => &self.prefetches,
         }
     }
 
@@ -153,8 +153,8 @@ impl Traffic {
 impl Drop for Permit {
     fn drop(&mut self) {
         self.traffic.note_contention();
-        let before = self.traffic.count(self.class).fetch_sub(1, Relaxed);
-        if self.class == Class::Demand && before == 1 {
+        let before = self.traffic.count(self.priority).fetch_sub(1, Relaxed);
+        if self.priority == Priority::Demand && before == 1 {
             self.traffic.over.notify_waiters();
         }
     }

@@ -1,5 +1,4 @@
-//! Going through a file once: its digest, and which of its chunks hold anything but zeros. Used by the writer and to
-//! check what unpack wrote.
+//! Going through a file once: its digest, and which of its chunks hold anything but zeros.
 
 use std::fs::File;
 use std::io;
@@ -14,7 +13,7 @@ use crate::format;
 
 /// What a file holds.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Survey {
+pub(crate) struct FileScan {
     pub(crate) size: u64,
     pub(crate) digest: Digest,
     /// Numbers of the chunks that hold anything but zeros, ascending.
@@ -22,7 +21,7 @@ pub(crate) struct Survey {
 }
 
 /// Goes through `file`, reading no holes. `on_bytes` hears of every chunk's length.
-pub(crate) fn survey(file: &File, chunk_size: u32, on_bytes: &dyn Fn(u64)) -> io::Result<Survey> {
+pub(crate) fn scan(file: &File, chunk_size: u32, on_bytes: &dyn Fn(u64)) -> io::Result<FileScan> {
     let size = file.metadata()?.len();
     if size > format::MAX_FILE_SIZE {
         return Err(io::Error::from(io::ErrorKind::FileTooLarge));
@@ -48,7 +47,7 @@ pub(crate) fn survey(file: &File, chunk_size: u32, on_bytes: &dyn Fn(u64)) -> io
         }
         on_bytes(u64::from(len));
     }
-    Ok(Survey { size, digest: hasher.finish(), stored })
+    Ok(FileScan { size, digest: hasher.finish(), stored })
 }
 
 /// The next part of the file at or after `offset` that is not a hole; empty at the end when there is none.
@@ -88,18 +87,18 @@ mod tests {
             let range = chunk_with_data * chunk..plain.len().min((chunk_with_data + 1) * chunk);
             sparse.write_all_at(&plain[range.clone()], range.start as u64).unwrap();
         }
-        let expect = Survey { size: plain.len() as u64, digest: Digest::of(&plain), stored: vec![1, 3, 7] };
-        assert_eq!(survey(&sparse, MIN_CHUNK_SIZE, &|_| ()).unwrap(), expect);
+        let expect = FileScan { size: plain.len() as u64, digest: Digest::of(&plain), stored: vec![1, 3, 7] };
+        assert_eq!(scan(&sparse, MIN_CHUNK_SIZE, &|_| ()).unwrap(), expect);
     }
 
     #[test]
     fn an_empty_file_and_one_hole() {
         let file = tempfile::tempfile().unwrap();
-        let empty = Survey { size: 0, digest: Digest::of(b""), stored: vec![] };
-        assert_eq!(survey(&file, MIN_CHUNK_SIZE, &|_| ()).unwrap(), empty);
+        let empty = FileScan { size: 0, digest: Digest::of(b""), stored: vec![] };
+        assert_eq!(scan(&file, MIN_CHUNK_SIZE, &|_| ()).unwrap(), empty);
         file.set_len(1_000_000).unwrap();
-        let hole = Survey { size: 1_000_000, digest: Digest::of(&vec![0; 1_000_000]), stored: vec![] };
-        assert_eq!(survey(&file, MIN_CHUNK_SIZE, &|_| ()).unwrap(), hole);
+        let hole = FileScan { size: 1_000_000, digest: Digest::of(&vec![0; 1_000_000]), stored: vec![] };
+        assert_eq!(scan(&file, MIN_CHUNK_SIZE, &|_| ()).unwrap(), hole);
     }
 
     #[test]
