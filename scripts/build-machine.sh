@@ -10,7 +10,7 @@ stamp=$state/python-numpy.inputs
 sources() {
     shopt -s nullglob
     # The order must not depend on the file system.
-    find recipes/python-numpy {abi,engine,vmm}/src/* src/machine_build* src/recipe* src/snapshot* -type f -print0 |
+    find recipes/python-numpy {abi,engine,vmm}/src/* -type f -print0 |
         LC_ALL=C sort -z
 }
 inputs=$({

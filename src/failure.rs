@@ -1,4 +1,4 @@
-//! What a command can fail with. How each failure is shown is the table of [`crate::error`].
+//! What a command can fail with. How each failure is shown is the table in `error`.
 
 use std::io;
 

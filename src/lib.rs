@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod commands;
 pub mod detach;
+pub mod environment;
 mod error;
 pub mod failure;
 pub mod interrupt;

@@ -1,14 +1,13 @@
 //! Arguments of the commands that start copies and deal with those that run.
 
-use super::{CacheArgs, HubSource};
+use super::shared::{CacheArgs, HubSource};
 use crate::units;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args};
 use forkd_engine::fork::ask::ChildRequest;
 use forkd_engine::fork::run::ForkRequest;
 use forkd_engine::fork::supervisor::{ChildrenSpec, ResourceLimits};
-use forkd_engine::fork::variables::Variables;
-use forkd_engine::fork::variables::{self, Variable, Varied};
+use forkd_engine::fork::variables::{self, Variable, Variables, Varied};
 use forkd_engine::local::paths::Paths;
 use forkd_engine::network::wire::NetworkMode;
 use forkd_engine::target::Target;

@@ -4,6 +4,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use crate::cli::{BuildArgs, SnapshotArgs};
+use crate::environment;
 use crate::failure::CommandError;
 use crate::interrupt;
 use crate::output::Output;
@@ -13,7 +14,6 @@ use forkd_engine::build::snapshot::{
     BuildCaller, BuiltSnapshot, RecipeRequest, RootDiskRequest, build_recipe, build_root_disk,
 };
 use forkd_engine::interrupt::Interrupt;
-use forkd_engine::local::paths::Paths;
 use forkd_engine::progress::{Amount, Progress, Task};
 
 /// `forkd build`.
@@ -24,7 +24,7 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
         kernel: args.kernel.clone(),
         force: args.force,
     };
-    let built = build_recipe(&Paths::from_env()?, &request, &Caller::new(output))?;
+    let built = build_recipe(&environment::paths()?, &request, &Caller::new(output))?;
     output.report(&built, show);
     Ok(ExitCode::SUCCESS)
 }
@@ -43,7 +43,7 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
         second_console: args.second_console,
         force: args.force,
     };
-    let built = build_root_disk(&Paths::from_env()?, &request, &Caller::new(output))?;
+    let built = build_root_disk(&environment::paths()?, &request, &Caller::new(output))?;
     output.report(&built, show);
     Ok(ExitCode::SUCCESS)
 }

@@ -7,6 +7,7 @@ use forkd_fs::cache::{CacheContents, CacheOptions, ChunkCache};
 use serde::Serialize;
 
 use crate::cli::CacheGcArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
@@ -48,7 +49,7 @@ struct Collected {
 
 /// Lists.
 pub fn ls(output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
     let CacheContents { entries, bytes, damaged, unfinished, oldest_use } = cache.contents();
     let report = Report {
@@ -93,7 +94,7 @@ fn show(report: &Report, oldest_use: Option<SystemTime>) -> String {
 
 /// Checks every chunk. Exit code 1 when some are damaged.
 pub fn verify(output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let cache = ChunkCache::open(&paths.cache, CacheOptions::default());
     let progress = output.begin("checking", Amount::Bytes(cache.contents().bytes));
     let found = cache.verify(&|bytes| progress.to(bytes));
@@ -108,7 +109,7 @@ pub fn verify(output: &Output) -> Result<ExitCode, CommandError> {
 
 /// Makes room.
 pub fn gc(args: &CacheGcArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let cache = client::chunk_cache(&paths, args.cache.options());
     let failed = |source| PathsError::Directory { path: paths.cache.clone(), source };
     let removed = cache.collect(args.all).map_err(failed)?;

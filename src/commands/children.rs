@@ -2,12 +2,12 @@
 //! forks' run directories; no daemon is involved. `logs` also shows what a snapshot's machine printed.
 
 use crate::cli::{EvalArgs, ExecArgs, KillArgs, LogsArgs};
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
 use forkd_abi::protocol::{Answer, ExecRequest, Exit};
 use forkd_engine::fork::children::{self, ChildrenError, RunningFork, agent_error, connect};
-use forkd_engine::local::paths::Paths;
 use serde::Serialize;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
@@ -17,7 +17,7 @@ const SIGNALLED: i32 = 128;
 
 /// `forkd ps`.
 pub fn ps(output: &Output) -> Result<ExitCode, CommandError> {
-    let forks = children::list(&Paths::from_env()?).map_err(ChildrenError::from)?;
+    let forks = children::list(&environment::paths()?).map_err(ChildrenError::from)?;
     output.report(&forks, |forks| {
         let mut rows = vec![["CHILD", ">PID", "STATE", ">FETCHED", "PACK"].map(str::to_owned).to_vec()];
         for RunningFork { status, .. } in forks {
@@ -65,7 +65,7 @@ pub fn exec(args: &ExecArgs, output: &Output) -> Result<ExitCode, CommandError> 
         stdin: args.interactive,
     };
     let stdin = args.interactive.then(|| Box::new(io::stdin()) as Box<dyn Read + Send>);
-    let client = connect(&Paths::from_env()?, &args.id)?;
+    let client = connect(&environment::paths()?, &args.id)?;
     let failed = agent_error(&args.id);
     let Exit { code, signal } = if output.is_json() {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
@@ -93,7 +93,7 @@ struct Evaluated<'a> {
 /// `forkd eval`.
 pub fn eval(args: &EvalArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let id = &args.id;
-    let answer = children::eval(&Paths::from_env()?, id, &args.code)?;
+    let answer = children::eval(&environment::paths()?, id, &args.code)?;
     output.report(&Evaluated { id, answer }, |evaluated| {
         let Answer { answer, output, .. } = &evaluated.answer;
         let mut text = output.clone().unwrap_or_default();
@@ -118,7 +118,7 @@ struct Logged<'a> {
 
 /// `forkd logs`.
 pub fn logs(args: &LogsArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let (id, tag) = (args.id.as_deref(), args.tag.as_deref());
     let name = id.or(tag).unwrap_or_default();
     let failed = |source| ChildrenError::Console { id: name.to_owned(), source };
@@ -145,7 +145,7 @@ struct Killed {
 
 /// `forkd kill`.
 pub fn kill(args: &KillArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let killed = match args.all {
         true => children::kill_all(&paths),
         false => {

@@ -1,14 +1,14 @@
 //! `forkd cleanup`: removes what dead processes left behind. What lives is not touched.
 
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::Output;
 use forkd_engine::cleanup::clean_up;
-use forkd_engine::local::paths::Paths;
 use std::process::ExitCode;
 
 /// Runs the command.
 pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
-    let (removed, outcome) = clean_up(&Paths::from_env()?);
+    let (removed, outcome) = clean_up(&environment::paths()?);
     output.report(&removed, |removed| {
         let count =
             |number: usize, what: &str| format!("{number} {what}{}", if number == 1 { "" } else { "s" });

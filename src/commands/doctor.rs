@@ -1,5 +1,6 @@
 //! `forkd doctor`: what this machine has of what forkd needs, and how to mend what it lacks.
 
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
@@ -53,7 +54,7 @@ impl Check {
 
 /// Runs the command; exits with 1 when a check fails.
 pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let mut checks = vec![kvm(), userfaultfd(), jail(), limits(), fuse(), guest_kernel(&paths), agent()];
     checks.extend(BUILD_TOOLS.map(|(program, package)| build_tool(program, package)));
     checks.push(space("data", &paths.data));

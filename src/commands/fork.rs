@@ -5,6 +5,7 @@
 
 use crate::cli::ForkArgs;
 use crate::detach::{Detached, Handover, split};
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::runtime::{end_on_signal, runtime};
@@ -15,7 +16,6 @@ use forkd_engine::fork::run::{ForkCaller, Forked, fork};
 use forkd_engine::fork::supervisor::{Supervisor, process_start_ns};
 use forkd_engine::fork::variables::Variables;
 use forkd_engine::fork::warm::WarmStatus;
-use forkd_engine::local::paths::Paths;
 use forkd_engine::picture::svg::check_place;
 use forkd_engine::progress::{Amount, Progress, Task};
 use forkd_vmm::zygote::{SpawnError, Zygote};
@@ -72,7 +72,7 @@ pub fn run(args: &ForkArgs, early: EarlyZygote, output: &Output) -> Result<ExitC
     if let Some(file) = &args.timeline {
         check_place(file)?;
     }
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let request = args.request(&paths, variables, early.started_ns, output.is_json());
     let caller = Caller { output, runtime: OnceLock::new(), supervisor: Arc::default() };
     let mut forked = fork(&paths, &zygote?, request, &caller)?;

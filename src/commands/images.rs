@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::cli::ImagesArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::runtime::runtime;
 use crate::units::show_size;
 use forkd_engine::chain::plain;
 use forkd_engine::hub::client;
-use forkd_engine::local::paths::Paths;
 
 /// What `forkd images --hub --json` prints.
 #[derive(Debug, Serialize)]
@@ -35,7 +35,7 @@ pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError>
     let Some(hub) = &args.hub else { return super::snapshots::run(output) };
     let from_env = std::env::var("FORKD_HUB_URL").ok();
     let hub = hub.as_deref().or(from_env.as_deref());
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let catalogue = runtime().map_err(CommandError::Runtime)?.block_on(client::catalogue(
         &paths,
         hub,

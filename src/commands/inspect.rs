@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use crate::cli::InspectArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::runtime::runtime;
@@ -22,7 +23,7 @@ use forkd_vmm::memory::PAGE_BYTES;
 pub fn run(args: &InspectArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let heatmap = args.heatmap.as_deref();
     heatmap.map(check_place).transpose()?;
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     if let Some(id) = &args.child {
         return look_at_child(&paths, id, heatmap, output);
     }

@@ -3,16 +3,16 @@
 use std::process::ExitCode;
 
 use crate::cli::KernelBuildArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::interrupt;
 use crate::output::Output;
 use forkd_engine::build::kernel::{self, BuildOptions, Kernel};
-use forkd_engine::local::paths::Paths;
 
 /// Builds the guest kernel unless it is cached, and prints where it is.
 pub fn build(args: &KernelBuildArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let options = BuildOptions { source: args.source.clone(), jobs: args.jobs, force: args.force };
-    let kernel = kernel::build(&Paths::from_env()?, &options, output, &interrupt::watch())?;
+    let kernel = kernel::build(&environment::paths()?, &options, output, &interrupt::watch())?;
     output.report(&kernel, |kernel| {
         let how = if kernel.cached {
             "already built".to_owned()
@@ -26,7 +26,7 @@ pub fn build(args: &KernelBuildArgs, output: &Output) -> Result<ExitCode, Comman
 
 /// Prints the path of the kernel, for scripts: nothing else on stdout.
 pub fn path(output: &Output) -> Result<ExitCode, CommandError> {
-    let kernel: Kernel = kernel::find(&Paths::from_env()?)?;
+    let kernel: Kernel = kernel::find(&environment::paths()?)?;
     output.report(&kernel, |kernel| kernel.path.display().to_string());
     Ok(ExitCode::SUCCESS)
 }

@@ -14,6 +14,7 @@ use tokio::runtime::Handle;
 
 use super::umount;
 use crate::cli::MountArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::interrupt::stop_signal;
 use crate::output::Output;
@@ -32,7 +33,7 @@ struct Report {
 
 /// Mounts.
 pub fn run(args: &MountArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let mountpoint = mounts::check_mountpoint(&paths, &args.dir)?;
     if args.foreground || args.daemon {
         serve(args, output, &paths, &mountpoint)

@@ -3,12 +3,12 @@
 use std::process::ExitCode;
 
 use crate::cli::PackArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::interrupt;
 use crate::output::Output;
 use crate::units::{show_share, show_size};
 use forkd_engine::build::pack::{Compression, PackReport, PackRequest, pack};
-use forkd_engine::local::paths::Paths;
 
 /// Packs.
 pub fn run(args: &PackArgs, output: &Output) -> Result<ExitCode, CommandError> {
@@ -20,7 +20,7 @@ pub fn run(args: &PackArgs, output: &Output) -> Result<ExitCode, CommandError> {
         base_image: args.base_image.clone(),
         compression: Compression { chunk_bytes: args.chunk, level: args.level },
     };
-    let report = pack(&Paths::from_env()?, &request, &interrupt::watch(), output)?;
+    let report = pack(&environment::paths()?, &request, &interrupt::watch(), output)?;
     output.report(&report, |report| format!("packed {}", line(report, &args.tag)));
     Ok(ExitCode::SUCCESS)
 }

@@ -4,16 +4,16 @@ use std::process::ExitCode;
 
 use super::unpack::line;
 use crate::cli::PullArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::Output;
 use crate::runtime::runtime;
 use forkd_engine::build::pull::{PullRequest, pull};
-use forkd_engine::local::paths::Paths;
 use forkd_engine::reference::Reference;
 
 /// Pulls.
 pub fn run(args: &PullArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let reference: Reference = args.reference.parse()?;
     let request = PullRequest {
         reference: reference.clone(),

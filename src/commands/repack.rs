@@ -4,18 +4,18 @@ use std::process::ExitCode;
 
 use super::pack::line;
 use crate::cli::RepackArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::interrupt;
 use crate::output::Output;
 use crate::runtime::runtime;
 use forkd_engine::build::pack::Compression;
 use forkd_engine::build::repack::{RepackRequest, repack};
-use forkd_engine::local::paths::Paths;
 use forkd_engine::target::Target;
 
 /// Repacks.
 pub fn run(args: &RepackArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let request = RepackRequest {
         target: Target::parse(&paths, &args.target, args.hub.hub.as_deref()),
         name: args.target.clone(),

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 use crate::cli::RmiArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
@@ -24,14 +25,14 @@ struct Removed {
 
 /// Lists.
 pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
-    let snapshots = snapshot_list::list(&Paths::from_env()?)?;
+    let snapshots = snapshot_list::list(&environment::paths()?)?;
     output.report(&Report { snapshots }, show);
     Ok(ExitCode::SUCCESS)
 }
 
 /// `forkd rmi`: removes snapshots. All tags are checked before the first goes.
 pub fn remove(args: &RmiArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let directories: Result<Vec<_>, SnapshotError> = args.tags.iter().map(|tag| place(&paths, tag)).collect();
     for directory in directories? {
         snapshots::remove(&paths, &directory)?;

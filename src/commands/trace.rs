@@ -4,16 +4,16 @@ use std::process::ExitCode;
 
 use super::build::Caller;
 use crate::cli::TraceArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::{show_share, show_size};
 use forkd_engine::build::trace::{RetraceReport, RetraceRequest, Share, retrace};
-use forkd_engine::local::paths::Paths;
 use forkd_engine::target::Target;
 
 /// Records.
 pub fn run(args: &TraceArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let (tag, target, hub) = (args.tag.as_deref(), args.target.as_deref(), args.hub.hub.as_deref());
     let request = RetraceRequest {
         target: Target::of(&paths, tag, target, hub),

@@ -10,10 +10,10 @@ use rustix::process::{Pid, PidfdFlags, getppid, pidfd_open};
 use serde::Serialize;
 
 use crate::cli::UmountArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::Output;
 use forkd_engine::local::mounts;
-use forkd_engine::local::paths::Paths;
 
 /// How long the daemon gets to end; it has nothing left to do by then.
 const PATIENCE: Timespec = Timespec { tv_sec: 2, tv_nsec: 0 };
@@ -41,7 +41,7 @@ pub fn start_watcher(mountpoint: &Path) -> io::Result<Child> {
 
 /// The watcher's life.
 fn watch(args: &UmountArgs) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let daemon = getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
     let _ = io::copy(&mut io::stdin(), &mut io::sink());
     // The daemon's connection to the kernel may outlive its end of the pipe by a moment.
@@ -67,7 +67,7 @@ pub fn run(args: &UmountArgs, output: &Output) -> Result<ExitCode, CommandError>
     if args.watch {
         return watch(args);
     }
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     // LockedSnapshot from before it can end, so that the number cannot come to mean another process.
     let daemon = mounts::find(&args.dir).ok().and_then(|mount| {
         let records = mounts::records(&paths);

@@ -3,17 +3,17 @@
 use std::process::ExitCode;
 
 use crate::cli::UnpackArgs;
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::Output;
 use crate::runtime::runtime;
 use crate::units::show_size;
 use forkd_engine::build::unpack::{Unpacked, unpack_file};
-use forkd_engine::local::paths::Paths;
 use forkd_fs::format::PACK_VERSION;
 
 /// Unpacks.
 pub fn run(args: &UnpackArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     let unpacking = unpack_file(&paths, &args.file, args.tag.as_deref(), args.force, output);
     let unpacked = runtime().map_err(CommandError::Runtime)?.block_on(unpacking)?;
     output.report(&unpacked, |unpacked| format!("unpacked {}", line(unpacked)));

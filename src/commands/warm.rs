@@ -2,6 +2,7 @@
 
 use crate::cli::WarmArgs;
 use crate::detach::{Detached, split};
+use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::runtime::{end_on_signal, runtime};
@@ -14,7 +15,7 @@ use std::process::ExitCode;
 
 /// Runs the command.
 pub fn run(args: &WarmArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let paths = Paths::from_env()?;
+    let paths = environment::paths()?;
     if args.list {
         return list(&paths, output);
     }

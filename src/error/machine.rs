@@ -1,9 +1,7 @@
-//! Rows of the error table for what runs machines: build, snapshot, fork, and what is done with children.
+//! Rows for what runs machines: fork, warm, and what is done with children.
 
-use super::{Row, packs};
-use forkd_engine::build::machine::BuildError;
-use forkd_engine::build::snapshot::SnapshotBuildError;
-use forkd_engine::build::trace::RetraceError;
+use super::packs;
+use super::row::{self, Row};
 use forkd_engine::cleanup::CleanupError;
 use forkd_engine::fork::children::ChildrenError;
 use forkd_engine::fork::run::ForkError;
@@ -27,7 +25,7 @@ pub(super) fn fork(error: &ForkError) -> Row {
     let row = Row::failed("fork", "");
     match error {
         ForkError::Kvm(error) => kvm(error),
-        ForkError::Runtime(_) => super::threads(),
+        ForkError::Runtime(_) => row::threads(),
         ForkError::Target(error) => target(error),
         ForkError::Template { source, .. } => template(source),
         ForkError::Download { .. } => row.hint("run it again: what was fetched is kept"),
@@ -35,7 +33,7 @@ pub(super) fn fork(error: &ForkError) -> Row {
         ForkError::Start(StartError::NoLimit { .. }) => {
             row.hint("`forkd doctor` says what is missing; without the option there is no limit")
         }
-        ForkError::Start(StartError::Paths(error)) => super::describe_paths(error),
+        ForkError::Start(StartError::Paths(error)) => row::paths(error),
         ForkError::Start(StartError::Network(error)) => network(error),
         ForkError::Start(_) => row.hint("`forkd cleanup` removes what dead forks left"),
     }
@@ -45,7 +43,7 @@ pub(super) fn warm(error: &HoldError) -> Row {
     const WHAT: &str = "keep the image in memory";
     let row = Row::failed(WHAT, "");
     match error {
-        HoldError::Warm(WarmError::Paths(error)) => super::describe_paths(error),
+        HoldError::Warm(WarmError::Paths(error)) => row::paths(error),
         HoldError::Warm(WarmError::Foreign { .. }) => {
             row.hint("set XDG_RUNTIME_DIR to a directory of your own")
         }
@@ -61,10 +59,6 @@ pub(super) fn warm(error: &HoldError) -> Row {
         HoldError::Key(WarmKeyError::NotFixed { .. }) => Row::usage(WHAT, ""),
         HoldError::NotWarm { .. } => row.hint("`forkd warm --list` shows what is"),
     }
-}
-
-pub(super) fn picture() -> Row {
-    Row::failed("draw the picture", "").hint("name a file in a directory that exists and can be written to")
 }
 
 pub(super) fn kvm(error: &KvmError) -> Row {
@@ -111,7 +105,7 @@ fn target(error: &TargetError) -> Row {
     }
 }
 
-fn template(error: &TemplateError) -> Row {
+pub(super) fn template(error: &TemplateError) -> Row {
     let row = Row::failed("fork", "");
     match error {
         TemplateError::Snapshot(error) => packs::snapshot(error),
@@ -131,63 +125,10 @@ fn template(error: &TemplateError) -> Row {
     }
 }
 
-pub(super) fn build(error: &SnapshotBuildError) -> Row {
-    let row = Row::failed("build", "");
-    match error {
-        SnapshotBuildError::Kernel(error) => super::describe_kernel(error),
-        SnapshotBuildError::Recipe(error) => super::describe_recipe(error),
-        SnapshotBuildError::Kvm(error) => kvm(error),
-        SnapshotBuildError::Spawn(_) => {
-            row.hint("check the limits on processes and memory (ulimit -u, ulimit -v)")
-        }
-        SnapshotBuildError::Snapshot(error) => packs::snapshot(error),
-        SnapshotBuildError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
-        SnapshotBuildError::RunDir(_) => row,
-        SnapshotBuildError::Build { source, console, .. } => row.console(console).hint(match source {
-            BuildError::NotReady { .. } => "mend the recipe's warm command; nothing was kept",
-            BuildError::Probe { .. } => "mend the recipe's probe or its warm command; nothing was kept",
-            BuildError::Timeout { .. } => {
-                "raise the recipe's readiness timeout if the guest is merely slow; nothing was kept"
-            }
-            _ => "nothing was kept",
-        }),
-    }
-}
-
-pub(super) fn trace(error: &RetraceError) -> Row {
-    const WHAT: &str = "record the working set";
-    let row = Row::failed(WHAT, "");
-    match error {
-        RetraceError::NoProbe { .. } | RetraceError::RecipeWithoutProbe { .. } => {
-            row.hint("say what forks are asked with --eval CODE, or name a recipe that does with --recipe")
-        }
-        RetraceError::Foreign => template(&TemplateError::Foreign),
-        RetraceError::Replaced { .. } => row.hint("run it again: it was left as it is now"),
-        RetraceError::Build(SnapshotBuildError::Build { console, .. }) => {
-            row.console(console).hint("the working set that was there is kept")
-        }
-        RetraceError::Build(error) => Row { what: WHAT, ..build(error) },
-        RetraceError::Host(error) => match error {
-            HostError::Kvm(error) => kvm(error),
-            HostError::Features { .. } | HostError::Vendor { .. } => {
-                row.hint("record it on a host with such a CPU")
-            }
-        },
-        RetraceError::Snapshot(error) => packs::snapshot(error),
-        RetraceError::Registry(error) => packs::registry(error),
-        RetraceError::Open(error) => packs::open(error),
-        RetraceError::Read(error) => packs::read(error),
-        RetraceError::Pack(error) => Row { what: WHAT, ..packs::pack(error) },
-        RetraceError::Workspace(error) => packs::workspace(row, error),
-        RetraceError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
-        RetraceError::RunDir(_) | RetraceError::Unpack(_) | RetraceError::Interrupted(_) => row,
-    }
-}
-
 pub(super) fn children(error: &ChildrenError) -> Row {
     let row = Row::failed("ask the child", "");
     match error {
-        ChildrenError::RunDir(error) => run_dir(error),
+        ChildrenError::RunDir(error) => row::run_dir(error),
         ChildrenError::Memory { .. } => row.hint("looking into a child's process takes root"),
         ChildrenError::NoImage { .. } => {
             row.hint("was it started by another version of forkd? Look at it with that one")
@@ -203,22 +144,10 @@ pub(super) fn children(error: &ChildrenError) -> Row {
     }
 }
 
-pub(super) fn run_dir(error: &RunDirError) -> Row {
-    let row = Row::failed("look at running children", "");
-    match error {
-        RunDirError::Paths(error) => super::describe_paths(error),
-        RunDirError::UnknownChild { .. } => {
-            Row::failed("find the child", "").hint("`forkd ps` lists those that run")
-        }
-        RunDirError::Dead { .. } => row.hint("`forkd cleanup` removes what it left"),
-        RunDirError::File { .. } | RunDirError::Malformed { .. } | RunDirError::Cgroup(_) => row,
-    }
-}
-
 pub(super) fn cleanup(error: &CleanupError) -> Row {
     match error {
-        CleanupError::Paths(error) => super::describe_paths(error),
-        CleanupError::RunDir(error) => run_dir(error),
+        CleanupError::Paths(error) => row::paths(error),
+        CleanupError::RunDir(error) => row::run_dir(error),
         CleanupError::Mounts(error) => packs::mounts(error),
         CleanupError::Snapshot(error) => packs::snapshot(error),
     }

@@ -6,7 +6,7 @@ use forkd_fs::store::{OpenError, ReadError};
 use forkd_fs::unpack::UnpackError;
 use forkd_fs::writer::WriteError;
 
-use super::Row;
+use super::row::{self, Row};
 use forkd_engine::build::pack::PackError;
 use forkd_engine::build::pull::PullError;
 use forkd_engine::build::repack::RepackError;
@@ -26,7 +26,7 @@ use forkd_engine::reference::InvalidReference;
 pub(super) fn snapshot(error: &SnapshotError) -> Row {
     let row = Row::failed("use the snapshot", "");
     match error {
-        SnapshotError::Paths(error) => super::describe_paths(error),
+        SnapshotError::Paths(error) => row::paths(error),
         SnapshotError::Unknown { .. } => row.hint("`forkd snapshots` lists what there is"),
         SnapshotError::Exists { .. } => row.hint("choose another --tag, or replace it with --force"),
         SnapshotError::Host { .. } => {
@@ -152,7 +152,7 @@ pub(super) fn inspect(error: &InspectError) -> Row {
         InspectError::Open(error) => open(error),
         InspectError::Read(error) => read(error),
         InspectError::Legacy(_) => Row::failed("unpack", ""),
-        InspectError::Picture(_) => super::machine::picture(),
+        InspectError::Picture(_) => row::picture(),
     }
 }
 
@@ -203,7 +203,7 @@ pub(super) fn mounts(error: &MountsError) -> Row {
         MountsError::NotMounted { .. } => Row::failed("unmount", ""),
         MountsError::Busy { .. } => Row::failed("unmount", "").hint("close them, or use --lazy"),
         MountsError::Unmount { .. } => Row::failed("unmount", ""),
-        MountsError::Paths(error) => super::describe_paths(error),
+        MountsError::Paths(error) => row::paths(error),
         MountsError::MountInfo(_) | MountsError::Record { .. } => row,
     }
 }
@@ -233,7 +233,7 @@ pub(super) fn pack(error: &PackError) -> Row {
 /// For a command that makes a pack.
 pub(super) fn workspace(row: Row, error: &WorkspaceError) -> Row {
     match error {
-        WorkspaceError::RunDir(RunDirError::Paths(error)) => super::describe_paths(error),
+        WorkspaceError::RunDir(RunDirError::Paths(error)) => row::paths(error),
         WorkspaceError::RunDir(_) => row,
         WorkspaceError::Place { .. } => row.hint("--out needs an existing directory that can be written to"),
     }
@@ -264,7 +264,7 @@ pub(super) fn repack(error: &RepackError) -> Row {
     let row = Row::failed(WHAT, "");
     match error {
         RepackError::Registry(error) => registry(error),
-        RepackError::RunDir(error) => super::machine::run_dir(error),
+        RepackError::RunDir(error) => row::run_dir(error),
         RepackError::Unpack(error) => Row { what: WHAT, ..unpack(error) },
         RepackError::Download(error) => download(row, error),
         RepackError::Pack(error) => Row { what: WHAT, ..pack(error) },

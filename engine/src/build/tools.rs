@@ -1,7 +1,7 @@
 //! External programs (make, apt-get, mmdebstrap, mkfs.erofs): run with their output watched, their failure explained,
 //! and an end when the user wants one, or when forkd itself is killed.
 //!
-//! Used by [`crate::build::kernel`] and [`crate::build::recipe`]. Knows nothing of what the programs do.
+//! Knows nothing of what the programs do.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;

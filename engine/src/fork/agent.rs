@@ -1,8 +1,7 @@
 //! The host's side of the agent's protocol: blocking, one request per connection, a limit on everything.
 //!
 //! The guest is not trusted. Frames are bounded by [`forkd_abi::protocol`], a `get` by its caller, and every request has a
-//! deadline that counts the whole request, so that a guest that answers a byte a second gains nothing by it. Used by
-//! the supervisor, the build and the tests.
+//! deadline that counts the whole request, so that a guest that answers a byte a second gains nothing by it.
 
 use std::io::{self, Read, Write};
 use std::net::Shutdown;

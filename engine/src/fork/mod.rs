@@ -5,6 +5,7 @@ pub mod ask;
 pub mod children;
 pub mod identity;
 pub mod pagemap;
+pub mod quiet;
 pub mod report;
 pub mod run;
 pub mod scratch;

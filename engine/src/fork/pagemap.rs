@@ -1,5 +1,4 @@
-//! What a process has of a file that it maps privately, page by page, as the kernel tells in /proc. Callers:
-//! `commands/fork_report.rs`, `commands/inspect/child.rs`.
+//! What a process has of a file that it maps privately, page by page, as the kernel tells in /proc.
 //!
 //! What is *mapped* can be more than what was touched: on a fault the kernel also maps pages around it that happen to be
 //! there (64 KiB by default). What is *private* was written to.

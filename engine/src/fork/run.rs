@@ -47,6 +47,23 @@ pub struct ForkRequest {
     pub started_ns: u64,
 }
 
+impl ForkRequest {
+    /// One child of `target`, which `name` names for people, without limits or network, asked `request`.
+    pub fn new(target: Target, name: &str, request: ChildRequest) -> ForkRequest {
+        ForkRequest {
+            target,
+            name: name.to_owned(),
+            children: ChildrenSpec::default(),
+            request,
+            eager: false,
+            cache: CacheOptions::default(),
+            timeline: None,
+            look_at_prefetched: false,
+            started_ns: monotonic_ns(),
+        }
+    }
+}
+
 /// Whoever has a fork done: shows its progress, lends it a runtime, and hears of what happens.
 pub trait ForkCaller: Progress {
     /// The async runtime. Children of what is at hand start before it is asked for: its threads would be in their way.

@@ -2,7 +2,7 @@
 //!
 //! What is known by its digest is downloaded into `downloads/SHA256.partial` in the cache directory, and an interrupted
 //! download goes on from there, whatever process or machine start comes between. What is not cannot: `forkd cleanup` removes
-//! it. Used by `pull`, `repack`, `cache gc` and `cleanup`.
+//! it.
 
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};

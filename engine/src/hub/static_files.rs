@@ -1,4 +1,4 @@
-//! Which file of the hub's folder a request may have, and the answer's head. Used by `serve`.
+//! Which file of the hub's folder a request may have, and the answer's head.
 //!
 //! Only `registry.json` and packs are served, only from the folder itself: a request names a plain file name or gets
 //! 404. Links are not followed, so what lies outside the folder stays outside.

@@ -2,7 +2,7 @@
 //!
 //! A mount is one of ours when its source in /proc/self/mountinfo starts with [`SOURCE_PREFIX`]. Its daemon's record in
 //! the run directory tells the hub and the process; a record without a mount is stale and goes. A mount whose daemon
-//! died answers every call with ENOTCONN: [`clear_dead`] detaches it. Used by `mount`, `umount`, `cleanup` and `fork`.
+//! died answers every call with ENOTCONN: [`clear_dead`] detaches it.
 
 use std::io;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};

@@ -56,12 +56,9 @@ pub struct Paths {
 }
 
 impl Paths {
-    /// Reads the environment.
-    pub fn from_env() -> Result<Paths, PathsError> {
-        Paths::resolve(|name| std::env::var_os(name).map(PathBuf::from), rustix::process::geteuid().as_raw())
-    }
-
-    fn resolve(variable: impl Fn(&str) -> Option<PathBuf>, user: u32) -> Result<Paths, PathsError> {
+    /// By the XDG base directory specification. `variable` looks variables of the environment up, `user` is the
+    /// effective user id.
+    pub fn resolve(variable: impl Fn(&str) -> Option<PathBuf>, user: u32) -> Result<Paths, PathsError> {
         // The specification: relative paths in these variables are to be ignored.
         let absolute = |name: &str| variable(name).filter(|path| path.is_absolute());
         let under_home = |name: &'static str, below: &str| {

@@ -50,11 +50,11 @@ pub enum StartError {
     Identity(#[from] IdentityError),
     /// A limit was asked for that this host cannot set.
     #[error(
-        "{option} cannot be kept: this host has no cgroup (version 2) with a {controller} limit to hand on"
+        "a limit on {resource} cannot be kept: this host has no cgroup (version 2) with a {controller} limit to hand on"
     )]
     NoLimit {
-        /// What was asked for.
-        option: &'static str,
+        /// What was to be limited.
+        resource: &'static str,
         /// What is missing.
         controller: &'static str,
     },

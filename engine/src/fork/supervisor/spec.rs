@@ -20,6 +20,14 @@ pub struct ChildrenSpec {
     pub limits: ResourceLimits,
 }
 
+/// One child, without anything of its own.
+impl Default for ChildrenSpec {
+    fn default() -> ChildrenSpec {
+        let (variables, network) = (Variables::default(), NetworkMode::None);
+        ChildrenSpec { count: 1, variables, network, limits: ResourceLimits::default() }
+    }
+}
+
 /// What each child may take of the host, where that was asked for.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ResourceLimits {
@@ -33,13 +41,11 @@ impl ResourceLimits {
     /// Nobody is to believe in a limit that is not there.
     pub(super) fn check(&self, zygote: &Zygote) -> Result<(), StartError> {
         let controllers = zygote.cgroups().map_or(&[][..], |cgroups| &cgroups.controllers);
-        let asked = [
-            (self.memory_mib.is_some(), "--memory-limit-mib", "memory"),
-            (self.cpus.is_some(), "--cpus", "cpu"),
-        ];
-        for (asked, option, controller) in asked {
+        let asked =
+            [(self.memory_mib.is_some(), "memory", "memory"), (self.cpus.is_some(), "processors", "cpu")];
+        for (asked, resource, controller) in asked {
             if asked && !controllers.contains(&controller) {
-                return Err(StartError::NoLimit { option, controller });
+                return Err(StartError::NoLimit { resource, controller });
             }
         }
         Ok(())

@@ -1,0 +1,125 @@
+//! Arguments of the commands that make kernels, snapshots and traces.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand};
+
+use super::shared::{CacheArgs, HubSource};
+
+/// `forkd kernel`.
+#[derive(Debug, Subcommand)]
+pub enum KernelVerb {
+    /// Build vmlinux from the distribution's kernel source; cached by configuration and source
+    Build(KernelBuildArgs),
+    /// Print the path of the kernel that was built
+    Path,
+}
+
+/// `forkd kernel build`.
+#[derive(Debug, Args)]
+pub struct KernelBuildArgs {
+    /// An unpacked kernel source tree to use instead of the distribution's package
+    #[arg(long, value_name = "DIR")]
+    pub source: Option<PathBuf>,
+    /// Compiler processes at a time [default: the number of CPUs]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub jobs: Option<u32>,
+    /// Build even when a kernel of this configuration is cached
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `forkd build`.
+#[derive(Debug, Args)]
+pub struct BuildArgs {
+    /// The recipe: a folder with recipe.toml, or that file
+    pub recipe: PathBuf,
+    /// The snapshot's name [default: the recipe's name]
+    #[arg(long)]
+    pub tag: Option<String>,
+    /// A guest kernel (vmlinux) to use instead of the one `forkd kernel build` made
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Replace a snapshot of that name
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `forkd snapshot`.
+#[derive(Debug, Args)]
+pub struct SnapshotArgs {
+    /// The snapshot's name
+    #[arg(long)]
+    pub tag: String,
+    /// The guest kernel: a vmlinux, or a bzImage as distributions ship it
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// An initramfs for it, whose /init makes the root disk (/dev/pmem0) the root and executes /forkd/agent
+    ///
+    /// Kernels whose drivers are modules need one; the kernel of `forkd kernel build` does not.
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The root disk, an EROFS image
+    #[arg(long, value_name = "FILE")]
+    pub rootfs: PathBuf,
+    /// Guest memory in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 512, visible_alias = "mem-size-mib",
+          value_parser = clap::value_parser!(u32).range(64..=16_384))]
+    pub memory: u32,
+    /// Guest CPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
+    pub vcpus: u32,
+    /// Size of each copy's empty scratch disk (/dev/vda) in MiB; 0 for none
+    #[arg(long, value_name = "MIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=65_536))]
+    pub scratch: u32,
+    /// Give the machine a second console, /dev/hvc0, with the serial port's output
+    #[arg(long)]
+    pub second_console: bool,
+    /// The command to start before the snapshot; it prints {"ready":true} when warm
+    #[arg(long, value_name = "CMD")]
+    pub warm: Option<String>,
+    /// Replace a snapshot of that name
+    #[arg(long)]
+    pub force: bool,
+}
+
+/// `forkd rmi`.
+#[derive(Debug, Args)]
+pub struct RmiArgs {
+    /// The snapshots to remove
+    #[arg(required = true, value_name = "TAG")]
+    pub tags: Vec<String>,
+}
+
+/// `forkd trace`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("what").required(true).args(["target", "tag"]))]
+pub struct TraceArgs {
+    /// A pack, of which --out becomes a copy with the new working set: a file, an http(s):// URL, or a name of the hub
+    #[arg(value_name = "FILE|URL|REF", requires = "out")]
+    pub target: Option<String>,
+    /// A local snapshot, whose working set is replaced
+    #[arg(long)]
+    pub tag: Option<String>,
+    /// What forks are asked while it is recorded [default: the probe that the snapshot was built with]
+    #[arg(long, value_name = "CODE", conflicts_with = "recipe")]
+    pub eval: Option<String>,
+    /// Take the probe of this recipe: a folder with recipe.toml, or that file
+    #[arg(long, value_name = "RECIPE")]
+    pub recipe: Option<PathBuf>,
+    /// The new pack, by convention NAME.forkd-snapshot.tar.zst
+    #[arg(short, long, value_name = "FILE", conflicts_with = "tag")]
+    pub out: Option<PathBuf>,
+    /// zstd level of the new pack
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=22))]
+    pub level: i32,
+    /// Replace the new pack's file when it exists
+    #[arg(long)]
+    pub force: bool,
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+}

@@ -1,0 +1,190 @@
+//! The command line: every verb and flag. Nothing else uses clap.
+//!
+//! Commands receive the plain structs below; they never see clap's types.
+#![allow(rustdoc::broken_intra_doc_links, reason = "help texts have brackets that are no links")]
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+
+mod builds;
+mod copies;
+mod packs;
+mod shared;
+
+pub use builds::{BuildArgs, KernelBuildArgs, KernelVerb, RmiArgs, SnapshotArgs, TraceArgs};
+pub use copies::{EvalArgs, ExecArgs, ForkArgs, KillArgs, LogsArgs, WarmArgs};
+pub use packs::{
+    CacheGcArgs, CacheVerb, HubVerb, ImagesArgs, InspectArgs, MountArgs, PackArgs, PublishArgs, PullArgs,
+    RepackArgs, ServeArgs, UmountArgs, UnpackArgs,
+};
+pub use shared::{CacheArgs, HubSource};
+
+/// A parsed command line.
+#[derive(Debug, Parser)]
+#[command(
+    name = "forkd",
+    version,
+    about = "Starts copies of already-running Linux machines from packs it has not finished downloading",
+    after_long_help = "Examples:\n  \
+        forkd mount /mnt/forkd --hub http://127.0.0.1:8717/\n  \
+        forkd fork deeplethe/python-numpy -n 3 --eval 'numpy.zeros(5).tolist()'\n  \
+        forkd inspect deeplethe/python-numpy\n\n\
+        Exit status: 0 done, 1 failed, 2 wrong usage.\n\n\
+        Environment: FORKD_HUB_URL (the hub), FORKD_LOG (log filter), NO_COLOR (plain log lines), XDG_DATA_HOME, XDG_CACHE_HOME, \
+        XDG_RUNTIME_DIR (where snapshots, chunks and run state live).",
+    disable_help_subcommand = true,
+    arg_required_else_help = true
+)]
+pub struct Invocation {
+    /// Print one JSON document on stdout instead of text
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Log more to stderr (repeat for debug and trace)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Every verb.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Check this machine: KVM, userfaultfd, FUSE, kernel source, disk space
+    Doctor,
+    /// Build the guest kernel, or say where it is
+    #[command(subcommand)]
+    Kernel(KernelVerb),
+    /// Build a recipe: root disk, boot, warm up, probe, snapshot
+    Build(BuildArgs),
+    /// Boot a root disk and snapshot it, without a recipe
+    Snapshot(SnapshotArgs),
+    /// List local snapshots
+    Snapshots,
+    /// Remove local snapshots
+    Rmi(RmiArgs),
+    /// Pack a local snapshot into one file
+    Pack(PackArgs),
+    /// Unpack a pack into a local snapshot
+    Unpack(UnpackArgs),
+    /// Turn a pack of any format version into one of this version
+    Repack(RepackArgs),
+    /// Record anew which pages a fork touches, which are fetched first
+    Trace(TraceArgs),
+    /// Show what is in a pack without downloading it
+    Inspect(InspectArgs),
+    /// Publish packs and serve them
+    #[command(subcommand)]
+    Hub(HubVerb),
+    /// Download a pack completely into a local snapshot
+    Pull(PullArgs),
+    /// List the packages of the hub and the local snapshots
+    Images(ImagesArgs),
+    /// Mount the hub's packs as files, read on demand
+    Mount(MountArgs),
+    /// Unmount what `forkd mount` mounted
+    Umount(UmountArgs),
+    /// Look after the chunk cache
+    #[command(subcommand)]
+    Cache(CacheVerb),
+    /// Start copies of a snapshot
+    Fork(ForkArgs),
+    /// Keep a snapshot's image in memory, so that forks of it start at once
+    Warm(WarmArgs),
+    /// List running children
+    Ps,
+    /// Run a command in a running child
+    Exec(ExecArgs),
+    /// Evaluate code in a running child's warm worker
+    Eval(EvalArgs),
+    /// Print a child's console, or a snapshot's: what its machine printed while it was built
+    Logs(LogsArgs),
+    /// Stop running children
+    Kill(KillArgs),
+    /// Remove what dead processes left: mounts, sockets, temporary files and directories
+    Cleanup,
+    /// Print a completion script for a shell
+    Completions(CompletionsArgs),
+}
+
+/// `forkd completions`.
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// bash, zsh, fish, elvish or powershell
+    pub shell: clap_complete::Shell,
+}
+
+/// Why parsing ended without a command to run: help was asked for, or the usage was wrong.
+#[derive(Debug)]
+pub struct Stop(clap::Error);
+
+impl Stop {
+    /// Prints the help (stdout, exit 0) or the complaint (stderr, exit 2).
+    pub fn print(&self) -> ExitCode {
+        let _ = self.0.print();
+        ExitCode::from(u8::try_from(self.0.exit_code()).unwrap_or(2))
+    }
+}
+
+/// Parses a command line, the program's name first.
+pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, Stop> {
+    Invocation::try_parse_from(arguments).map_err(Stop)
+}
+
+/// The completion script for a shell.
+pub fn completion_script(arguments: &CompletionsArgs) -> Vec<u8> {
+    let mut script = Vec::new();
+    clap_complete::generate(arguments.shell, &mut Invocation::command(), "forkd", &mut script);
+    script
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &[&str]) -> Result<Invocation, Stop> {
+        parse(std::iter::once("forkd").chain(line.iter().copied()).map(OsString::from))
+    }
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Invocation::command().debug_assert();
+    }
+
+    #[test]
+    fn fork_takes_a_reference_or_a_tag_and_eval_or_exec() {
+        let invocation = parsed(&["fork", "o/n", "-n", "3", "--exec", "--", "ls", "-l"]).unwrap();
+        let Verb::Fork(fork) = invocation.verb else { panic!("not fork") };
+        assert_eq!((fork.count, fork.command), (3, vec!["ls".to_owned(), "-l".to_owned()]));
+        for bad in [
+            &["fork"][..],
+            &["fork", "o/n", "--tag", "t"],
+            &["fork", "o/n", "-n", "0"],
+            &["fork", "o/n", "-n", "10000"],
+            &["fork", "o/n", "--exec"],
+            &["fork", "o/n", "--env", "A"],
+            &["fork", "o/n", "--vary", "=a,b"],
+            &["fork", "o/n", "--net", "everything"],
+            &["fork", "o/n", "--eval", "1", "--exec", "--", "ls"],
+            &["kill"],
+            &["kill", "--all", "a"],
+            &["logs"],
+            &["logs", "a-1", "--tag", "t"],
+        ] {
+            assert!(parsed(bad).is_err(), "{bad:?} was taken");
+        }
+    }
+
+    #[test]
+    fn images_takes_hub_with_and_without_a_value() {
+        let hub = |line: &[&str]| match parsed(line).unwrap().verb {
+            Verb::Images(images) => images.hub,
+            other => panic!("not images: {other:?}"),
+        };
+        assert_eq!(hub(&["images"]), None);
+        assert_eq!(hub(&["images", "--hub"]), Some(None));
+        assert_eq!(hub(&["images", "--hub", "/srv"]), Some(Some("/srv".to_owned())));
+    }
+}
