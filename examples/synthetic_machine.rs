@@ -11,7 +11,7 @@
 //! bare, and its guest prints after every read how long it took by its own time stamp counter, in units of 16 ticks, four
 //! bytes each. The counter's frequency goes to stdout as JSON.
 
-use forkd_engine::local::snapshots::{self, Configuration};
+use forkd_engine::local::snapshots::{self, MachineConfiguration};
 use forkd_fs::manifest::{KvmKind as ManifestKind, Manifest, Requires};
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_vmm::devices::bus::Peripherals;
@@ -178,7 +178,7 @@ fn trace(wanted: &Wanted, memory: &File) -> Result<(), Failure> {
 }
 
 fn describe(wanted: &Wanted, layout: MemoryLayout, kind: KvmKind) -> Result<(), Failure> {
-    let configuration = serde_json::to_vec_pretty(&Configuration::new(layout, 1, kind, 0))?;
+    let configuration = serde_json::to_vec_pretty(&MachineConfiguration::new(layout, 1, kind, 0))?;
     fs::write(wanted.dir.join(snapshots::CONFIGURATION), configuration)?;
     let manifest = Manifest {
         probe: None,

@@ -79,7 +79,7 @@ pub enum TargetError {
 
 /// Stages of opening a pack that take a round trip.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Stage {
+pub enum OpenStage {
     /// The registry is read.
     Registry,
     /// The index is verified.
@@ -96,7 +96,7 @@ pub struct OpenOptions {
 }
 
 /// What a target leads to.
-pub struct Opened {
+pub struct OpenedTarget {
     /// What the target was when it was opened: owner/name@version for a package of the hub, otherwise as it was named.
     pub resolved: String,
     /// Where its files are.
@@ -115,19 +115,19 @@ pub enum Origin {
 
 /// Where a pack is.
 #[derive(Debug, Clone)]
-pub enum Location {
+pub enum LocatedPack {
     /// At a path or URL that the user named.
     Direct(PackLocation),
     /// Where a hub's registry says.
     Registered(Box<Resolved>),
 }
 
-impl Location {
+impl LocatedPack {
     /// Path or URL, and what is known of the pack.
     pub fn pack(&self) -> &PackLocation {
         match self {
-            Location::Direct(location) => location,
-            Location::Registered(resolved) => &resolved.location,
+            LocatedPack::Direct(location) => location,
+            LocatedPack::Registered(resolved) => &resolved.location,
         }
     }
 }
@@ -173,8 +173,8 @@ impl Target {
     }
 
     /// Finds the pack that it names. A local snapshot is none: it is looked for where packs of its name would be.
-    pub async fn locate(&self, paths: &Paths, http: &HttpClient) -> Result<Location, RegistryError> {
-        let direct = |source| Location::Direct(PackLocation { source, size: None, index: None });
+    pub async fn locate(&self, paths: &Paths, http: &HttpClient) -> Result<LocatedPack, RegistryError> {
+        let direct = |source| LocatedPack::Direct(PackLocation { source, size: None, index: None });
         let (hub, reference) = match self {
             Target::Tag(tag) => return Ok(direct(PackSource::Path(tag.into()))),
             Target::File(path) => return Ok(direct(PackSource::Path(path.clone()))),
@@ -186,7 +186,7 @@ impl Target {
             Target::MountFolder { hub, reference, .. } => (Some(hub.as_str()), reference),
         };
         let resolved = client::catalogue(paths, hub, http).await?.resolve(reference)?;
-        Ok(Location::Registered(Box::new(resolved)))
+        Ok(LocatedPack::Registered(Box::new(resolved)))
     }
 
     /// Opens it to fork from it; `reached` is called as stages are done. `name` is what people call it.
@@ -195,10 +195,10 @@ impl Target {
         paths: &Paths,
         name: &str,
         options: OpenOptions,
-        mut reached: impl FnMut(Stage),
-    ) -> Result<Opened, TargetError> {
+        mut reached: impl FnMut(OpenStage),
+    ) -> Result<OpenedTarget, TargetError> {
         let directory =
-            |dir| Opened { resolved: name.to_owned(), origin: Origin::Directory(dir), cache: None };
+            |dir| OpenedTarget { resolved: name.to_owned(), origin: Origin::Directory(dir), cache: None };
         let http = client::http_client(paths);
         let (mut resolved, mut head_bytes) = (name.to_owned(), HEAD_BYTES);
         let registered = match self {
@@ -222,7 +222,7 @@ impl Target {
             (Some((hub, reference)), _) => {
                 client::preconnect(hub, &http);
                 let catalogue = client::catalogue(paths, hub, &http).await?;
-                reached(Stage::Registry);
+                reached(OpenStage::Registry);
                 let found = client::warn_unpinned(catalogue.resolve(reference)?);
                 resolved = catalogue.settled(&found).to_string();
                 head_bytes = found.entry.head_size.unwrap_or(0).clamp(HEAD_BYTES, HEAD_BYTES_MAX);
@@ -238,8 +238,8 @@ impl Target {
         };
         let cache = options.cache.clone();
         let store = Store::open(location, options).await?;
-        reached(Stage::Index);
-        Ok(Opened { resolved, origin: Origin::Pack(store), cache })
+        reached(OpenStage::Index);
+        Ok(OpenedTarget { resolved, origin: Origin::Pack(store), cache })
     }
 }
 

@@ -7,7 +7,7 @@ use clap::{ArgGroup, Args};
 use forkd_engine::fork::ask::ChildRequest;
 use forkd_engine::fork::run::ForkRequest;
 use forkd_engine::fork::supervisor::{ChildrenSpec, ResourceLimits};
-use forkd_engine::fork::variables::{self, Variable, Variables, Varied};
+use forkd_engine::fork::variables::{self, Variable, Variables, VariedVariable};
 use forkd_engine::local::paths::Paths;
 use forkd_engine::network::wire::NetworkMode;
 use forkd_engine::target::Target;
@@ -41,7 +41,7 @@ pub struct ForkArgs {
     pub env: Vec<Variable>,
     /// NAME=A,B,C: the first copy gets A, the second B, and after C comes A again (repeatable)
     #[arg(long, value_name = "NAME=A,B,C", value_parser = variables::parse_varied)]
-    pub vary: Vec<Varied>,
+    pub vary: Vec<VariedVariable>,
     /// Connect each copy's network device: `isolated` leads to a namespace of the copy's own and no further
     #[arg(long, value_name = "MODE", default_value = "none",
           value_parser = PossibleValuesParser::new(NetworkMode::NAMES).try_map(|name| name.parse::<NetworkMode>()))]

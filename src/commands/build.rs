@@ -9,7 +9,7 @@ use crate::failure::CommandError;
 use crate::interrupt;
 use crate::output::Output;
 use crate::units::show_size;
-use forkd_engine::build::machine::Step;
+use forkd_engine::build::machine::BuildStep;
 use forkd_engine::build::snapshot::{
     BuildCaller, BuiltSnapshot, RecipeRequest, RootDiskRequest, build_recipe, build_root_disk,
 };
@@ -82,13 +82,13 @@ impl Progress for Caller<'_> {
 }
 
 impl BuildCaller for Caller<'_> {
-    fn on_step(&self, step: Step) {
+    fn on_step(&self, step: BuildStep) {
         let text = match step {
-            Step::Boot => "booting the guest",
-            Step::Warm => "waiting until the warm command is ready",
-            Step::Probe => "probing the warm state",
-            Step::Save => "saving memory and state",
-            Step::Trace => "restoring it a few times to record what a fork touches",
+            BuildStep::Boot => "booting the guest",
+            BuildStep::Warm => "waiting until the warm command is ready",
+            BuildStep::Probe => "probing the warm state",
+            BuildStep::Save => "saving memory and state",
+            BuildStep::Trace => "restoring it a few times to record what a fork touches",
         };
         self.output.note(format_args!("{:>6.1} s  {text}", self.started.elapsed().as_secs_f64()));
     }

@@ -14,7 +14,7 @@ use crate::units::show_size;
 use forkd_engine::hub::cached::{self, CachedPack};
 use forkd_engine::hub::client;
 use forkd_engine::hub::download;
-use forkd_engine::local::paths::{Paths, PathsError};
+use forkd_engine::local::paths::PathsError;
 use forkd_engine::progress::{Amount, Progress};
 
 /// What `forkd cache ls` prints.

@@ -12,7 +12,7 @@ use crate::runtime::{end_on_signal, runtime};
 use crate::units::{show_since, show_size};
 use forkd_engine::chain::chain;
 use forkd_engine::fork::report::ForkReport;
-use forkd_engine::fork::run::{ForkCaller, Forked, fork};
+use forkd_engine::fork::run::{AnsweredFork, ForkCaller, fork};
 use forkd_engine::fork::supervisor::{Supervisor, process_start_ns};
 use forkd_engine::fork::variables::Variables;
 use forkd_engine::fork::warm::WarmStatus;
@@ -97,7 +97,7 @@ pub fn run(args: &ForkArgs, early: EarlyZygote, output: &Output) -> Result<ExitC
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn stay(forked: &mut Forked, detached: bool, output: &Output) {
+fn stay(forked: &mut AnsweredFork, detached: bool, output: &Output) {
     if !detached {
         output.note("children run until Ctrl-C; `forkd exec ID -- CMD` reaches them");
     }

@@ -7,15 +7,15 @@ use crate::failure::CommandError;
 use crate::output::Output;
 use crate::runtime::runtime;
 use crate::units::show_size;
-use forkd_engine::hub::publish::{Contents, Publication, publish};
+use forkd_engine::hub::publish::{PackContents, PublishRequest, publish};
 use forkd_engine::progress::{Amount, Progress};
 
 /// Reads what the pack is, then copies it in and enters it.
 pub fn run(args: &PublishArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let package = args.name.parse()?;
-    let contents = runtime().map_err(CommandError::Runtime)?.block_on(Contents::read(&args.pack))?;
+    let contents = runtime().map_err(CommandError::Runtime)?.block_on(PackContents::read(&args.pack))?;
     let progress = output.begin("publishing", Amount::Unknown);
-    let publication = Publication {
+    let publication = PublishRequest {
         pack: &args.pack,
         hub: &args.hub,
         package,

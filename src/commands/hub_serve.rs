@@ -11,7 +11,7 @@ use crate::interrupt::stop_signal;
 use crate::output::Output;
 use crate::runtime::runtime;
 use forkd_engine::hub::serve::{ServeOptions, Server};
-use forkd_engine::hub::shape::Shape;
+use forkd_engine::hub::shape::LinkShape;
 
 #[derive(Serialize)]
 struct Listening {
@@ -25,7 +25,7 @@ pub fn run(args: &ServeArgs, output: &Output) -> Result<ExitCode, CommandError> 
         let server = Server::bind(ServeOptions {
             root: args.dir.clone(),
             listen: args.listen,
-            shape: Shape { rtt: args.rtt, bandwidth: args.bandwidth },
+            shape: LinkShape { rtt: args.rtt, bandwidth: args.bandwidth },
             access_log: args.access_log.clone(),
         })
         .await?;

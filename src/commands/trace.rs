@@ -8,7 +8,7 @@ use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::{show_share, show_size};
-use forkd_engine::build::trace::{RetraceReport, RetraceRequest, Share, retrace};
+use forkd_engine::build::trace::{RetraceReport, RetraceRequest, WorkingSetShare, retrace};
 use forkd_engine::target::Target;
 
 /// Records.
@@ -33,7 +33,7 @@ pub fn run(args: &TraceArgs, output: &Output) -> Result<ExitCode, CommandError> 
 fn show(report: &RetraceReport) -> String {
     let RetraceReport { name, before, after, common_pages, .. } = report;
     let mut rows = vec![["", ">BEFORE", ">AFTER"].map(str::to_owned).to_vec()];
-    let mut row = |what: &str, of: &dyn Fn(&Share) -> Option<String>| {
+    let mut row = |what: &str, of: &dyn Fn(&WorkingSetShare) -> Option<String>| {
         let before = before.as_ref().and_then(of).unwrap_or_else(|| "-".to_owned());
         rows.push(vec![what.to_owned(), before, of(after).unwrap_or_else(|| "-".to_owned())]);
     };

@@ -47,7 +47,7 @@ fn watch(args: &UmountArgs) -> Result<ExitCode, CommandError> {
     // The daemon's connection to the kernel may outlive its end of the pipe by a moment.
     for _ in 0..50 {
         let Ok(mount) = mounts::find(&args.dir) else { break };
-        let successor = |record: &mounts::Record| {
+        let successor = |record: &mounts::MountRecord| {
             record.mountpoint == mount.mountpoint && Some(record.pid) != daemon && !mount.is_dead()
         };
         if mounts::records(&paths).iter().any(successor) {

@@ -7,8 +7,8 @@ use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::runtime::{end_on_signal, runtime};
 use crate::units::{show_since, show_size};
-use forkd_engine::fork::warm::hold::{self, Answers, HoldError, load};
-use forkd_engine::fork::warm::{Daemon, WarmError, WarmSocket, WarmStatus};
+use forkd_engine::fork::warm::hold::{self, DaemonAnswers, HoldError, load};
+use forkd_engine::fork::warm::{WarmDaemon, WarmError, WarmSocket, WarmStatus};
 use forkd_engine::local::paths::Paths;
 use forkd_engine::target::Target;
 use std::process::ExitCode;
@@ -52,7 +52,7 @@ fn keep(
     let loaded = load(paths, target, &name, args.cache.options(), runtime.handle(), output)?;
     // The name of a replaced snapshot leads elsewhere by now; what was opened is what is served, under what it was asked for.
     let mut daemon =
-        Daemon::start(paths, socket, name, loaded.resolved, &loaded.template).map_err(HoldError::from)?;
+        WarmDaemon::start(paths, socket, name, loaded.resolved, &loaded.template).map_err(HoldError::from)?;
     end_on_signal(&runtime, daemon.remover());
     output.report(daemon.status(), |status| {
         format!(
@@ -71,7 +71,7 @@ fn keep(
 }
 
 fn list(paths: &Paths, output: &Output) -> Result<ExitCode, CommandError> {
-    let Answers { held, unanswered } = hold::list(paths);
+    let DaemonAnswers { held, unanswered } = hold::list(paths);
     output.report(&held, |held: &Vec<WarmStatus>| {
         let mut rows =
             vec![["NAME", "IMAGE", "LOADED", ">MEMORY", ">FORKS", ">PID"].map(str::to_owned).to_vec()];
@@ -90,7 +90,7 @@ fn list(paths: &Paths, output: &Output) -> Result<ExitCode, CommandError> {
     exit(unanswered)
 }
 
-fn report_stopped(stopped: Answers, output: &Output) -> Result<ExitCode, CommandError> {
+fn report_stopped(stopped: DaemonAnswers, output: &Output) -> Result<ExitCode, CommandError> {
     output.report(&stopped.held, |stopped| {
         stopped.iter().map(|held| format!("{} is no longer warm\n", held.name)).collect()
     });

@@ -10,7 +10,6 @@ use forkd_engine::fork::template::TemplateError;
 use forkd_engine::fork::warm::hold::HoldError;
 use forkd_engine::fork::warm::{WarmError, WarmKeyError};
 use forkd_engine::local::host::HostError;
-use forkd_engine::local::run_dir::RunDirError;
 use forkd_engine::network::wire::NetworkError;
 use forkd_engine::target::TargetError;
 use forkd_vmm::kvm::KvmError;

@@ -17,10 +17,7 @@ use row::{LAST_WORDS, LIMITS, Row};
 
 use crate::failure::CommandError;
 use crate::output::Output;
-use forkd_engine::build::kernel::KernelError;
-use forkd_engine::build::recipe::RecipeError;
 use forkd_engine::chain::{causes, chain, plain};
-use forkd_engine::local::paths::PathsError;
 
 /// The table.
 fn describe(error: &CommandError) -> Row {
@@ -94,6 +91,7 @@ mod tests {
     use super::*;
     use forkd_engine::build::machine::BuildError;
     use forkd_engine::build::snapshot::SnapshotBuildError;
+    use forkd_engine::local::paths::PathsError;
 
     #[test]
     fn causes_are_chained_once_and_control_characters_dropped() {

@@ -32,7 +32,7 @@ mod error;
 mod source;
 
 pub use error::KernelError;
-use source::Source;
+use source::KernelSource;
 
 /// Our configuration: the values that differ from the kernel's own defaults.
 pub const CONFIG: &str = include_str!("../../../guest/kernel/forkd_x86_64.config");
@@ -205,7 +205,7 @@ fn work_directory(cache: &Path) -> Result<WorkDir, KernelError> {
 
 /// Unpacks, configures and compiles; returns the path of vmlinux below `work`.
 fn compile(
-    source: &Source,
+    source: &KernelSource,
     work: &Path,
     log_path: &Path,
     jobs: Option<u32>,

@@ -5,7 +5,7 @@ use crate::build::recipe::Probe;
 use crate::fork::agent::ClientError;
 use crate::fork::scratch::Scratch;
 use crate::interrupt::Interrupt;
-use crate::local::snapshots::{self, Configuration, SnapshotError, file_error};
+use crate::local::snapshots::{self, MachineConfiguration, SnapshotError, file_error};
 use forkd_abi::generation::Generation;
 use forkd_abi::protocol::{Status, WARM_PARAMETER, WarmCommand, WorkerState};
 use forkd_vmm::cgroup::Limits;
@@ -26,8 +26,8 @@ mod error;
 pub mod recording;
 mod rig;
 
-pub use error::{BuildError, Failure};
-use recording::Trials;
+pub use error::{BuildError, BuildFailure};
+use recording::TrialOptions;
 pub use rig::Machines;
 use rig::{BuildMachine, PAGE, REQUEST_TIMEOUT, open, run_probe};
 
@@ -35,7 +35,7 @@ use rig::{BuildMachine, PAGE, REQUEST_TIMEOUT, open, run_probe};
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
 /// What to build.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub struct MachineRequest<'a> {
     /// Guest kernel (vmlinux or bzImage).
     pub kernel: &'a Path,
     /// Initramfs for it.
@@ -62,7 +62,7 @@ pub struct Request<'a> {
 
 /// Where a build is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Step {
+pub enum BuildStep {
     /// The kernel boots.
     Boot,
     /// The warm command starts.
@@ -78,10 +78,10 @@ pub enum Step {
 /// Builds a snapshot into the directory `into`: all its files but the manifest.
 pub fn build(
     machines: &Machines,
-    request: &Request<'_>,
+    request: &MachineRequest<'_>,
     into: &Path,
-    mut step: impl FnMut(Step),
-) -> Result<Configuration, Failure> {
+    mut step: impl FnMut(BuildStep),
+) -> Result<MachineConfiguration, BuildFailure> {
     // The machine boots from the snapshot's own copy: padded to whole regions, and nobody else's to change.
     let root_disk_path = into.join(snapshots::ROOT_DISK);
     copy_sparse(&open(request.root_disk)?, &root_disk_path, PMEM_ALIGN)
@@ -91,24 +91,25 @@ pub fn build(
     let layout = MemoryLayout::new(request.memory_mib, size)?;
     let ram = create_image("forkd-ram", layout.ram_bytes())?;
 
-    step(Step::Boot);
+    step(BuildStep::Boot);
     let machine = boot(machines, request, layout, &ram, &root_disk.into())?;
     let vmstate = warm_up(&machine, request, &mut step).map_err(|error| machine.failed(error))?;
     console::keep(&machine.console, &into.join(snapshots::CONSOLE))?;
     drop(machine);
-    let configuration = Configuration::new(layout, request.vcpus, KvmKind::detect(), request.scratch.mib);
+    let configuration =
+        MachineConfiguration::new(layout, request.vcpus, KvmKind::detect(), request.scratch.mib);
     save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
-    step(Step::Trace);
-    let Request { probe, scratch, interrupt, .. } = *request;
-    recording::record(machines, &configuration, into, into, &Trials { probe, scratch, interrupt })?;
+    step(BuildStep::Trace);
+    let MachineRequest { probe, scratch, interrupt, .. } = *request;
+    recording::record(machines, &configuration, into, into, &TrialOptions { probe, scratch, interrupt })?;
     Ok(configuration)
 }
 
 /// Starts the machine.
 fn boot<'a>(
     machines: &Machines,
-    request: &Request<'a>,
+    request: &MachineRequest<'a>,
     layout: MemoryLayout,
     ram: &OwnedFd,
     root_disk: &OwnedFd,
@@ -138,17 +139,17 @@ fn boot<'a>(
 /// From the first instruction to the snapshot, whose vmstate it returns.
 fn warm_up(
     machine: &BuildMachine<'_>,
-    request: &Request<'_>,
-    step: &mut impl FnMut(Step),
+    request: &MachineRequest<'_>,
+    step: &mut impl FnMut(BuildStep),
 ) -> Result<OwnedFd, BuildError> {
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
-    step(Step::Warm);
+    step(BuildStep::Warm);
     wait_until_warm(machine, request.ready_timeout)?;
     if let Some(probe) = request.probe {
-        step(Step::Probe);
+        step(BuildStep::Probe);
         run_probe(machine.agent("probing")?, probe)?;
     }
-    step(Step::Save);
+    step(BuildStep::Save);
     let asked = machine.agent("taking the snapshot")?.snapshot(REQUEST_TIMEOUT);
     asked.map_err(|source| BuildError::Agent { doing: "taking the snapshot", source })?;
     let vmstate = machine.wait("taking the snapshot", REQUEST_TIMEOUT, |report, mut fds| match report {
@@ -163,7 +164,7 @@ fn warm_up(
     Ok(vmstate)
 }
 
-fn command_line(request: &Request<'_>) -> Result<String, BuildError> {
+fn command_line(request: &MachineRequest<'_>) -> Result<String, BuildError> {
     let Some(warm) = request.warm else { return Ok(String::new()) };
     let parameter = warm.to_parameter().map_err(BuildError::WarmCommand)?;
     Ok(format!("{WARM_PARAMETER}={parameter}"))
@@ -194,7 +195,12 @@ fn wait_until_warm(machine: &BuildMachine<'_>, timeout: Duration) -> Result<(), 
     }
 }
 
-fn save(into: &Path, configuration: &Configuration, vmstate: &File, ram: &File) -> Result<(), SnapshotError> {
+fn save(
+    into: &Path,
+    configuration: &MachineConfiguration,
+    vmstate: &File,
+    ram: &File,
+) -> Result<(), SnapshotError> {
     let path = into.join(snapshots::CONFIGURATION);
     let text = serde_json::to_vec_pretty(configuration).map_err(SnapshotError::Configuration)?;
     std::fs::write(&path, text).map_err(file_error("writing", &path))?;

@@ -128,7 +128,7 @@ pub struct Recipe {
     #[serde(default)]
     pub description: String,
     /// The distribution's part of the root disk.
-    pub base: Base,
+    pub base: RecipeBase,
     /// Files of the recipe's own.
     #[serde(default)]
     pub files: Vec<RecipeFile>,
@@ -161,7 +161,7 @@ pub struct Recipe {
 /// What the distribution provides.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Base {
+pub struct RecipeBase {
     /// Debian's name for a release: "bookworm".
     pub suite: String,
     /// Packages beside the essential ones.
@@ -326,7 +326,7 @@ fn check_name(name: &str) -> Result<(), String> {
     }
 }
 
-impl Base {
+impl RecipeBase {
     fn check(&self) -> Result<(), (&'static str, String)> {
         let word = |text: &str, extra: &str| {
             let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || extra.contains(c);

@@ -30,7 +30,7 @@ use crate::local::run_dir::{RunDir, RunDirError};
 use crate::local::snapshots::FOREIGN_MACHINE;
 use crate::local::workspace::{Workspace, WorkspaceError};
 use crate::progress::{Amount, Progress, Task};
-use crate::target::{Location, Target};
+use crate::target::{LocatedPack, Target};
 use forkd_fs::cache::CacheOptions;
 
 /// The predecessor's own manifest in the new pack: it tells of chains and root disks, which ours does not.
@@ -205,10 +205,10 @@ async fn obtain(
     let located = request.target.locate(paths, &http).await?;
     let location = located.pack().clone();
     let options = match &located {
-        Location::Direct(PackLocation { source: PackSource::Path(_), .. }) => StoreOptions::default(),
+        LocatedPack::Direct(PackLocation { source: PackSource::Path(_), .. }) => StoreOptions::default(),
         _ => client::store_options(paths, request.cache, &http),
     };
-    if let Location::Registered(resolved) = &located
+    if let LocatedPack::Registered(resolved) = &located
         && resolved.location.index.is_none()
     {
         match registered_digest(resolved)? {

@@ -1,7 +1,7 @@
 //! From a recipe, or from a root disk, to a local snapshot.
 
 use crate::build::kernel::{self, KernelError};
-use crate::build::machine::{self, BuildError, Failure, Machines, Request, Step};
+use crate::build::machine::{self, BuildError, BuildFailure, BuildStep, MachineRequest, Machines};
 use crate::build::recipe::{self, Probe, Recipe, RecipeError};
 use crate::build::tools;
 use crate::fork::scratch::Scratch;
@@ -9,7 +9,9 @@ use crate::interrupt::Interrupt;
 use crate::local::host;
 use crate::local::paths::Paths;
 use crate::local::run_dir::{RunDir, RunDirError};
-use crate::local::snapshots::{self, Configuration, Draft, SnapshotError, check_vcpus, file_error};
+use crate::local::snapshots::{
+    self, MachineConfiguration, SnapshotDraft, SnapshotError, check_vcpus, file_error,
+};
 use crate::progress::{Amount, Progress};
 use forkd_abi::protocol::WarmCommand;
 use forkd_fs::format::PACK_VERSION;
@@ -56,15 +58,15 @@ pub enum SnapshotBuildError {
         /// Why not.
         #[source]
         source: BuildError,
-        /// [`Failure::console`].
+        /// [`BuildFailure::console`].
         console: String,
     },
 }
 
 impl SnapshotBuildError {
     /// Of a snapshot's machine.
-    pub(super) fn of_machine(tag: &str, failure: Failure) -> SnapshotBuildError {
-        let Failure { error: source, console } = failure;
+    pub(super) fn of_machine(tag: &str, failure: BuildFailure) -> SnapshotBuildError {
+        let BuildFailure { error: source, console } = failure;
         SnapshotBuildError::Build { tag: tag.to_owned(), source, console }
     }
 }
@@ -127,7 +129,7 @@ pub struct RootDiskRequest {
 /// Whoever has a machine built.
 pub trait BuildCaller: Progress {
     /// The machine has come to `step`.
-    fn on_step(&self, _step: Step) {}
+    fn on_step(&self, _step: BuildStep) {}
     /// From when on the work looks at it. Called once there is a zygote, because it may start a thread.
     fn interrupt(&self) -> Interrupt;
 }
@@ -153,7 +155,7 @@ pub fn build_recipe(
     let vcpus = check_vcpus(recipe.vcpus)?;
     let machines = start_machines(paths)?;
     let interrupt = caller.interrupt();
-    let draft = Draft::create(paths, tag, wanted.force)?;
+    let draft = SnapshotDraft::create(paths, tag, wanted.force)?;
     let kernel = match &wanted.kernel {
         Some(kernel) => kernel.clone(),
         None => kernel::find(paths)?.path,
@@ -161,7 +163,7 @@ pub fn build_recipe(
     let task = caller.begin("root disk", Amount::Unknown);
     let root_disk = recipe::root_disk(paths, &recipe, &interrupt, |line| task.say(line))?;
     drop(task);
-    let request = Request {
+    let request = MachineRequest {
         kernel: &kernel,
         initrd: None,
         root_disk: &root_disk,
@@ -191,13 +193,13 @@ pub fn build_root_disk(
     let vcpus = check_vcpus(wanted.vcpus)?;
     let machines = start_machines(paths)?;
     let interrupt = caller.interrupt();
-    let draft = Draft::create(paths, &wanted.tag, wanted.force)?;
+    let draft = SnapshotDraft::create(paths, &wanted.tag, wanted.force)?;
     let shell = |command: &String| WarmCommand {
         argv: vec!["/bin/sh".to_owned(), "-c".to_owned(), command.clone()],
         ..WarmCommand::default()
     };
     let warm = wanted.warm.as_ref().map(shell);
-    let request = Request {
+    let request = MachineRequest {
         kernel: &wanted.kernel,
         initrd: wanted.initrd.as_deref(),
         root_disk: &wanted.root_disk,
@@ -227,8 +229,8 @@ pub(super) fn start_zygote() -> Result<Zygote, SnapshotBuildError> {
 
 fn finish(
     machines: &Machines,
-    request: &Request<'_>,
-    draft: Draft,
+    request: &MachineRequest<'_>,
+    draft: SnapshotDraft,
     about: &About<'_>,
     force: bool,
     (started, caller): (Instant, &dyn BuildCaller),
@@ -254,7 +256,7 @@ fn finish(
 fn write_manifest(
     dir: &Path,
     about: &About<'_>,
-    configuration: &Configuration,
+    configuration: &MachineConfiguration,
 ) -> Result<(), SnapshotBuildError> {
     let cpu = host::cpu()?;
     let manifest = Manifest {

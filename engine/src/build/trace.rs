@@ -18,7 +18,7 @@ use forkd_vmm::kvm::KvmKind;
 use serde::Serialize;
 
 use crate::build::machine::Machines;
-use crate::build::machine::recording::{self, TRIALS, Trials};
+use crate::build::machine::recording::{self, TRIALS, TrialOptions};
 use crate::build::pack::{self, Compression, PackError};
 use crate::build::recipe::{Probe, Recipe};
 use crate::build::snapshot::{BuildCaller, SnapshotBuildError, start_zygote};
@@ -31,7 +31,8 @@ use crate::local::host::{self, HostError};
 use crate::local::paths::Paths;
 use crate::local::run_dir::{RunDir, RunDirError};
 use crate::local::snapshots::{
-    self, CONFIGURATION_MAX, Configuration, Draft, FOREIGN_MACHINE, LockedSnapshot, SnapshotError, file_error,
+    self, CONFIGURATION_MAX, FOREIGN_MACHINE, LockedSnapshot, MachineConfiguration, SnapshotDraft,
+    SnapshotError, file_error,
 };
 use crate::local::workspace::{Workspace, WorkspaceError};
 use crate::progress::{Amount, Progress};
@@ -108,16 +109,16 @@ pub struct RetraceReport {
     /// Trial restores.
     pub trials: usize,
     /// Null when there was no trace that can be read.
-    pub before: Option<Share>,
+    pub before: Option<WorkingSetShare>,
     /// The new one.
-    pub after: Share,
+    pub after: WorkingSetShare,
     /// Pages that are in both.
     pub common_pages: u64,
 }
 
 /// A working set's share of what the images store.
 #[derive(Debug, Serialize)]
-pub struct Share {
+pub struct WorkingSetShare {
     /// Pages of 4 KiB.
     pub pages: u64,
     /// Their bytes.
@@ -125,12 +126,12 @@ pub struct Share {
     /// Of the bytes that both images store, holes aside.
     pub share: f64,
     /// By the part of a fork's life in which they are touched first.
-    pub buckets: Vec<Bucket>,
+    pub buckets: Vec<TraceBucket>,
 }
 
 /// The pages that are touched first in one part of a fork's life.
 #[derive(Debug, Serialize)]
-pub struct Bucket {
+pub struct TraceBucket {
     /// Which part.
     pub name: String,
     /// How many.
@@ -183,7 +184,7 @@ fn retrace_snapshot(
     let configuration = configuration(&dir, &manifest)?;
     let machines = Machines::new(start_zygote()?, RunDir::create(paths)?.into())?;
     let interrupt = caller.interrupt();
-    let draft = Draft::create(paths, tag, true)?;
+    let draft = SnapshotDraft::create(paths, tag, true)?;
     link_files(&dir, draft.path())?;
     let recording = Recording { machines, configuration, probe, paths, interrupt: &interrupt };
     let report = recording.record(tag, &dir, draft.path(), caller)?;
@@ -268,14 +269,14 @@ fn probe(request: &RetraceRequest, manifest: &Manifest) -> Result<Probe, Retrace
 }
 
 /// The machine's configuration, once this host is known to be able to run it.
-fn configuration(dir: &Path, manifest: &Manifest) -> Result<Configuration, RetraceError> {
+fn configuration(dir: &Path, manifest: &Manifest) -> Result<MachineConfiguration, RetraceError> {
     if manifest.requires.is_foreign() {
         return Err(RetraceError::Foreign);
     }
     host::check_cpu(&manifest.requires)?;
     let path = dir.join(snapshots::CONFIGURATION);
     let text = read_at_most(&path, CONFIGURATION_MAX as u64).map_err(file_error("reading", &path))?;
-    let configuration = Configuration::parse(&text)?;
+    let configuration = MachineConfiguration::parse(&text)?;
     configuration.check_host(KvmKind::detect())?;
     Ok(configuration)
 }
@@ -304,7 +305,7 @@ fn link_files(from: &Path, to: &Path) -> Result<(), SnapshotError> {
 /// What every recording needs.
 struct Recording<'a> {
     machines: Machines,
-    configuration: Configuration,
+    configuration: MachineConfiguration,
     probe: Probe,
     paths: &'a Paths,
     interrupt: &'a Interrupt,
@@ -325,22 +326,22 @@ impl Recording<'_> {
         let old = old.and_then(|bytes| Trace::decode(&bytes).ok());
         progress.note(&format!("restoring it {} times to record what a fork touches", TRIALS.len()));
         let scratch = Scratch { dir: &self.paths.cache, mib: self.configuration.scratch_mib };
-        let trials = Trials { probe: Some(&self.probe), scratch, interrupt: self.interrupt };
+        let trials = TrialOptions { probe: Some(&self.probe), scratch, interrupt: self.interrupt };
         let new = recording::record(&self.machines, &self.configuration, dir, into, &trials)
             .map_err(|failure| SnapshotBuildError::of_machine(name, failure))?;
         Ok(RetraceReport {
             name: name.to_owned(),
             out: None,
             trials: TRIALS.len(),
-            before: old.as_ref().map(|trace| Share::of(trace, stored)),
+            before: old.as_ref().map(|trace| WorkingSetShare::of(trace, stored)),
             common_pages: old.as_ref().map_or(0, |old| common_pages(old, &new)),
-            after: Share::of(&new, stored),
+            after: WorkingSetShare::of(&new, stored),
         })
     }
 }
 
-impl Share {
-    fn of(trace: &Trace, stored: u64) -> Share {
+impl WorkingSetShare {
+    fn of(trace: &Trace, stored: u64) -> WorkingSetShare {
         let buckets = trace.regions.iter().map(|region| region.buckets.len()).max().unwrap_or(0);
         let pages = |buckets: std::ops::Range<usize>| -> u64 {
             let ranges = trace.regions.iter().flat_map(|region| region.page_ranges(buckets.clone()));
@@ -348,12 +349,12 @@ impl Share {
         };
         let all = pages(0..buckets);
         let bytes = all * PAGE_SIZE;
-        Share {
+        WorkingSetShare {
             pages: all,
             bytes,
             share: if stored == 0 { 0.0 } else { bytes as f64 / stored as f64 },
             buckets: (0..buckets)
-                .map(|at| Bucket { name: bucket_name(at), pages: pages(at..at + 1) })
+                .map(|at| TraceBucket { name: bucket_name(at), pages: pages(at..at + 1) })
                 .collect(),
         }
     }
@@ -392,10 +393,10 @@ mod tests {
 
     #[test]
     fn shares_count_each_page_once() {
-        let share = Share::of(&trace("memory.bin", &[&[1, 2, 3], &[3, 9]]), 40 * PAGE_SIZE);
+        let share = WorkingSetShare::of(&trace("memory.bin", &[&[1, 2, 3], &[3, 9]]), 40 * PAGE_SIZE);
         assert_eq!((share.pages, share.bytes, share.share), (4, 4 * PAGE_SIZE, 0.1));
         assert_eq!(share.buckets.iter().map(|bucket| bucket.pages).collect::<Vec<_>>(), [3, 2]);
-        let nothing = Share::of(&Trace::default(), 0);
+        let nothing = WorkingSetShare::of(&Trace::default(), 0);
         assert_eq!((nothing.pages, nothing.share), (0, 0.0));
     }
 

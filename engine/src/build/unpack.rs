@@ -9,7 +9,7 @@ use forkd_fs::unpack::{UnpackError, unpack};
 use serde::Serialize;
 
 use crate::local::paths::Paths;
-use crate::local::snapshots::{Draft, SnapshotError};
+use crate::local::snapshots::{SnapshotDraft, SnapshotError};
 use crate::progress::{Amount, Progress};
 
 /// Most plain bytes taken out of one of the predecessor's packs: they have no index that could be checked first.
@@ -74,7 +74,7 @@ pub async fn from_store(
 ) -> Result<Unpacked, UnpackPackError> {
     let manifest = store.manifest().await?;
     let tag = tag.unwrap_or(&manifest.tag).to_owned();
-    let draft = Draft::create(paths, &tag, force)?;
+    let draft = SnapshotDraft::create(paths, &tag, force)?;
     let task = progress.begin(&format!("unpacking {tag}"), Amount::Bytes(store.index().stored_bytes()));
     unpack(store, draft.path(), &|now| {
         let share = u64::from(now.chunks_fetched) as f64 / f64::from(now.chunks_total.max(1));
@@ -99,7 +99,7 @@ pub fn from_legacy(
         Some(tag) => tag.to_owned(),
         None => legacy::list(file, LEGACY_LIMIT)?.manifest.tag,
     };
-    let draft = Draft::create(paths, &tag, force)?;
+    let draft = SnapshotDraft::create(paths, &tag, force)?;
     let LegacyPack { manifest, members } = legacy::unpack(file, draft.path(), LEGACY_LIMIT)?;
     let plain_bytes = members.iter().map(|member| member.size).sum();
     let path = draft.publish(force)?;

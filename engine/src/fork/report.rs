@@ -5,7 +5,7 @@ use crate::fork::supervisor::{Child, Milestone, Supervisor, milliseconds_since};
 use crate::fork::template::{FaultFigures, PrefetchFigures, Template};
 use crate::fork::warm::WarmStatus;
 use crate::network::wire::NetworkStatus;
-use crate::picture::timeline::{ChildMarks, Phase, Recorder, Scene, Span};
+use crate::picture::timeline::{ChildMarks, EventRecorder, Phase, Span, TimelineScene};
 use forkd_vmm::memory::PAGE_BYTES;
 use rustix::fd::BorrowedFd;
 use serde::Serialize;
@@ -14,24 +14,24 @@ use serde::Serialize;
 #[derive(Debug, Serialize)]
 pub struct ForkReport {
     /// The pack.
-    pub pack: PackReport,
+    pub pack: ForkedPackReport,
     /// When the parts that every child needs were there, ms from process start.
-    pub timeline: Timeline,
+    pub timeline: ForkTimeline,
     /// The children.
     pub children: Vec<ChildReport>,
     /// Bytes of the pack that had been fetched when the first child reached each point.
-    pub fetched: Fetched,
-    /// Memory while all children were alive.
-    pub memory: Memory,
-    /// Faults that children had to wait for.
-    pub faults: Faults,
+    pub fetched: FetchedBytes,
+    /// MemoryReport while all children were alive.
+    pub memory: MemoryReport,
+    /// FaultReport that children had to wait for.
+    pub faults: FaultReport,
     /// What was fetched ahead of need.
-    pub prefetch: Prefetch,
+    pub prefetch: PrefetchReport,
 }
 
 /// The pack, and what it cost.
 #[derive(Debug, Serialize)]
-pub struct PackReport {
+pub struct ForkedPackReport {
     /// Reference, path or tag.
     pub name: String,
     /// Size of the pack; 0 for a local snapshot.
@@ -60,11 +60,11 @@ impl From<WarmStatus> for WarmReport {
     }
 }
 
-impl PackReport {
+impl ForkedPackReport {
     /// Of a fork of `template` so far.
-    pub fn of(name: String, template: &Template, warm: Option<WarmReport>) -> PackReport {
+    pub fn of(name: String, template: &Template, warm: Option<WarmReport>) -> ForkedPackReport {
         let progress = template.progress();
-        PackReport {
+        ForkedPackReport {
             name,
             bytes_total: progress.bytes_total,
             bytes_fetched: progress.bytes_fetched,
@@ -76,7 +76,7 @@ impl PackReport {
 
 /// Milliseconds from process start.
 #[derive(Debug, Default, Serialize)]
-pub struct Timeline {
+pub struct ForkTimeline {
     /// The registry was read.
     pub registry_ms: Option<f64>,
     /// The pack's index was verified.
@@ -111,7 +111,7 @@ pub struct ChildReport {
 
 /// Bytes fetched.
 #[derive(Debug, Serialize)]
-pub struct Fetched {
+pub struct FetchedBytes {
     /// At the first child's first instruction.
     pub at_first_instruction: Option<u64>,
     /// When the first child was ready.
@@ -120,9 +120,9 @@ pub struct Fetched {
     pub at_answered: Option<u64>,
 }
 
-/// Faults that children had to wait for.
+/// FaultReport that children had to wait for.
 #[derive(Debug, Serialize)]
-pub struct Faults {
+pub struct FaultReport {
     /// All of them.
     pub demand: u64,
     /// Chunks that were loaded for them.
@@ -135,7 +135,7 @@ pub struct Faults {
 
 /// The working set's pages that were fetched ahead of need (`hotset`).
 #[derive(Debug, Serialize)]
-pub struct Prefetch {
+pub struct PrefetchReport {
     /// How many.
     pub pages: u64,
     /// Their bytes.
@@ -148,27 +148,27 @@ pub struct Prefetch {
     pub children: usize,
 }
 
-impl Faults {
+impl FaultReport {
     /// Of a fork so far.
-    pub fn of(template: &Template) -> Faults {
+    pub fn of(template: &Template) -> FaultReport {
         let FaultFigures { demand, on_traced_pages, in_traced_chunks } = template.fault_figures();
         let demand_chunks = template.pager_stats().demand_chunks;
-        Faults { demand, demand_chunks, on_traced_pages, in_traced_chunks }
+        FaultReport { demand, demand_chunks, on_traced_pages, in_traced_chunks }
     }
 }
 
-impl Prefetch {
+impl PrefetchReport {
     /// Looks at the processes `pids`.
-    pub fn measure(template: &Template, pids: &[i32]) -> Prefetch {
+    pub fn measure(template: &Template, pids: &[i32]) -> PrefetchReport {
         let PrefetchFigures { pages, touched, children } = template.prefetch_figures(pids);
         let touched_bytes = touched.map(|pages| pages * PAGE_BYTES);
-        Prefetch { pages, bytes: pages * PAGE_BYTES, touched_pages: touched, touched_bytes, children }
+        PrefetchReport { pages, bytes: pages * PAGE_BYTES, touched_pages: touched, touched_bytes, children }
     }
 }
 
-/// Memory, KiB.
+/// MemoryReport, KiB.
 #[derive(Debug, Serialize)]
-pub struct Memory {
+pub struct MemoryReport {
     /// Mean proportional set size of a child (`smaps_rollup`); its share of the image is in it.
     pub pss_kib_per_child: Option<u64>,
     /// Mean memory of a child that it has written: `Anonymous` of `smaps_rollup`. These are pages in memory of its process's
@@ -182,9 +182,9 @@ pub struct Memory {
     pub image_kib: u64,
 }
 
-impl Memory {
+impl MemoryReport {
     /// Looks at the processes `pids` and the image files.
-    pub fn measure(pids: &[i32], images: &[BorrowedFd<'_>]) -> Memory {
+    pub fn measure(pids: &[i32], images: &[BorrowedFd<'_>]) -> MemoryReport {
         let rollups: Vec<_> = pids
             .iter()
             .filter_map(|pid| std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok())
@@ -192,15 +192,15 @@ impl Memory {
         let blocks =
             images.iter().filter_map(|image| rustix::fs::fstat(image).ok()).map(|stat| stat.st_blocks as u64);
         // st_blocks counts 512 bytes.
-        Memory::of(&rollups, blocks.sum::<u64>() / 2)
+        MemoryReport::of(&rollups, blocks.sum::<u64>() / 2)
     }
 
-    fn of(rollups: &[String], image_kib: u64) -> Memory {
+    fn of(rollups: &[String], image_kib: u64) -> MemoryReport {
         let mean = |field: &str| {
             let sum: u64 = rollups.iter().map(|text| kib(text, field)).sum();
             sum.checked_div(rollups.len() as u64)
         };
-        Memory { pss_kib_per_child: mean("Pss:"), private_kib_per_child: mean("Anonymous:"), image_kib }
+        MemoryReport { pss_kib_per_child: mean("Pss:"), private_kib_per_child: mean("Anonymous:"), image_kib }
     }
 }
 
@@ -213,9 +213,9 @@ impl ForkReport {
     /// Of the children as they are now, and what came of what they were asked, in the same order.
     pub fn new(
         supervisor: &Supervisor,
-        pack: PackReport,
+        pack: ForkedPackReport,
         started_ns: u64,
-        timeline: Timeline,
+        timeline: ForkTimeline,
         outcomes: Vec<ChildOutcome>,
         look_at_prefetched: bool,
     ) -> ForkReport {
@@ -226,7 +226,7 @@ impl ForkReport {
         let earliest = |moments: &mut dyn Iterator<Item = Milestone>| {
             moments.min_by_key(|moment| moment.at_ns).map(|moment| moment.fetched)
         };
-        let fetched = Fetched {
+        let fetched = FetchedBytes {
             at_first_instruction: earliest(&mut children.iter().filter_map(|child| child.first_instruction)),
             at_ready: earliest(&mut children.iter().filter_map(|child| child.ready)),
             at_answered: earliest(
@@ -248,15 +248,18 @@ impl ForkReport {
             pack,
             timeline,
             fetched,
-            memory: Memory::measure(&pids, &supervisor.template().images()),
-            faults: Faults::of(supervisor.template()),
-            prefetch: Prefetch::measure(supervisor.template(), if look_at_prefetched { &pids } else { &[] }),
+            memory: MemoryReport::measure(&pids, &supervisor.template().images()),
+            faults: FaultReport::of(supervisor.template()),
+            prefetch: PrefetchReport::measure(
+                supervisor.template(),
+                if look_at_prefetched { &pids } else { &[] },
+            ),
             children: children.iter().zip(outcomes).map(shown).collect(),
         }
     }
 
     /// As a picture, with what was recorded on the way.
-    pub fn scene(&self, recorder: &Recorder) -> Scene {
+    pub fn scene(&self, recorder: &EventRecorder) -> TimelineScene {
         let stages = [
             ("registry", self.timeline.registry_ms),
             ("index", self.timeline.index_ms),
@@ -274,7 +277,7 @@ impl ForkReport {
             ready: child.ready_ms,
             answered: child.answered_ms,
         };
-        Scene {
+        TimelineScene {
             name: self.pack.name.clone(),
             phases: phases.collect(),
             events: recorder.events(),
@@ -300,13 +303,13 @@ mod tests {
             Shared_Clean:       1960 kB\nShared_Dirty:          0 kB\nPrivate_Clean:     29880 kB\n\
             Private_Dirty:      1436 kB\nReferenced:        33276 kB\nAnonymous:          1436 kB\n\
             AnonHugePages:         0 kB\nSwap:                 12 kB\nSwapPss:              12 kB\n";
-        let alone = Memory::of(&[rollup.to_owned()], 5);
+        let alone = MemoryReport::of(&[rollup.to_owned()], 5);
         assert_eq!((alone.pss_kib_per_child, alone.private_kib_per_child), (Some(31704), Some(1436)));
-        let two = Memory::of(
+        let two = MemoryReport::of(
             &[rollup.to_owned(), rollup.replace("Anonymous:          1436", "Anonymous: 1438")],
             5,
         );
         assert_eq!((two.private_kib_per_child, two.image_kib), (Some(1437), 5));
-        assert_eq!(Memory::of(&[], 0).private_kib_per_child, None);
+        assert_eq!(MemoryReport::of(&[], 0).private_kib_per_child, None);
     }
 }

@@ -2,16 +2,16 @@
 
 use crate::chain::chain;
 use crate::fork::ask::{ChildRequest, ask_all};
-use crate::fork::report::{ForkReport, PackReport, Timeline, WarmReport};
+use crate::fork::report::{ForkReport, ForkTimeline, ForkedPackReport, WarmReport};
 use crate::fork::supervisor::{ChildrenSpec, StartError, Supervisor, milliseconds_since};
 use crate::fork::template::{Template, TemplateError};
 use crate::fork::warm::{WarmImage, WarmSocket, WarmStatus};
 use crate::local::paths::Paths;
 use crate::local::snapshots::LockedSnapshot;
 use crate::picture::svg::PictureError;
-use crate::picture::timeline::Recorder;
+use crate::picture::timeline::EventRecorder;
 use crate::progress::{Amount, Progress, follow};
-use crate::target::{DEMAND_DEADLINE, OpenOptions, Origin, Stage, Target, TargetError};
+use crate::target::{DEMAND_DEADLINE, OpenOptions, OpenStage, Origin, Target, TargetError};
 use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::observe::Observer;
 use forkd_fs::store::{ReadError, Store};
@@ -110,7 +110,7 @@ pub enum ForkError {
 }
 
 /// A fork whose children have been asked. They run until it is ended or dropped.
-pub struct Forked {
+pub struct AnsweredFork {
     /// What came of it.
     pub report: ForkReport,
     /// Why the timeline could not be drawn. Children that run are not ended for that.
@@ -121,7 +121,7 @@ pub struct Forked {
     rest_wanted: Option<oneshot::Sender<()>>,
 }
 
-impl Forked {
+impl AnsweredFork {
     /// The children stay: what none of them has asked for yet is fetched, too.
     pub fn fetch_rest(&mut self) {
         self.rest_wanted = None;
@@ -144,7 +144,7 @@ pub fn fork(
     zygote: &Zygote,
     request: ForkRequest,
     caller: &dyn ForkCaller,
-) -> Result<Forked, ForkError> {
+) -> Result<AnsweredFork, ForkError> {
     drop(Hypervisor::open(KvmKind::detect())?);
     let mut opened = OpenedTemplate::open(paths, &request, caller)?;
     // What no child has asked for is fetched after the answers: it would only be in their way.
@@ -163,14 +163,20 @@ pub fn fork(
     }
     caller.on_started(&supervisor);
     let outcomes = ask_all(&supervisor, &request.request, caller);
-    let pack = PackReport::of(request.name, supervisor.template(), opened.warm.map(WarmReport::from));
+    let pack = ForkedPackReport::of(request.name, supervisor.template(), opened.warm.map(WarmReport::from));
     let looked_at = request.look_at_prefetched;
     let report = ForkReport::new(&supervisor, pack, request.started_ns, opened.timeline, outcomes, looked_at);
     let timeline_error = request
         .timeline
         .zip(opened.recorder)
         .and_then(|(file, recorder)| report.scene(&recorder).draw().write(&file).err());
-    Ok(Forked { report, timeline_error, supervisor, cache: opened.cache, rest_wanted: Some(rest_wanted) })
+    Ok(AnsweredFork {
+        report,
+        timeline_error,
+        supervisor,
+        cache: opened.cache,
+        rest_wanted: Some(rest_wanted),
+    })
 }
 
 /// What the children are forked from.
@@ -179,8 +185,8 @@ struct OpenedTemplate {
     /// The daemon that held it.
     warm: Option<WarmStatus>,
     cache: Option<Arc<ChunkCache>>,
-    timeline: Timeline,
-    recorder: Option<Arc<Recorder>>,
+    timeline: ForkTimeline,
+    recorder: Option<Arc<EventRecorder>>,
     /// Opening it needed this.
     runtime: Option<Handle>,
 }
@@ -192,8 +198,8 @@ impl OpenedTemplate {
         caller: &dyn ForkCaller,
     ) -> Result<OpenedTemplate, ForkError> {
         let since_start = || milliseconds_since(request.started_ns, monotonic_ns());
-        let recorder = request.timeline.as_ref().map(|_| Arc::new(Recorder::new(since_start())));
-        let (mut timeline, mut cache, mut runtime) = (Timeline::default(), None, None);
+        let recorder = request.timeline.as_ref().map(|_| Arc::new(EventRecorder::new(since_start())));
+        let (mut timeline, mut cache, mut runtime) = (ForkTimeline::default(), None, None);
         let (mut template, warm) = match (resident(paths, request), &request.target) {
             (Some((template, image)), _) => (template, Some(image)),
             (None, Target::Tag(tag)) => {
@@ -205,8 +211,8 @@ impl OpenedTemplate {
                 let observer = recorder.clone().map(|recorder| recorder as Arc<dyn Observer>);
                 let options = OpenOptions { cache: request.cache, observer };
                 let opening = target.open(paths, &request.name, options, |at| match at {
-                    Stage::Registry => timeline.registry_ms = Some(since_start()),
-                    Stage::Index => timeline.index_ms = Some(since_start()),
+                    OpenStage::Registry => timeline.registry_ms = Some(since_start()),
+                    OpenStage::Index => timeline.index_ms = Some(since_start()),
                 });
                 let opened = runtime.block_on(opening)?;
                 cache = opened.cache;

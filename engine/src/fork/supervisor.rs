@@ -15,7 +15,7 @@ use crate::fork::start_queue::StartQueue;
 use crate::fork::template::Template;
 use crate::local::paths::Paths;
 use crate::local::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir};
-use crate::network::wire::{ChildNetwork, NetworkStatus, Networks};
+use crate::network::wire::{ChildNetwork, ChildNetworks, NetworkStatus};
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::pager::ClientId;
@@ -115,7 +115,7 @@ impl Supervisor {
         spec: &ChildrenSpec,
     ) -> Result<Arc<Supervisor>, StartError> {
         spec.limits.check(zygote)?;
-        let networks = Networks::new(spec.network)?;
+        let networks = ChildNetworks::new(spec.network)?;
         let run_dir = RunDir::create(paths)?;
         match zygote.cgroups() {
             Ok(cgroups) => run_dir.note_cgroups(&cgroups.path)?,

@@ -5,9 +5,9 @@
 
 use crate::local::host::{self, HostError};
 use crate::local::snapshots::{
-    self, CONFIGURATION_MAX, Configuration, FOREIGN_MACHINE, SnapshotError, file_error,
+    self, CONFIGURATION_MAX, FOREIGN_MACHINE, MachineConfiguration, SnapshotError, file_error,
 };
-use crate::picture::timeline::Recorder;
+use crate::picture::timeline::EventRecorder;
 use forkd_fs::index::ChunkId as PackChunk;
 use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
 use forkd_fs::prefetch;
@@ -37,8 +37,8 @@ use quality::FaultCounts;
 pub use quality::{FaultFigures, PrefetchFigures};
 #[cfg(test)]
 pub(crate) use resident::empty_template;
-pub use resident::{Resident, ResidentError};
-pub use store_pages::Unavailable;
+pub use resident::{ResidentError, ResidentTemplate};
+pub use store_pages::UnavailableChunk;
 use store_pages::{IMAGE_FILES, StorePages};
 
 /// Largest small file that is read whole: vmstate and trace stay well below.
@@ -110,7 +110,7 @@ async fn fetch_all(
 
 /// Something machines can be forked from.
 pub struct Template {
-    configuration: Configuration,
+    configuration: MachineConfiguration,
     vmstate: OwnedFd,
     images: Images,
     zero_runs: Vec<Vec<(u64, u64)>>,
@@ -135,7 +135,7 @@ impl Template {
         }
         let path = dir.join(snapshots::CONFIGURATION);
         let configuration = std::fs::read(&path).map_err(file_error("reading", &path))?;
-        let configuration = Configuration::parse(&configuration)?;
+        let configuration = MachineConfiguration::parse(&configuration)?;
         configuration.check_host(host)?;
         let vmstate = open(snapshots::VMSTATE)?.into();
         let mut files = Vec::new();
@@ -175,7 +175,7 @@ impl Template {
             return Err(ReadError::NoSuchFile { name: snapshots::VMSTATE.to_owned() }.into());
         };
         let configuration =
-            Configuration::parse(&configuration[..configuration.len().min(CONFIGURATION_MAX)])?;
+            MachineConfiguration::parse(&configuration[..configuration.len().min(CONFIGURATION_MAX)])?;
         configuration.check_host(host)?;
         let trace = Trace::decode(trace)?;
         let vmstate_file = create_image("forkd-vmstate", vmstate.len() as u64)?;
@@ -253,7 +253,7 @@ impl Template {
     }
 
     /// Has what machines wait for recorded from now on.
-    pub fn record_in(&self, recorder: &Arc<Recorder>) {
+    pub fn record_in(&self, recorder: &Arc<EventRecorder>) {
         if let Images::Lazy { pages, .. } = &self.images {
             pages.recorder.get_or_init(|| Arc::clone(recorder));
         }
@@ -270,7 +270,7 @@ impl Template {
     }
 
     /// The machine's configuration.
-    pub fn configuration(&self) -> &Configuration {
+    pub fn configuration(&self) -> &MachineConfiguration {
         &self.configuration
     }
 
@@ -327,7 +327,7 @@ impl Template {
     }
 
     /// Chunks that machines wait for and that will not come, since the last call.
-    pub fn take_unavailable(&self) -> Vec<Unavailable> {
+    pub fn take_unavailable(&self) -> Vec<UnavailableChunk> {
         match &self.images {
             Images::Lazy { pages, .. } => {
                 std::mem::take(&mut *pages.unavailable.lock().unwrap_or_else(PoisonError::into_inner))
@@ -350,7 +350,7 @@ fn manifest_of(dir: &Path) -> Result<Manifest, Option<ManifestError>> {
     Manifest::parse(&bytes).map_err(Some)
 }
 
-fn images_of(configuration: &Configuration) -> impl Iterator<Item = ImageId> + use<> {
+fn images_of(configuration: &MachineConfiguration) -> impl Iterator<Item = ImageId> + use<> {
     let layout = configuration.layout;
     ImageId::ALL.into_iter().filter(move |id| layout.image_bytes(*id) > 0)
 }

@@ -39,7 +39,7 @@ pub struct Variable {
 
 /// A variable of which each child gets the next value, the first one again after the last.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Varied {
+pub struct VariedVariable {
     name: String,
     values: Vec<String>,
 }
@@ -55,22 +55,26 @@ pub fn parse_variable(text: &str) -> Result<Variable, VariablesError> {
 }
 
 /// Reads `NAME=VALUE,VALUE,...`. Values have no commas.
-pub fn parse_varied(text: &str) -> Result<Varied, VariablesError> {
+pub fn parse_varied(text: &str) -> Result<VariedVariable, VariablesError> {
     let failed = |_| VariablesError::Varied(text.to_owned());
     let Variable { name, value } = parse_variable(text).map_err(failed)?;
-    Ok(Varied { name, values: value.split(',').map(str::to_owned).collect() })
+    Ok(VariedVariable { name, values: value.split(',').map(str::to_owned).collect() })
 }
 
 /// The variables of a fork's children.
 #[derive(Debug, Clone, Default)]
 pub struct Variables {
     fixed: Vec<Variable>,
-    varied: Vec<Varied>,
+    varied: Vec<VariedVariable>,
 }
 
 impl Variables {
     /// Variables for `count` children: no name comes twice, and no child gets more than fits.
-    pub fn new(fixed: &[Variable], varied: &[Varied], count: u32) -> Result<Variables, VariablesError> {
+    pub fn new(
+        fixed: &[Variable],
+        varied: &[VariedVariable],
+        count: u32,
+    ) -> Result<Variables, VariablesError> {
         let names = fixed.iter().map(|v| &v.name).chain(varied.iter().map(|v| &v.name));
         let mut seen = std::collections::BTreeSet::new();
         for name in names {

@@ -7,7 +7,7 @@
 //! A daemon's own directory is private, but who asks may find one that somebody else made first (in a shared temporary
 //! directory): what answers must be a process of the same user.
 
-use crate::fork::template::Resident;
+use crate::fork::template::ResidentTemplate;
 use crate::local::paths::{Paths, PathsError};
 use forkd_vmm::channel::{Channel, ChannelError};
 use rustix::fd::OwnedFd;
@@ -25,7 +25,7 @@ mod daemon;
 pub mod hold;
 mod key;
 
-pub use daemon::Daemon;
+pub use daemon::WarmDaemon;
 pub use key::WarmKeyError;
 
 /// How long a daemon may take to answer; a fork does better without it than waiting for it.
@@ -101,7 +101,7 @@ pub struct WarmImage {
     /// What is held.
     pub status: WarmStatus,
     /// The machine.
-    pub resident: Resident,
+    pub resident: ResidentTemplate,
 }
 
 /// Where the daemon of one image listens, or would.

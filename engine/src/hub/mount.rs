@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use crate::chain::chain;
 use crate::hub::client;
 use crate::hub::registry::{Catalogue, RegistryCopies, RegistryError, Resolved, whole_digest};
-use crate::local::mounts::{self, MountsError, Record, SOURCE_PREFIX};
+use crate::local::mounts::{self, MountRecord, MountsError, SOURCE_PREFIX};
 use crate::local::paths::Paths;
 
 /// Why a hub cannot be mounted.
@@ -65,32 +65,37 @@ impl Hub {
     }
 
     /// Mounts it, on threads of `runtime`, and records that this process did.
-    pub fn mount(self, paths: &Paths, mountpoint: &Path, runtime: Handle) -> Result<HubMount, MountHubError> {
+    pub fn mount(
+        self,
+        paths: &Paths,
+        mountpoint: &Path,
+        runtime: Handle,
+    ) -> Result<ServedMount, MountHubError> {
         let source = format!("{SOURCE_PREFIX}{}", self.location());
         let mounted = MountedTree::new(self.tree.clone(), mountpoint, &source, runtime)?;
-        let record = Record {
+        let record = MountRecord {
             mountpoint: mountpoint.to_owned(),
             pid: std::process::id(),
             hub: self.catalogue.address().spelled_out(),
         };
         mounts::write_record(paths, &record)?;
-        Ok(HubMount { hub: self, mounted, paths: paths.clone(), mountpoint: mountpoint.to_owned() })
+        Ok(ServedMount { hub: self, mounted, paths: paths.clone(), mountpoint: mountpoint.to_owned() })
     }
 }
 
 /// A mounted hub.
-pub struct HubMount {
+pub struct ServedMount {
     hub: Hub,
     mounted: MountedTree,
     paths: Paths,
     mountpoint: PathBuf,
 }
 
-impl HubMount {
+impl ServedMount {
     /// Serves the mount until somebody unmounts it or `stop` completes, and then takes it away. The registry is read anew
     /// every `refresh` (0: never).
     pub async fn serve(self, refresh: Duration, stop: impl Future<Output = ()>) -> Result<(), MountsError> {
-        let HubMount { hub, mounted, paths, mountpoint } = self;
+        let ServedMount { hub, mounted, paths, mountpoint } = self;
         let unmounted_by_other = tokio::select! {
             () = stop => false,
             () = mounted.ended() => true,

@@ -20,7 +20,7 @@ use rustix::fs::{FlockOperation, flock};
 use serde::Serialize;
 use tempfile::NamedTempFile;
 
-use crate::hub::registry::{self, Registry, RegistryError, SCHEMA_VERSION, Version};
+use crate::hub::registry::{self, PackageVersion, Registry, RegistryError, SCHEMA_VERSION};
 use crate::reference::{LATEST, PackageName};
 
 /// The file whose lock orders publications into one folder.
@@ -28,7 +28,7 @@ const LOCK: &str = ".registry.lock";
 
 /// What to publish.
 #[derive(Debug)]
-pub struct Publication<'a> {
+pub struct PublishRequest<'a> {
     /// The pack.
     pub pack: &'a Path,
     /// The hub's folder.
@@ -43,7 +43,7 @@ pub struct Publication<'a> {
 
 /// What is inside the pack, as far as a registry tells.
 #[derive(Debug, Clone)]
-pub enum Contents {
+pub enum PackContents {
     /// A v3 pack, read lazily.
     Indexed {
         /// Its index.
@@ -60,18 +60,18 @@ pub enum Contents {
     },
 }
 
-impl Contents {
+impl PackContents {
     /// Of the pack at `path`. Opening it checks the index; a broken pack is not published.
-    pub async fn read(path: &Path) -> Result<Contents, PublishError> {
+    pub async fn read(path: &Path) -> Result<PackContents, PublishError> {
         let location = PackLocation { source: PackSource::Path(path.to_owned()), size: None, index: None };
         let options = StoreOptions { http: HttpClient::default(), ..StoreOptions::default() };
         let store = match Store::open(location, options).await {
             Ok(store) => store,
-            Err(OpenError::Legacy { version, .. }) => return Ok(Contents::Legacy { version }),
+            Err(OpenError::Legacy { version, .. }) => return Ok(PackContents::Legacy { version }),
             Err(error) => return Err(error.into()),
         };
         let manifest = Box::new((*store.manifest().await?).clone());
-        Ok(Contents::Indexed { pin: store.index_pin(), manifest, head_size: head_size(&store).await? })
+        Ok(PackContents::Indexed { pin: store.index_pin(), manifest, head_size: head_size(&store).await? })
     }
 }
 
@@ -152,7 +152,7 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> PublishError {
 }
 
 /// Publishes the pack. `contents` was read from it by the caller. Blocks for as long as copying and hashing take.
-pub fn publish(publication: &Publication<'_>, contents: &Contents) -> Result<Published, PublishError> {
+pub fn publish(publication: &PublishRequest<'_>, contents: &PackContents) -> Result<Published, PublishError> {
     let hub = publication.hub;
     std::fs::create_dir_all(hub).map_err(at(hub))?;
     // Copied and hashed before the lock is taken: publications of large packs do not wait for each other.
@@ -166,7 +166,7 @@ pub fn publish(publication: &Publication<'_>, contents: &Contents) -> Result<Pub
     copy.persist(&file).map_err(|error| at(&file)(error.error))?;
     let entry = entry(publication, contents, &file_name, sha256, size_bytes);
     let package = registry.packages.entry(publication.package.to_string()).or_default();
-    if let Contents::Indexed { manifest, .. } = contents
+    if let PackContents::Indexed { manifest, .. } = contents
         && !manifest.description.is_empty()
     {
         package.description.clone_from(&manifest.description);
@@ -229,21 +229,21 @@ fn choose_file_name(registry: &Registry, package: &PackageName, version: &str) -
 }
 
 fn entry(
-    publication: &Publication<'_>,
-    contents: &Contents,
+    publication: &PublishRequest<'_>,
+    contents: &PackContents,
     file_name: &str,
     sha256: Digest,
     size_bytes: u64,
-) -> Version {
-    let mut entry = Version {
+) -> PackageVersion {
+    let mut entry = PackageVersion {
         url: file_name.to_owned(),
         sha256: Some(sha256.to_string()),
         size_bytes: Some(size_bytes),
         recipe_path: publication.recipe_path.clone(),
-        ..Version::default()
+        ..PackageVersion::default()
     };
     match contents {
-        Contents::Indexed { pin, manifest, head_size } => {
+        PackContents::Indexed { pin, manifest, head_size } => {
             entry.head_size = *head_size;
             entry.pack_format = Some(manifest.forkd_pack_version);
             entry.memory_mib = Some(manifest.requires.memory_mib);
@@ -253,7 +253,7 @@ fn entry(
             entry.index_size = Some(pin.length);
             entry.index_sha256 = Some(pin.sha256.to_string());
         }
-        Contents::Legacy { version } => entry.pack_format = Some(*version),
+        PackContents::Legacy { version } => entry.pack_format = Some(*version),
     }
     entry
 }
@@ -313,9 +313,9 @@ mod tests {
         hub: &'a Path,
         package: &str,
         version: Option<&str>,
-    ) -> Publication<'a> {
+    ) -> PublishRequest<'a> {
         let (package, version) = (package.parse().unwrap(), version.map(str::to_owned));
-        Publication { pack, hub, package, version, recipe_path: None }
+        PublishRequest { pack, hub, package, version, recipe_path: None }
     }
 
     fn registry_of(hub: &Path) -> Registry {
@@ -329,17 +329,18 @@ mod tests {
         for (bytes, version) in [(b"one", "v1"), (b"two", "v2")] {
             std::fs::write(&pack, bytes).unwrap();
             let published =
-                publish(&publication(&pack, &hub, "o/n", None), &Contents::Legacy { version: 1 }).unwrap();
+                publish(&publication(&pack, &hub, "o/n", None), &PackContents::Legacy { version: 1 })
+                    .unwrap();
             assert_eq!(published.version, version);
             assert_eq!(published.sha256, Digest::of(bytes));
         }
         assert!(matches!(
-            publish(&publication(&pack, &hub, "o/n", Some("v1")), &Contents::Legacy { version: 1 }),
+            publish(&publication(&pack, &hub, "o/n", Some("v1")), &PackContents::Legacy { version: 1 }),
             Err(PublishError::Exists { .. })
         ));
         for bad in ["latest", "../x", "a b"] {
             assert!(matches!(
-                publish(&publication(&pack, &hub, "o/n", Some(bad)), &Contents::Legacy { version: 1 }),
+                publish(&publication(&pack, &hub, "o/n", Some(bad)), &PackContents::Legacy { version: 1 }),
                 Err(PublishError::Version { .. })
             ));
         }
@@ -360,7 +361,7 @@ mod tests {
         let (pack, hub) = (dir.path().join("p"), dir.path().join("hub"));
         for package in ["a-b/c", "a/b-c"] {
             std::fs::write(&pack, package).unwrap();
-            publish(&publication(&pack, &hub, package, None), &Contents::Legacy { version: 1 }).unwrap();
+            publish(&publication(&pack, &hub, package, None), &PackContents::Legacy { version: 1 }).unwrap();
         }
         for package in ["a-b/c", "a/b-c"] {
             let url = &registry_of(&hub).packages[package].versions["v1"].url;
@@ -376,7 +377,8 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
-                    publish(&publication(&pack, &hub, "o/n", None), &Contents::Legacy { version: 1 }).unwrap()
+                    publish(&publication(&pack, &hub, "o/n", None), &PackContents::Legacy { version: 1 })
+                        .unwrap()
                 });
             }
         });
@@ -394,7 +396,7 @@ mod tests {
         std::fs::write(&pack, b"x").unwrap();
         std::fs::write(dir.path().join("registry.json"), b"{broken").unwrap();
         let published =
-            publish(&publication(&pack, dir.path(), "o/n", None), &Contents::Legacy { version: 1 });
+            publish(&publication(&pack, dir.path(), "o/n", None), &PackContents::Legacy { version: 1 });
         assert!(matches!(published, Err(PublishError::Registry(RegistryError::Syntax { .. }))));
         assert_eq!(std::fs::read(dir.path().join("registry.json")).unwrap(), b"{broken");
     }

@@ -12,9 +12,10 @@ mod load;
 
 pub use address::HubAddress;
 pub use catalogue::{Catalogue, Resolved};
-pub use copies::{Copy, RegistryCopies};
+pub use copies::{RegistryCopies, RegistryCopy};
 pub use format::{
-    FILE_NAME, MAX_LEN, Package, Registry, RegistryError, SCHEMA_VERSION, Version, read_capped, whole_digest,
+    FILE_NAME, MAX_LEN, Package, PackageVersion, Registry, RegistryError, SCHEMA_VERSION, read_capped,
+    whole_digest,
 };
 
 #[cfg(test)]

@@ -20,7 +20,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{Instant, timeout};
 
-use super::shape::{Link, PIECE, Shape};
+use super::shape::{Link, LinkShape, PIECE};
 use super::static_files::{self, FilePart};
 
 /// Connections served at a time; further ones wait in the listen queue.
@@ -42,7 +42,7 @@ pub struct ServeOptions {
     /// Address to listen on.
     pub listen: SocketAddr,
     /// The network to simulate.
-    pub shape: Shape,
+    pub shape: LinkShape,
     /// A file to append a line per request to.
     pub access_log: Option<PathBuf>,
 }

@@ -26,7 +26,7 @@ const CATCH_UP: Duration = Duration::from_millis(10);
 
 /// What to simulate.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Shape {
+pub struct LinkShape {
     /// Round-trip time.
     pub rtt: Duration,
     /// Bytes per second of the link all connections share; `None` for no limit.
@@ -43,7 +43,7 @@ pub struct Link {
 
 impl Link {
     /// An idle link.
-    pub fn new(shape: Shape) -> Link {
+    pub fn new(shape: LinkShape) -> Link {
         let free_at = Arc::new(Mutex::new(Instant::now()));
         Link { rtt: shape.rtt, bandwidth: shape.bandwidth, free_at }
     }
@@ -96,7 +96,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_connection_costs_two_round_trips_then_one() {
         let rtt = Duration::from_millis(20);
-        let link = Link::new(Shape { rtt, bandwidth: None });
+        let link = Link::new(LinkShape { rtt, bandwidth: None });
         let accepted = Instant::now();
         link.answer(accepted).await;
         assert_eq!(accepted.elapsed(), 2 * rtt);
@@ -107,7 +107,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn two_bodies_share_one_link_and_idle_time_is_not_saved() {
-        let link = Link::new(Shape { rtt: Duration::ZERO, bandwidth: Some(1_000_000) });
+        let link = Link::new(LinkShape { rtt: Duration::ZERO, bandwidth: Some(1_000_000) });
         tokio::time::sleep(Duration::from_secs(5)).await;
         let start = Instant::now();
         let send = |link: Link| async move {

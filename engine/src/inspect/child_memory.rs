@@ -10,9 +10,9 @@ use crate::fork::children::ChildrenError;
 use crate::fork::pagemap::{self, MappedFile, PAGE, PageState, Pagemap};
 use crate::local::paths::Paths;
 use crate::local::run_dir::{ForkDir, RunDirError};
-use crate::picture::heatmap::{Cell, Heatmap, ImageCells};
+use crate::picture::heatmap::{Heatmap, HeatmapCell, ImageCells};
 use crate::picture::sizes::show_size;
-use crate::picture::svg::{Key, PALE};
+use crate::picture::svg::{LegendEntry, PALE};
 
 /// A square of the picture.
 const CHUNK: u64 = 256 << 10;
@@ -48,7 +48,7 @@ pub struct Image {
     /// Pages of the shared image that it has mapped.
     pub mapped_pages: u64,
     #[serde(skip)]
-    cells: Vec<Cell>,
+    cells: Vec<HeatmapCell>,
 }
 
 /// Looks at the child `id`. Takes root.
@@ -96,7 +96,7 @@ fn look_at(
         pages,
         private_pages: 0,
         mapped_pages: 0,
-        cells: vec![Cell { shade: 2, marked: false }; pages.div_ceil(per_chunk) as usize],
+        cells: vec![HeatmapCell { shade: 2, marked: false }; pages.div_ceil(per_chunk) as usize],
     };
     pagemap.visit(base, 0..pages, |page, state| {
         let (count, shade) = match state {
@@ -123,7 +123,7 @@ impl ChildMemory {
                 show_size(image.mapped_pages * PAGE)
             )
         };
-        let key = |colour, text: &str| Key { colour, text: text.to_owned() };
+        let key = |colour, text: &str| LegendEntry { colour, text: text.to_owned() };
         let image = |image: &Image| ImageCells {
             name: image.name.to_owned(),
             bytes: image.pages * PAGE,

@@ -8,8 +8,8 @@ use forkd_fs::trace::bucket_name;
 
 use crate::inspect::working_set::WorkingSet;
 use crate::local::paths::Paths;
-use crate::picture::heatmap::{Cell, Heatmap, ImageCells};
-use crate::picture::svg::{Key, PALE};
+use crate::picture::heatmap::{Heatmap, HeatmapCell, ImageCells};
+use crate::picture::svg::{LegendEntry, PALE};
 
 /// Colours of the buckets, the first one first; buckets beyond share the last colour.
 const BUCKETS: [&str; 4] = ["#c0392b", "#f28e2b", "#edc948", "#b07aa1"];
@@ -24,9 +24,9 @@ pub(super) fn of_pack(store: &Store, working_set: Option<&WorkingSet>, paths: &P
     let shown_buckets = buckets.len().min(BUCKETS.len());
     let (rest, zero) = (shown_buckets as u8, shown_buckets as u8 + 1);
     let image = |(file, name): (FileId, &str)| {
-        let mut cells = vec![Cell { shade: zero, marked: false }; index.chunk_count(file) as usize];
+        let mut cells = vec![HeatmapCell { shade: zero, marked: false }; index.chunk_count(file) as usize];
         for (chunk, record) in index.stored_chunks(file) {
-            cells[chunk.chunk as usize] = Cell { shade: rest, marked: cache.contains(record.digest) };
+            cells[chunk.chunk as usize] = HeatmapCell { shade: rest, marked: cache.contains(record.digest) };
         }
         let touched =
             buckets.iter().enumerate().flat_map(|(at, chunks)| chunks.iter().map(move |chunk| (at, chunk)));
@@ -39,10 +39,10 @@ pub(super) fn of_pack(store: &Store, working_set: Option<&WorkingSet>, paths: &P
     let files = [MEMORY, ROOTFS].into_iter().filter_map(|name| Some((index.file(name)?, name)));
     let hot = (0..shown_buckets).map(|at| {
         let more = if at + 1 == BUCKETS.len() { " and later" } else { "" };
-        Key { colour: BUCKETS[at], text: format!("working set, {}{more}", bucket_name(at)) }
+        LegendEntry { colour: BUCKETS[at], text: format!("working set, {}{more}", bucket_name(at)) }
     });
     let others = [(REST, "stored, not in the working set"), (PALE, "zero, not stored")];
-    let others = others.map(|(colour, text)| Key { colour, text: text.to_owned() });
+    let others = others.map(|(colour, text)| LegendEntry { colour, text: text.to_owned() });
     Heatmap {
         title: store.location().to_owned(),
         lines: vec![match buckets.len() {
@@ -50,7 +50,7 @@ pub(super) fn of_pack(store: &Store, working_set: Option<&WorkingSet>, paths: &P
             _ => "a chunk has the colour of the first touch in it".to_owned(),
         }],
         shades: hot.chain(others).collect(),
-        mark: Some(Key { colour: FETCHED, text: "fetched: in the local chunk cache".to_owned() }),
+        mark: Some(LegendEntry { colour: FETCHED, text: "fetched: in the local chunk cache".to_owned() }),
         images: files.map(image).collect(),
     }
 }

@@ -45,24 +45,24 @@ pub struct PackDescription {
     /// Plain bytes to those of the pack.
     pub ratio: Option<f64>,
     /// Its files.
-    pub files: Vec<File>,
+    pub files: Vec<FileDescription>,
     /// Why it cannot be forked; null when nothing in the pack forbids it.
     pub unforkable: Option<String>,
     /// What a host needs to restore it.
     pub requires: Option<forkd_fs::manifest::Requires>,
     /// Its chunks.
-    pub chunks: Option<Chunks>,
+    pub chunks: Option<ChunkDescription>,
     /// What a fork touches, as recorded; null without a trace.
     pub working_set: Option<WorkingSetWeight>,
     /// Its index.
-    pub index: Option<Pin>,
+    pub index: Option<IndexDescription>,
     /// What was fetched to say all this.
     pub fetched_bytes: Option<u64>,
 }
 
 /// A file of a pack.
 #[derive(Debug, Serialize)]
-pub struct File {
+pub struct FileDescription {
     /// Its name.
     pub path: String,
     /// Plain bytes.
@@ -79,7 +79,7 @@ pub struct File {
 
 /// The chunks of a pack.
 #[derive(Debug, Serialize)]
-pub struct Chunks {
+pub struct ChunkDescription {
     /// Plain bytes of a chunk.
     pub size: u32,
     /// All chunks.
@@ -100,7 +100,7 @@ pub struct Chunks {
 
 /// What pins the index.
 #[derive(Debug, Serialize)]
-pub struct Pin {
+pub struct IndexDescription {
     /// Where it begins in the pack, bytes.
     pub offset: u64,
     /// Its length, bytes.
@@ -170,7 +170,7 @@ async fn of_store(
     let (manifest, index) = (store.manifest().await?, store.index());
     let files = index.files().map(|(id, entry)| {
         let stats = index.stats(id);
-        File {
+        FileDescription {
             path: entry.name.clone(),
             size: entry.size,
             sha256: manifest.file(&entry.name).map(|file| file.sha256),
@@ -179,7 +179,7 @@ async fn of_store(
             stored_bytes: Some(stats.stored_bytes),
         }
     });
-    let files: Vec<File> = files.collect();
+    let files: Vec<FileDescription> = files.collect();
     let plain_bytes = files.iter().map(|file| file.size).sum();
     let total = files.iter().filter_map(|file| file.chunks).map(u64::from).sum();
     let (stored, stored_bytes) = (u64::from(index.stored_chunk_count()), index.stored_bytes());
@@ -200,7 +200,7 @@ async fn of_store(
         files,
         unforkable: manifest.requires.is_foreign().then(|| FOREIGN_MACHINE.to_owned()),
         requires: Some(manifest.requires.clone()),
-        chunks: Some(Chunks {
+        chunks: Some(ChunkDescription {
             size: index.chunk_size(),
             total,
             stored,
@@ -211,7 +211,7 @@ async fn of_store(
             trace_share: traced.map(|(_, bytes)| share(bytes, stored_bytes)),
         }),
         working_set,
-        index: Some(Pin { offset: pin.offset, size: pin.length, sha256: pin.sha256 }),
+        index: Some(IndexDescription { offset: pin.offset, size: pin.length, sha256: pin.sha256 }),
         fetched_bytes: Some(store.progress().bytes_fetched),
     })
 }
@@ -221,7 +221,7 @@ fn of_legacy(path: &Path) -> Result<PackDescription, legacy::LegacyError> {
     let size_bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
     let file =
         |member: &legacy::LegacyMember| legacy_file(member.path(), member.size, pack.manifest.digest(member));
-    let files: Vec<File> = pack.members.iter().map(file).collect();
+    let files: Vec<FileDescription> = pack.members.iter().map(file).collect();
     let plain_bytes = files.iter().map(|file| file.size).sum();
     let location = path.display().to_string();
     Ok(legacy_report(location, pack.manifest, size_bytes, files, Some(plain_bytes), None))
@@ -239,15 +239,15 @@ fn of_head(location: String, head: LegacyHead) -> PackDescription {
     legacy_report(location, head.manifest, head.packed_size, files, plain_bytes, Some(head.fetched_bytes))
 }
 
-fn legacy_file(path: String, size: u64, sha256: Option<Digest>) -> File {
-    File { path, size, sha256, chunks: None, stored_chunks: None, stored_bytes: None }
+fn legacy_file(path: String, size: u64, sha256: Option<Digest>) -> FileDescription {
+    FileDescription { path, size, sha256, chunks: None, stored_chunks: None, stored_bytes: None }
 }
 
 fn legacy_report(
     location: String,
     manifest: LegacyManifest,
     size_bytes: u64,
-    files: Vec<File>,
+    files: Vec<FileDescription>,
     plain_bytes: Option<u64>,
     fetched_bytes: Option<u64>,
 ) -> PackDescription {

@@ -35,12 +35,12 @@ pub struct WorkingSetWeight {
     /// Their share of the pack.
     pub hotset_share: Option<f64>,
     /// By the part of a fork's life in which they are touched first.
-    pub buckets: Vec<Bucket>,
+    pub buckets: Vec<WorkingSetBucket>,
 }
 
 /// One bucket: what is touched first in that part of a fork's life.
 #[derive(Debug, Serialize)]
-pub struct Bucket {
+pub struct WorkingSetBucket {
     /// Which part.
     pub name: String,
     /// Pages of 4 KiB.
@@ -75,7 +75,7 @@ impl WorkingSet {
             records.map(|record| u64::from(record.length)).sum::<u64>()
         };
         let pack = index.pack_size();
-        let bucket = |(at, chunks): (usize, &Vec<ChunkId>)| Bucket {
+        let bucket = |(at, chunks): (usize, &Vec<ChunkId>)| WorkingSetBucket {
             name: bucket_name(at),
             pages: self.pages(at..at + 1),
             chunks: chunks.len() as u64,

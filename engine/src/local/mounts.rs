@@ -21,7 +21,7 @@ pub const SOURCE_PREFIX: &str = "forkd:";
 
 /// What the daemon of a mount says about itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
+pub struct MountRecord {
     /// Where it is mounted.
     pub mountpoint: PathBuf,
     /// The daemon's process id.
@@ -298,7 +298,7 @@ pub fn log_path(paths: &Paths, mountpoint: &Path) -> Result<PathBuf, MountsError
 }
 
 /// Writes the record of a mount.
-pub fn write_record(paths: &Paths, record: &Record) -> Result<(), MountsError> {
+pub fn write_record(paths: &Paths, record: &MountRecord) -> Result<(), MountsError> {
     paths.create_runtime(Path::new("mounts"))?;
     let path = record_path(paths, &record.mountpoint, "json");
     let failed = |source| MountsError::Record { path: path.clone(), source };
@@ -311,7 +311,7 @@ pub fn write_record(paths: &Paths, record: &Record) -> Result<(), MountsError> {
 /// there, whose mount and record are not to be touched.
 pub fn is_ours(paths: &Paths, mountpoint: &Path, pid: u32) -> bool {
     let text = std::fs::read(record_path(paths, mountpoint, "json")).unwrap_or_default();
-    serde_json::from_slice(&text).is_ok_and(|record: Record| record.pid == pid)
+    serde_json::from_slice(&text).is_ok_and(|record: MountRecord| record.pid == pid)
 }
 
 /// Removes a mount's record and log; it is no error when there are none.
@@ -322,7 +322,7 @@ pub fn remove_record(paths: &Paths, mountpoint: &Path) {
 }
 
 /// Every record that can be read.
-pub fn records(paths: &Paths) -> Vec<Record> {
+pub fn records(paths: &Paths) -> Vec<MountRecord> {
     let Ok(entries) = std::fs::read_dir(paths.mounts()) else { return Vec::new() };
     entries
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -361,7 +361,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let paths =
             Paths { data: dir.path().into(), cache: dir.path().into(), runtime: dir.path().join("run") };
-        let record = Record { mountpoint: "/mnt/hub".into(), pid: 1, hub: "http://h/registry.json".into() };
+        let record =
+            MountRecord { mountpoint: "/mnt/hub".into(), pid: 1, hub: "http://h/registry.json".into() };
         write_record(&paths, &record).unwrap();
         let behind =
             |path: &str| pack_behind(&paths, Path::new(path)).map(|(_, reference)| reference.to_string());

@@ -3,7 +3,7 @@
 //! | file | what |
 //! |---|---|
 //! | `manifest.toml` | what it is and what a host needs (`forkd_fs::manifest`) |
-//! | `snapshot.json` | [`Configuration`] |
+//! | `snapshot.json` | [`MachineConfiguration`] |
 //! | `vmstate` | CPU and device state (`forkd_vmm::vmstate`) |
 //! | `trace` | pages touched by a first restore (`forkd_fs::trace`) |
 //! | `hotset` | those pages themselves, in the trace's order |
@@ -36,7 +36,7 @@ pub use forkd_fs::format::{
 pub const CONSOLE: &str = ".console";
 /// How directories of unfinished snapshots are named; no tag starts with a dot.
 const DRAFT_PREFIX: &str = ".draft-";
-/// Version of [`Configuration`].
+/// Version of [`MachineConfiguration`].
 const FORMAT: u32 = 1;
 /// Longest `snapshot.json`, bytes.
 pub const CONFIGURATION_MAX: usize = 64 * 1024;
@@ -47,7 +47,7 @@ pub const FOREIGN_MACHINE: &str =
 
 /// `snapshot.json`: the machine that the snapshot is of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Configuration {
+pub struct MachineConfiguration {
     /// Version of this file's layout.
     pub format: u32,
     /// Sizes of its memory.
@@ -125,14 +125,14 @@ pub enum SnapshotError {
     },
 }
 
-impl Configuration {
+impl MachineConfiguration {
     /// A configuration for this version of forkd.
-    pub fn new(layout: MemoryLayout, vcpus: u8, kvm_kind: KvmKind, scratch_mib: u32) -> Configuration {
-        Configuration { format: FORMAT, layout, vcpus: vcpus.into(), kvm_kind, scratch_mib }
+    pub fn new(layout: MemoryLayout, vcpus: u8, kvm_kind: KvmKind, scratch_mib: u32) -> MachineConfiguration {
+        MachineConfiguration { format: FORMAT, layout, vcpus: vcpus.into(), kvm_kind, scratch_mib }
     }
 
     /// Reads `snapshot.json`, which may be hostile.
-    pub fn parse(bytes: &[u8]) -> Result<Configuration, SnapshotError> {
+    pub fn parse(bytes: &[u8]) -> Result<MachineConfiguration, SnapshotError> {
         #[derive(Deserialize)]
         struct Probe {
             format: u32,
@@ -142,7 +142,8 @@ impl Configuration {
         if probe.format != FORMAT {
             return Err(SnapshotError::Format { found: probe.format });
         }
-        let parsed: Configuration = serde_json::from_slice(bytes).map_err(SnapshotError::Configuration)?;
+        let parsed: MachineConfiguration =
+            serde_json::from_slice(bytes).map_err(SnapshotError::Configuration)?;
         parsed.check()?;
         Ok(parsed)
     }
@@ -235,15 +236,15 @@ pub fn remove(paths: &Paths, dir: &Path) -> Result<(), SnapshotError> {
 
 /// A snapshot in the making; gone again unless published.
 #[derive(Debug)]
-pub struct Draft {
+pub struct SnapshotDraft {
     dir: WorkDir,
     target: PathBuf,
     tag: String,
 }
 
-impl Draft {
+impl SnapshotDraft {
     /// An empty, locked directory beside the tag's place. Without `force` the tag must be free.
-    pub fn create(paths: &Paths, tag: &str, force: bool) -> Result<Draft, SnapshotError> {
+    pub fn create(paths: &Paths, tag: &str, force: bool) -> Result<SnapshotDraft, SnapshotError> {
         let target = paths.snapshot(tag)?;
         if !force && target.exists() {
             return Err(SnapshotError::Exists { tag: tag.to_owned() });
@@ -252,7 +253,7 @@ impl Draft {
         fs::create_dir_all(&parent).map_err(file_error("creating", &parent))?;
         let dir = WorkDir::create(&parent, DRAFT_PREFIX);
         let dir = dir.map_err(file_error("creating a directory in", &parent))?;
-        Ok(Draft { dir, target, tag: tag.to_owned() })
+        Ok(SnapshotDraft { dir, target, tag: tag.to_owned() })
     }
 
     /// Where its files are to be put.
@@ -262,7 +263,7 @@ impl Draft {
 
     /// Puts it in its place. An old snapshot of the tag is replaced if `force`.
     pub fn publish(self, force: bool) -> Result<PathBuf, SnapshotError> {
-        let Draft { dir, target, tag } = self;
+        let SnapshotDraft { dir, target, tag } = self;
         if target.exists() && !force {
             return Err(SnapshotError::Exists { tag });
         }
@@ -304,17 +305,17 @@ mod tests {
     fn drafts_appear_whole_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let paths = paths(dir.path());
-        let draft = Draft::create(&paths, "t", false).unwrap();
+        let draft = SnapshotDraft::create(&paths, "t", false).unwrap();
         fs::write(draft.path().join(CONFIGURATION), "one").unwrap();
         assert!(matches!(LockedSnapshot::find(&paths, "t"), Err(SnapshotError::Unknown { .. })));
         draft.publish(false).unwrap();
         assert!(LockedSnapshot::find(&paths, "t").is_ok());
-        assert!(matches!(Draft::create(&paths, "t", false), Err(SnapshotError::Exists { .. })));
-        let again = Draft::create(&paths, "t", true).unwrap();
+        assert!(matches!(SnapshotDraft::create(&paths, "t", false), Err(SnapshotError::Exists { .. })));
+        let again = SnapshotDraft::create(&paths, "t", true).unwrap();
         fs::write(again.path().join(CONFIGURATION), "two").unwrap();
         let published = again.publish(true).unwrap();
         assert_eq!(fs::read_to_string(published.join(CONFIGURATION)).unwrap(), "two");
-        let unfinished = Draft::create(&paths, "u", false).unwrap();
+        let unfinished = SnapshotDraft::create(&paths, "u", false).unwrap();
         assert!(remove_dead_drafts(&paths).unwrap().is_empty(), "its maker lives");
         drop(unfinished);
         fs::create_dir(paths.snapshots().join(".draft-dead")).unwrap();
@@ -327,7 +328,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let paths = paths(dir.path());
         let publish = |text: &str| {
-            let draft = Draft::create(&paths, "t", true).unwrap();
+            let draft = SnapshotDraft::create(&paths, "t", true).unwrap();
             fs::write(draft.path().join(CONFIGURATION), text).unwrap();
             draft.publish(true).unwrap();
         };
@@ -354,20 +355,29 @@ mod tests {
     #[test]
     fn configurations_are_checked() {
         let layout = MemoryLayout::new(512, 1).unwrap();
-        let good = Configuration::new(layout, 8, KvmKind::Pvm, 100);
+        let good = MachineConfiguration::new(layout, 8, KvmKind::Pvm, 100);
         let text = serde_json::to_string(&good).unwrap();
-        assert_eq!(Configuration::parse(text.as_bytes()).unwrap(), good);
+        assert_eq!(MachineConfiguration::parse(text.as_bytes()).unwrap(), good);
         assert!(good.check_host(KvmKind::Hardware).is_err());
         let huge = text.replace("512", "99999999999");
-        assert!(matches!(Configuration::parse(huge.as_bytes()), Err(SnapshotError::Layout(_))));
+        assert!(matches!(MachineConfiguration::parse(huge.as_bytes()), Err(SnapshotError::Layout(_))));
         let crowded = text.replace("\"vcpus\":8", "\"vcpus\":9");
-        assert!(matches!(Configuration::parse(crowded.as_bytes()), Err(SnapshotError::Vcpus { vcpus: 9 })));
+        assert!(matches!(
+            MachineConfiguration::parse(crowded.as_bytes()),
+            Err(SnapshotError::Vcpus { vcpus: 9 })
+        ));
         let vast = text.replace("\"scratch_mib\":100", "\"scratch_mib\":65537");
-        assert!(matches!(Configuration::parse(vast.as_bytes()), Err(SnapshotError::Scratch { mib: 65537 })));
+        assert!(matches!(
+            MachineConfiguration::parse(vast.as_bytes()),
+            Err(SnapshotError::Scratch { mib: 65537 })
+        ));
         let older = text.replace(",\"scratch_mib\":100", "");
-        assert_eq!(Configuration::parse(older.as_bytes()).unwrap().scratch_mib, 0);
+        assert_eq!(MachineConfiguration::parse(older.as_bytes()).unwrap().scratch_mib, 0);
         let newer = text.replace("\"format\":1", "\"format\":2");
-        assert!(matches!(Configuration::parse(newer.as_bytes()), Err(SnapshotError::Format { found: 2 })));
-        assert!(Configuration::parse(b"{}").is_err());
+        assert!(matches!(
+            MachineConfiguration::parse(newer.as_bytes()),
+            Err(SnapshotError::Format { found: 2 })
+        ));
+        assert!(MachineConfiguration::parse(b"{}").is_err());
     }
 }

@@ -80,8 +80,8 @@ impl Workspace {
     }
 
     /// What has to go before the process ends by itself.
-    pub fn remains(&self) -> Remains {
-        Remains { workspace: self.path().to_owned(), run_dir: Arc::clone(&self.run_dir) }
+    pub fn remains(&self) -> WorkspaceRemains {
+        WorkspaceRemains { workspace: self.path().to_owned(), run_dir: Arc::clone(&self.run_dir) }
     }
 
     /// Does something that does not look at `interrupt` itself: once that is set, the directory is removed, which makes
@@ -117,12 +117,12 @@ impl Workspace {
 
 /// A workspace and its command's run directory.
 #[derive(Debug)]
-pub struct Remains {
+pub struct WorkspaceRemains {
     workspace: PathBuf,
     run_dir: Arc<RunDir>,
 }
 
-impl Remains {
+impl WorkspaceRemains {
     /// Removes both. Whoever still writes into the workspace fails once it is gone, and waits for the process's end.
     pub fn remove(&self) {
         let _ = work_dir::remove(&self.workspace);

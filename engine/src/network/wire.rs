@@ -69,16 +69,16 @@ impl NetworkMode {
 /// There is no such mode.
 #[derive(Debug, thiserror::Error)]
 #[error("a network is {}", NetworkMode::NAMES.join(" or "))]
-pub struct UnknownMode;
+pub struct UnknownNetworkMode;
 
 impl FromStr for NetworkMode {
-    type Err = UnknownMode;
+    type Err = UnknownNetworkMode;
 
-    fn from_str(name: &str) -> Result<NetworkMode, UnknownMode> {
+    fn from_str(name: &str) -> Result<NetworkMode, UnknownNetworkMode> {
         match name {
             "none" => Ok(NetworkMode::None),
             "isolated" => Ok(NetworkMode::Isolated),
-            _ => Err(UnknownMode),
+            _ => Err(UnknownNetworkMode),
         }
     }
 }
@@ -122,18 +122,18 @@ impl ChildNetwork {
 
 /// The networks of one fork's children.
 #[derive(Debug)]
-pub struct Networks {
+pub struct ChildNetworks {
     mode: NetworkMode,
     /// Middle of the children's Ethernet addresses, so that two forks do not share any.
     salt: [u8; 3],
 }
 
-impl Networks {
-    /// Networks of this kind.
-    pub fn new(mode: NetworkMode) -> Result<Networks, NetworkError> {
+impl ChildNetworks {
+    /// ChildNetworks of this kind.
+    pub fn new(mode: NetworkMode) -> Result<ChildNetworks, NetworkError> {
         let mut salt = [0; 3];
         getrandom(&mut salt, GetRandomFlags::empty()).map_err(failed("getrandom"))?;
-        Ok(Networks { mode, salt })
+        Ok(ChildNetworks { mode, salt })
     }
 
     /// The network of child `number`, counted from 1, if it is to have one.
@@ -192,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_thousand_children_have_addresses_of_their_own() {
-        let networks = Networks::new(NetworkMode::Isolated).unwrap();
+        let networks = ChildNetworks::new(NetworkMode::Isolated).unwrap();
         let all: Vec<_> = (1..=1000).map(|number| networks.identity(number).unwrap()).collect();
         let mut macs: Vec<_> = all.iter().map(|identity| identity.mac).collect();
         let mut addresses: Vec<_> = all.iter().map(|identity| identity.address).collect();
@@ -210,7 +210,7 @@ mod tests {
 
     #[test]
     fn without_a_mode_nothing_is_made() {
-        assert!(Networks::new("none".parse().unwrap()).unwrap().of_child(1).unwrap().is_none());
+        assert!(ChildNetworks::new("none".parse().unwrap()).unwrap().of_child(1).unwrap().is_none());
         assert!("nat".parse::<NetworkMode>().is_err());
     }
 }

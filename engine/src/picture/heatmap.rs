@@ -2,7 +2,7 @@
 //! has something besides. What the colours mean is the caller's business: `commands/inspect/`.
 
 use crate::picture::sizes::show_size;
-use crate::picture::svg::{Anchor, Bar, Key, Picture};
+use crate::picture::svg::{Anchor, Bar, LegendEntry, Picture};
 
 /// Squares in a row.
 const COLUMNS: usize = 64;
@@ -15,7 +15,7 @@ const LEFT: f64 = 16.0;
 
 /// One chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cell {
+pub struct HeatmapCell {
     /// Position of its colour in [`Heatmap::shades`]. The first matter most: they are shown when a square stands for several.
     pub shade: u8,
     /// Whether it has a stripe.
@@ -32,7 +32,7 @@ pub struct ImageCells {
     /// Bytes of each chunk; the last may be shorter.
     pub chunk_bytes: u64,
     /// Its chunks.
-    pub cells: Vec<Cell>,
+    pub cells: Vec<HeatmapCell>,
 }
 
 /// A picture of images.
@@ -43,25 +43,25 @@ pub struct Heatmap {
     /// Lines below the title.
     pub lines: Vec<String>,
     /// The colours.
-    pub shades: Vec<Key>,
+    pub shades: Vec<LegendEntry>,
     /// What a stripe means, where there are any.
-    pub mark: Option<Key>,
+    pub mark: Option<LegendEntry>,
     /// The images.
     pub images: Vec<ImageCells>,
 }
 
 impl ImageCells {
     /// How many chunks `is` tells of, and their bytes.
-    fn count(&self, is: impl Fn(&Cell) -> bool) -> (u64, u64) {
+    fn count(&self, is: impl Fn(&HeatmapCell) -> bool) -> (u64, u64) {
         let bytes = |at: usize| self.bytes.saturating_sub(at as u64 * self.chunk_bytes).min(self.chunk_bytes);
         let those = self.cells.iter().enumerate().filter(|(_, cell)| is(cell));
         those.fold((0, 0), |(chunks, sum), (at, _)| (chunks + 1, sum + bytes(at)))
     }
 
     /// The squares: how many chunks each stands for, and what they show.
-    fn squares(&self) -> (usize, Vec<Cell>) {
+    fn squares(&self) -> (usize, Vec<HeatmapCell>) {
         let each = self.cells.len().div_ceil(CELLS_MAX).max(1);
-        let square = |chunks: &[Cell]| Cell {
+        let square = |chunks: &[HeatmapCell]| HeatmapCell {
             shade: chunks.iter().map(|chunk| chunk.shade).min().unwrap_or(0),
             marked: chunks.iter().any(|chunk| chunk.marked),
         };
@@ -117,7 +117,7 @@ impl Heatmap {
         top + squares.len().div_ceil(COLUMNS) as f64 * CELL
     }
 
-    fn draw_squares(&self, picture: &mut Picture, alike: &[Cell], (x, y): (f64, f64), first: usize) {
+    fn draw_squares(&self, picture: &mut Picture, alike: &[HeatmapCell], (x, y): (f64, f64), first: usize) {
         let Some((cell, key)) =
             alike.first().and_then(|cell| Some((cell, self.shades.get(usize::from(cell.shade))?)))
         else {
@@ -135,8 +135,8 @@ impl Heatmap {
     }
 
     /// The legend, with how much there is of everything.
-    fn keys(&self) -> Vec<Key> {
-        let counted = |key: &Key, is: &dyn Fn(&Cell) -> bool| {
+    fn keys(&self) -> Vec<LegendEntry> {
+        let counted = |key: &LegendEntry, is: &dyn Fn(&HeatmapCell) -> bool| {
             let of_images: Vec<_> = self.images.iter().map(|image| (image, image.count(is))).collect();
             let chunks: u64 = of_images.iter().map(|(_, (chunks, _))| chunks).sum();
             let bytes: u64 = of_images.iter().map(|(_, (_, bytes))| bytes).sum();
@@ -144,7 +144,7 @@ impl Heatmap {
                 of_images.iter().map(|(image, (chunks, _))| format!("{} {chunks}", image.name)).collect();
             let mib = bytes as f64 / f64::from(1 << 20);
             let text = format!("{}: {chunks} chunks, {mib:.1} MiB ({})", key.text, each.join(", "));
-            Key { colour: key.colour, text }
+            LegendEntry { colour: key.colour, text }
         };
         let shades = self.shades.iter().enumerate();
         let mut keys: Vec<_> =
@@ -158,8 +158,8 @@ impl Heatmap {
 mod tests {
     use super::*;
 
-    fn map(cells: Vec<Cell>, bytes: u64) -> Heatmap {
-        let key = |colour, text: &str| Key { colour, text: text.to_owned() };
+    fn map(cells: Vec<HeatmapCell>, bytes: u64) -> Heatmap {
+        let key = |colour, text: &str| LegendEntry { colour, text: text.to_owned() };
         Heatmap {
             title: "a pack".to_owned(),
             lines: vec!["of somebody".to_owned()],
@@ -169,8 +169,8 @@ mod tests {
         }
     }
 
-    fn cell(shade: u8, marked: bool) -> Cell {
-        Cell { shade, marked }
+    fn cell(shade: u8, marked: bool) -> HeatmapCell {
+        HeatmapCell { shade, marked }
     }
 
     #[test]

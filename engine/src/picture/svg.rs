@@ -63,7 +63,7 @@ pub struct Bar {
 
 /// One entry of a legend.
 #[derive(Debug, Clone)]
-pub struct Key {
+pub struct LegendEntry {
     /// Colour that it explains.
     pub colour: &'static str,
     /// What the colour means.
@@ -126,7 +126,7 @@ impl Picture {
     }
 
     /// Explains colours, one a line; returns where the next thing can be drawn.
-    pub fn legend(&mut self, (x, mut y): (f64, f64), keys: &[Key]) -> f64 {
+    pub fn legend(&mut self, (x, mut y): (f64, f64), keys: &[LegendEntry]) -> f64 {
         for key in keys {
             self.bar(Bar { x, y: y - 9.0, width: 12.0, height: 10.0, colour: key.colour }, None);
             self.text((x + 20.0, y), 12, Anchor::Start, &key.text);

@@ -1,4 +1,4 @@
-//! What happened when during one fork, for `forkd fork --timeline`: a [`Recorder`] hears of requests, decodings and
+//! What happened when during one fork, for `forkd fork --timeline`: a [`EventRecorder`] hears of requests, decodings and
 //! faults, and `draw` makes a picture of it.
 //!
 //! Without `--timeline` there is no recorder, and nothing is measured for one.
@@ -11,9 +11,9 @@ use forkd_fs::source::Priority;
 
 mod draw;
 
-pub use draw::{ChildMarks, Phase, Scene};
+pub use draw::{ChildMarks, Phase, TimelineScene};
 
-/// Events that are kept: more cannot be told apart in a picture, and a fork that runs for days must not fill its memory.
+/// RecordedEvents that are kept: more cannot be told apart in a picture, and a fork that runs for days must not fill its memory.
 pub const EVENTS_MAX: usize = 10_000;
 
 /// When something began and ended, milliseconds from the start of the process.
@@ -51,39 +51,39 @@ pub struct FaultSpan {
 
 /// Everything recorded until a moment.
 #[derive(Debug, Clone, Default)]
-pub struct Events {
+pub struct RecordedEvents {
     /// Requests, in the order in which they ended.
     pub requests: Vec<RequestSpan>,
     /// Frames decoded.
     pub decodings: Vec<Span>,
     /// Chunks that machines waited for.
     pub faults: Vec<FaultSpan>,
-    /// Events that came when [`EVENTS_MAX`] were there.
+    /// RecordedEvents that came when [`EVENTS_MAX`] were there.
     pub left_out: u64,
 }
 
-impl Events {
+impl RecordedEvents {
     fn len(&self) -> usize {
         self.requests.len() + self.decodings.len() + self.faults.len()
     }
 
-    fn add(&mut self, add: impl FnOnce(&mut Events)) {
+    fn add(&mut self, add: impl FnOnce(&mut RecordedEvents)) {
         if self.len() < EVENTS_MAX { add(self) } else { self.left_out += 1 }
     }
 }
 
 /// Keeps the first [`EVENTS_MAX`] events of a fork.
 #[derive(Debug)]
-pub struct Recorder {
+pub struct EventRecorder {
     created: Instant,
     created_ms: f64,
-    events: Mutex<Events>,
+    events: Mutex<RecordedEvents>,
 }
 
-impl Recorder {
+impl EventRecorder {
     /// One that begins now, `now_ms` after the process started.
-    pub fn new(now_ms: f64) -> Recorder {
-        Recorder { created: Instant::now(), created_ms: now_ms, events: Mutex::default() }
+    pub fn new(now_ms: f64) -> EventRecorder {
+        EventRecorder { created: Instant::now(), created_ms: now_ms, events: Mutex::default() }
     }
 
     /// Notes a chunk that `waiters` machines have waited for since `since`.
@@ -93,7 +93,7 @@ impl Recorder {
     }
 
     /// What is recorded so far.
-    pub fn events(&self) -> Events {
+    pub fn events(&self) -> RecordedEvents {
         self.lock().clone()
     }
 
@@ -105,12 +105,12 @@ impl Recorder {
         Span { from: ms(from), until: ms(until) }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Events> {
+    fn lock(&self) -> MutexGuard<'_, RecordedEvents> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Observer for Recorder {
+impl Observer for EventRecorder {
     fn transferred(&self, transfer: &Transfer) {
         let Transfer { began, ended, bytes, priority } = *transfer;
         let request = RequestSpan { span: self.span(began, ended), bytes, priority };
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn times_count_from_the_process_start() {
-        let recorder = Recorder::new(100.0);
+        let recorder = EventRecorder::new(100.0);
         let (before, after) =
             (recorder.created - Duration::from_millis(40), recorder.created + Duration::from_millis(60));
         assert_eq!(recorder.span(before, after), Span { from: 60.0, until: 160.0 });
@@ -138,7 +138,7 @@ mod tests {
 
     #[test]
     fn what_goes_beyond_the_limit_is_counted_only() {
-        let recorder = Recorder::new(0.0);
+        let recorder = EventRecorder::new(0.0);
         let now = Instant::now();
         for chunk in 0..EVENTS_MAX as u64 - 1 {
             recorder.served("memory.bin", chunk, now, 1);

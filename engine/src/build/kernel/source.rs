@@ -28,7 +28,7 @@ const NEEDED: [(&str, &str); 9] = [
 
 /// A kernel source, packed or not.
 #[derive(Debug)]
-pub struct Source {
+pub struct KernelSource {
     /// Names exactly this source: a package with its version, or a directory.
     pub identity: String,
     place: Place,
@@ -45,7 +45,7 @@ pub fn prepare(
     tree: Option<&Path>,
     progress: &dyn Progress,
     interrupt: &Interrupt,
-) -> Result<Source, KernelError> {
+) -> Result<KernelSource, KernelError> {
     let archive = || newest_archive(Path::new(SOURCE_DIR));
     let mut packages = missing_tools();
     if let Some(tree) = tree {
@@ -66,7 +66,7 @@ pub fn prepare(
         install(&packages, progress, interrupt)?;
     }
     let archive = found.ok_or_else(|| KernelError::NoSource { directory: SOURCE_DIR.into() })?;
-    Ok(Source { identity: archive_identity(&archive, interrupt)?, place: Place::Archive(archive) })
+    Ok(KernelSource { identity: archive_identity(&archive, interrupt)?, place: Place::Archive(archive) })
 }
 
 fn missing_tools() -> Vec<&'static str> {
@@ -94,13 +94,13 @@ fn install(packages: &[&str], progress: &dyn Progress, interrupt: &Interrupt) ->
         .map_err(|source| KernelError::Tool { step: "installing packages", source })
 }
 
-fn user_tree(path: &Path) -> Result<Source, KernelError> {
+fn user_tree(path: &Path) -> Result<KernelSource, KernelError> {
     let not_a_source = || KernelError::NotASource { path: path.to_owned() };
     let tree = fs::canonicalize(path).map_err(|_| not_a_source())?;
     if !["Makefile", "Kconfig", "arch/x86/Kconfig"].iter().all(|file| tree.join(file).is_file()) {
         return Err(not_a_source());
     }
-    Ok(Source { identity: format!("tree {}", tree.display()), place: Place::Tree(tree) })
+    Ok(KernelSource { identity: format!("tree {}", tree.display()), place: Place::Tree(tree) })
 }
 
 /// The archive of the highest version among `linux-source-VERSION.tar.xz` and Ubuntu's
@@ -140,7 +140,7 @@ fn archive_identity(archive: &Path, interrupt: &Interrupt) -> Result<String, Ker
         .map_err(|source| KernelError::File { path: archive.to_owned(), source })
 }
 
-impl Source {
+impl KernelSource {
     /// Whether it is a package, whose identity says all about its contents.
     pub fn is_package(&self) -> bool {
         matches!(self.place, Place::Archive(_))

@@ -107,15 +107,15 @@ fn stderr_part(stderr: &str) -> String {
 
 /// Why there is no snapshot, and what its machine, if there was one by then, said last.
 #[derive(Debug)]
-pub struct Failure {
+pub struct BuildFailure {
     /// Why.
     pub error: BuildError,
     /// The end of the machine's console, a guest's own words: control characters and all, at most a few lines; or empty.
     pub console: String,
 }
 
-impl<E: Into<BuildError>> From<E> for Failure {
-    fn from(error: E) -> Failure {
-        Failure { error: error.into(), console: String::new() }
+impl<E: Into<BuildError>> From<E> for BuildFailure {
+    fn from(error: E) -> BuildFailure {
+        BuildFailure { error: error.into(), console: String::new() }
     }
 }

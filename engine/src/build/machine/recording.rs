@@ -1,14 +1,14 @@
 //! Recording a trace: a snapshot is restored a few times, page by page, and what is touched until its probe is answered is
 //! written down, with the pages themselves.
 
-use super::error::{BuildError, Failure};
+use super::error::{BuildError, BuildFailure};
 use super::rig::{BuildMachine, INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, open, run_probe};
 use crate::build::recipe::Probe;
 use crate::fork::agent::AgentClient;
 use crate::fork::identity;
 use crate::fork::scratch::Scratch;
 use crate::interrupt::Interrupt;
-use crate::local::snapshots::{self, Configuration, file_error};
+use crate::local::snapshots::{self, MachineConfiguration, file_error};
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::devices::doorbell::Ring;
@@ -44,7 +44,7 @@ type Touch = (ImageId, usize, u32);
 
 /// What a trial restore needs besides the snapshot.
 #[derive(Debug, Clone, Copy)]
-pub struct Trials<'a> {
+pub struct TrialOptions<'a> {
     /// What each is asked; without, it is recorded until its agent answers.
     pub probe: Option<&'a Probe>,
     /// Its scratch disk.
@@ -56,11 +56,11 @@ pub struct Trials<'a> {
 /// Restores the snapshot in `dir` once for each of [`TRIALS`] and writes `trace` and `hotset` into `into`, which may be `dir`.
 pub fn record(
     machines: &Machines,
-    configuration: &Configuration,
+    configuration: &MachineConfiguration,
     dir: &Path,
     into: &Path,
-    trials: &Trials<'_>,
-) -> Result<Trace, Failure> {
+    trials: &TrialOptions<'_>,
+) -> Result<Trace, BuildFailure> {
     let records: Vec<_> = TRIALS
         .iter()
         .map(|trial| record_touches(machines, configuration, dir, trials, trial))
@@ -143,7 +143,7 @@ fn merge(records: &[Vec<Touch>]) -> BTreeMap<(ImageId, u32), usize> {
 }
 
 /// The trace of pages and the earliest phase in which each was touched.
-fn trace_of(configuration: &Configuration, touched: &BTreeMap<(ImageId, u32), usize>) -> Trace {
+fn trace_of(configuration: &MachineConfiguration, touched: &BTreeMap<(ImageId, u32), usize>) -> Trace {
     let region = |id: ImageId| RegionTrace {
         file: IMAGE_NAMES[id.index()].to_owned(),
         buckets: (0..PHASES)
@@ -175,11 +175,11 @@ fn connect_early(
 /// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
 fn record_touches(
     machines: &Machines,
-    configuration: &Configuration,
+    configuration: &MachineConfiguration,
     dir: &Path,
-    trials: &Trials<'_>,
+    trials: &TrialOptions<'_>,
     trial: &Trial,
-) -> Result<Vec<Touch>, Failure> {
+) -> Result<Vec<Touch>, BuildFailure> {
     let layout = configuration.layout;
     let ids: Vec<_> = ImageId::ALL.into_iter().filter(|id| layout.image_bytes(*id) > 0).collect();
     let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
@@ -222,7 +222,7 @@ fn record_touches(
 fn run_trial(
     machine: &BuildMachine<'_>,
     pager: &Pager,
-    trials: &Trials<'_>,
+    trials: &TrialOptions<'_>,
     trial: &Trial,
 ) -> Result<[u64; PHASES - 1], BuildError> {
     let doing = "restoring the snapshot to record its trace";
@@ -242,7 +242,7 @@ fn run_trial(
 /// Asks the probe. The user can end it, which takes the machine's end: an answer may be minutes away.
 fn ask(
     machine: &BuildMachine<'_>,
-    trials: &Trials<'_>,
+    trials: &TrialOptions<'_>,
     early: Option<Receiver<Result<AgentClient, BuildError>>>,
     doing: &'static str,
 ) -> Result<(), BuildError> {

@@ -1,7 +1,7 @@
 //! One machine of a build: its process, what it says, and asking its agent.
 
 use super::console;
-use super::error::{BuildError, Failure};
+use super::error::{BuildError, BuildFailure};
 use crate::build::recipe::Probe;
 use crate::fork::agent::AgentClient;
 use crate::fork::scratch::Scratch;
@@ -95,12 +95,12 @@ impl<'a> BuildMachine<'a> {
     }
 
     /// What ended its use, with its last words unless it was the user.
-    pub(super) fn failed(&self, error: BuildError) -> Failure {
+    pub(super) fn failed(&self, error: BuildError) -> BuildFailure {
         let console = match error {
             BuildError::Interrupted(_) => String::new(),
             _ => console::tail(&self.console),
         };
-        Failure { error, console }
+        BuildFailure { error, console }
     }
 
     pub(super) fn agent(&self, doing: &'static str) -> Result<AgentClient, BuildError> {

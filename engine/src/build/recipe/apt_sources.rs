@@ -7,8 +7,8 @@ use std::fs;
 use std::path::Path;
 
 /// The entries of `/etc/apt` (sources.list and sources.list.d) that serve `suite`, its updates and its security fixes.
-pub fn for_suite(etc_apt: &Path, suite: &str) -> Sources {
-    let mut sources = Sources::default();
+pub fn for_suite(etc_apt: &Path, suite: &str) -> AptSources {
+    let mut sources = AptSources::default();
     let mut files = vec![etc_apt.join("sources.list")];
     let parts = fs::read_dir(etc_apt.join("sources.list.d")).into_iter().flatten().flatten();
     let mut parts: Vec<_> = parts.map(|entry| entry.path()).collect();
@@ -25,16 +25,16 @@ pub fn for_suite(etc_apt: &Path, suite: &str) -> Sources {
     sources
 }
 
-/// Sources in apt's two notations.
+/// AptSources in apt's two notations.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Sources {
+pub struct AptSources {
     /// One entry a line: the contents of a `.list` file.
     pub lines: String,
     /// Paragraphs of fields: the contents of a `.sources` file.
     pub stanzas: String,
 }
 
-impl Sources {
+impl AptSources {
     fn add_lines(&mut self, text: &str, suite: &str) {
         for line in text.lines() {
             // deb [option=value ...] URI SUITE COMPONENT...
@@ -128,7 +128,7 @@ mod tests {
         let expected = "Types: deb\nURIs: http://mirror/debian\nSuites: bookworm bookworm-updates\nComponents: main\n\
             Signed-By:\n -----BEGIN\n .\n\n";
         assert_eq!(sources.stanzas, expected);
-        assert_eq!(for_suite(dir.path(), "sid"), Sources::default());
-        assert_eq!(for_suite(&dir.path().join("absent"), "bookworm"), Sources::default());
+        assert_eq!(for_suite(dir.path(), "sid"), AptSources::default());
+        assert_eq!(for_suite(&dir.path().join("absent"), "bookworm"), AptSources::default());
     }
 }

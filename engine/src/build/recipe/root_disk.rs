@@ -21,8 +21,8 @@ use crate::interrupt::Interrupt;
 use crate::local::paths::Paths;
 use crate::local::work_dir::{self, WorkDir};
 
-use super::apt_sources::{self, Sources};
-use super::tree::Tree;
+use super::apt_sources::{self, AptSources};
+use super::tree::RootDiskTree;
 use super::{Recipe, RecipeError};
 
 /// Bump when the way of building changes what comes out.
@@ -183,7 +183,7 @@ fn why_not_static(path: &Path) -> Option<&'static str> {
 }
 
 /// Names the distribution's part: everything that decides what is in it but time.
-fn base_key(recipe: &Recipe, sources: &Sources) -> String {
+fn base_key(recipe: &Recipe, sources: &AptSources) -> String {
     let mut packages: Vec<&[u8]> = recipe.base.packages.iter().map(String::as_bytes).collect();
     packages.sort_unstable();
     let fixed = [VERSION, recipe.base.suite.as_bytes(), sources.lines.as_bytes(), sources.stanzas.as_bytes()];
@@ -246,12 +246,12 @@ impl Builder<'_> {
     fn base(
         &self,
         key: &str,
-        sources: &Sources,
+        sources: &AptSources,
         say: &mut impl FnMut(&str),
-    ) -> Result<(Tree, u64), RecipeError> {
+    ) -> Result<(RootDiskTree, u64), RecipeError> {
         let path = self.work.path().join("tree");
         let archive = self.cache.join(format!("{}.base.tar", &key[..32]));
-        let open = || Tree::open(&path).map_err(file_error(&path));
+        let open = || RootDiskTree::open(&path).map_err(file_error(&path));
         if archive.is_file() {
             say("unpacking the distribution");
             fs::create_dir(&path).map_err(file_error(&path))?;
@@ -311,7 +311,7 @@ impl Builder<'_> {
     fn install_packages(
         &self,
         tree: &Path,
-        sources: &Sources,
+        sources: &AptSources,
         say: &mut impl FnMut(&str),
     ) -> Result<(), RecipeError> {
         say("installing the distribution");
@@ -341,7 +341,7 @@ impl Builder<'_> {
         result.map_err(|source| RecipeError::Tool { step: "installing the distribution", source })
     }
 
-    fn add_files(&self, tree: &Tree, agent: &Path) -> Result<(), RecipeError> {
+    fn add_files(&self, tree: &RootDiskTree, agent: &Path) -> Result<(), RecipeError> {
         let put = |to: &Path, contents: &mut dyn Read, executable| {
             tree.put(to, contents, executable).map_err(file_error(to))
         };
@@ -363,7 +363,7 @@ impl Builder<'_> {
     }
 
     /// The tree as an uncompressed image (a pack compresses, and DAX needs plain blocks), padded for virtio-pmem.
-    fn image(&self, tree: &Tree, epoch: u64, key: &str) -> Result<PathBuf, RecipeError> {
+    fn image(&self, tree: &RootDiskTree, epoch: u64, key: &str) -> Result<PathBuf, RecipeError> {
         let image = self.work.path().join("disk.erofs");
         let uuid = [&key[0..8], &key[8..12], &key[12..16], &key[16..20], &key[20..32]].join("-");
         self.tool("mkfs.erofs")

@@ -17,14 +17,14 @@ fn every_input_is_in_the_key_and_their_place_is_not() {
     let dir = TempDir::new().unwrap();
     let agent = dir.path().join("agent");
     fs::write(&agent, "one").unwrap();
-    let sources = Sources { lines: "deb a b main\n".to_owned(), stanzas: String::new() };
+    let sources = AptSources { lines: "deb a b main\n".to_owned(), stanzas: String::new() };
     let key =
-        |recipe: &Recipe, sources: &Sources| disk_key(recipe, &agent, &base_key(recipe, sources)).unwrap();
+        |recipe: &Recipe, sources: &AptSources| disk_key(recipe, &agent, &base_key(recipe, sources)).unwrap();
     let first = key(&recipe(&dir, RECIPE, "1"), &sources);
     let elsewhere = TempDir::new().unwrap();
     assert_eq!(first, key(&recipe(&elsewhere, RECIPE, "1"), &sources));
     assert_eq!(first, key(&recipe(&dir, &RECIPE.replace("\"a\", \"b\"", "\"b\", \"a\""), "1"), &sources));
-    let other_sources = Sources { lines: String::new(), stanzas: "deb a b main\n".to_owned() };
+    let other_sources = AptSources { lines: String::new(), stanzas: "deb a b main\n".to_owned() };
     let mut others = vec![
         key(&recipe(&dir, RECIPE, "2"), &sources),
         key(&recipe(&dir, &RECIPE.replace("\"b\"", "\"c\""), "1"), &sources),

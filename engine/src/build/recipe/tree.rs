@@ -13,12 +13,12 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, fchmod, mkdirat, open
 use rustix::io::Errno;
 
 /// A directory that will be a machine's root.
-pub struct Tree {
+pub struct RootDiskTree {
     root: OwnedFd,
     path: PathBuf,
 }
 
-impl Tree {
+impl RootDiskTree {
     /// Opens an existing directory as a tree.
     pub fn open(path: &Path) -> io::Result<Self> {
         let root = openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
@@ -142,14 +142,14 @@ mod tests {
     use std::time::Duration;
     use tempfile::TempDir;
 
-    fn put(tree: &Tree, to: &str, text: &str) -> io::Result<()> {
+    fn put(tree: &RootDiskTree, to: &str, text: &str) -> io::Result<()> {
         tree.put(Path::new(to), &mut text.as_bytes(), to.ends_with(".sh"))
     }
 
     #[test]
     fn files_get_directories_and_modes() {
         let dir = TempDir::new().unwrap();
-        let tree = Tree::open(dir.path()).unwrap();
+        let tree = RootDiskTree::open(dir.path()).unwrap();
         put(&tree, "/a/b/c.sh", "one").unwrap();
         put(&tree, "/a/b/c.sh", "two").unwrap();
         put(&tree, "/a/d", "").unwrap();
@@ -166,7 +166,7 @@ mod tests {
         let outside = TempDir::new().unwrap();
         fs::write(outside.path().join("kept"), "kept").unwrap();
         let dir = TempDir::new().unwrap();
-        let tree = Tree::open(dir.path()).unwrap();
+        let tree = RootDiskTree::open(dir.path()).unwrap();
         symlink(outside.path(), dir.path().join("absolute")).unwrap();
         symlink("../../../../../../..", dir.path().join("up")).unwrap();
         symlink(outside.path().join("kept"), dir.path().join("file")).unwrap();
@@ -186,7 +186,7 @@ mod tests {
         let outside = TempDir::new().unwrap();
         fs::write(outside.path().join("kept"), "").unwrap();
         let dir = TempDir::new().unwrap();
-        let tree = Tree::open(dir.path()).unwrap();
+        let tree = RootDiskTree::open(dir.path()).unwrap();
         put(&tree, "/var/log/apt/history.log", "x").unwrap();
         symlink(outside.path(), dir.path().join("var/log/link")).unwrap();
         tree.clear(Path::new("/var/log")).unwrap();
@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn the_newest_file_before_the_build_is_found() {
         let dir = TempDir::new().unwrap();
-        let tree = Tree::open(dir.path()).unwrap();
+        let tree = RootDiskTree::open(dir.path()).unwrap();
         for (name, second) in [("/old", 1000), ("/d/packaged", 5000), ("/d/made", 9000)] {
             put(&tree, name, "").unwrap();
             let file = File::options().write(true).open(dir.path().join(&name[1..])).unwrap();

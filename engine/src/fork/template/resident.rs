@@ -1,7 +1,7 @@
 //! A template whose images are whole and in memory, on its way from one process to another.
 
 use super::{Images, Template, TemplateError, images_of};
-use crate::local::snapshots::{Configuration, SnapshotError, file_error};
+use crate::local::snapshots::{MachineConfiguration, SnapshotError, file_error};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{PAGE_BYTES, create_image, longest_runs};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -17,8 +17,8 @@ const COPY_BYTES: u64 = 64 << 20;
 
 /// What is said of a resident image; its vmstate and images come with it as files.
 #[derive(Debug, Serialize, Deserialize)]
-pub struct Resident {
-    configuration: Configuration,
+pub struct ResidentTemplate {
+    configuration: MachineConfiguration,
     /// Per image, ranges (start and end, bytes) known to be zero.
     zero_runs: Vec<Vec<(u64, u64)>>,
 }
@@ -79,8 +79,9 @@ impl Template {
     }
 
     /// What another process needs to fork from this template: descriptors that nobody can write through.
-    pub fn resident(&self) -> io::Result<(Resident, Vec<OwnedFd>)> {
-        let resident = Resident { configuration: self.configuration, zero_runs: self.zero_runs.clone() };
+    pub fn resident(&self) -> io::Result<(ResidentTemplate, Vec<OwnedFd>)> {
+        let resident =
+            ResidentTemplate { configuration: self.configuration, zero_runs: self.zero_runs.clone() };
         let read_only = |file: BorrowedFd<'_>| {
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             Ok(OwnedFd::from(File::open(path)?))
@@ -91,7 +92,7 @@ impl Template {
 
     /// A template that another process of this user holds, which may be of another version, for a host of the kind `host`.
     pub fn from_resident(
-        Resident { configuration, zero_runs }: Resident,
+        ResidentTemplate { configuration, zero_runs }: ResidentTemplate,
         mut files: Vec<OwnedFd>,
         host: KvmKind,
     ) -> Result<Template, ResidentError> {
@@ -170,10 +171,10 @@ fn copy_range(from: &OwnedFd, to: &OwnedFd, mut start: u64, end: u64) -> Result<
 #[cfg(test)]
 pub(crate) fn empty_template() -> Template {
     let layout = forkd_vmm::memory::MemoryLayout::new(64, 0).unwrap();
-    let configuration = Configuration::new(layout, 1, KvmKind::Pvm, 0);
+    let configuration = MachineConfiguration::new(layout, 1, KvmKind::Pvm, 0);
     let ram = layout.image_bytes(forkd_vmm::memory::ImageId::Ram);
     let files = [100, ram].map(|bytes| create_image("empty", bytes).unwrap()).into();
-    let resident = Resident { configuration, zero_runs: vec![vec![(0, ram)]] };
+    let resident = ResidentTemplate { configuration, zero_runs: vec![vec![(0, ram)]] };
     Template::from_resident(resident, files, KvmKind::Pvm).unwrap()
 }
 
@@ -223,11 +224,11 @@ mod tests {
     #[test]
     fn only_a_whole_machine_of_this_host_is_taken() {
         let layout = MemoryLayout::new(64, 0).unwrap();
-        let good = Configuration::new(layout, 1, KvmKind::Pvm, 0);
+        let good = MachineConfiguration::new(layout, 1, KvmKind::Pvm, 0);
         let ram = layout.image_bytes(ImageId::Ram);
         let take = |configuration, runs: &[Vec<(u64, u64)>], bytes: &[u64], host| {
             let files = bytes.iter().map(|bytes| create_image("file", *bytes).unwrap()).collect();
-            let resident = Resident { configuration, zero_runs: runs.to_vec() };
+            let resident = ResidentTemplate { configuration, zero_runs: runs.to_vec() };
             Template::from_resident(resident, files, host).map(|_| ())
         };
         let of_files = |runs: &[Vec<(u64, u64)>], bytes: &[u64]| take(good, runs, bytes, KvmKind::Pvm);
@@ -252,9 +253,9 @@ mod tests {
         let of = |configuration, host| take(configuration, &[vec![]], &[100, ram], host).unwrap_err();
         for (configuration, host) in [
             (good, KvmKind::Hardware),
-            (Configuration { format: 2, ..good }, KvmKind::Pvm),
-            (Configuration { vcpus: 99, ..good }, KvmKind::Pvm),
-            (Configuration { scratch_mib: 1 << 30, ..good }, KvmKind::Pvm),
+            (MachineConfiguration { format: 2, ..good }, KvmKind::Pvm),
+            (MachineConfiguration { vcpus: 99, ..good }, KvmKind::Pvm),
+            (MachineConfiguration { scratch_mib: 1 << 30, ..good }, KvmKind::Pvm),
         ] {
             let refused = of(configuration, host);
             assert!(matches!(refused, ResidentError::Configuration(_)), "{configuration:?}: {refused}");

@@ -2,7 +2,7 @@
 
 use super::quality::FaultCounts;
 use crate::local::snapshots;
-use crate::picture::timeline::Recorder;
+use crate::picture::timeline::EventRecorder;
 use forkd_fs::index::{ChunkId as PackChunk, FileId};
 use forkd_fs::store::{ChunkData, ReadError, Store};
 use forkd_vmm::memory::ImageId;
@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 
 /// A chunk that machines wait for and that will not come.
 #[derive(Debug, Clone)]
-pub struct Unavailable {
+pub struct UnavailableChunk {
     /// The chunk.
     pub chunk: ImageChunk,
     /// The machines that wait for it.
@@ -31,8 +31,8 @@ pub(super) struct StorePages {
     pub(super) runtime: Handle,
     pub(super) files: Vec<Option<FileId>>,
     pub(super) shapes: Vec<ImageShape>,
-    pub(super) unavailable: Mutex<Vec<Unavailable>>,
-    pub(super) recorder: OnceLock<Arc<Recorder>>,
+    pub(super) unavailable: Mutex<Vec<UnavailableChunk>>,
+    pub(super) recorder: OnceLock<Arc<EventRecorder>>,
     pub(super) faults: FaultCounts,
 }
 
@@ -86,7 +86,7 @@ impl PageSource for StorePages {
         let error = crate::chain::chain(&*failure);
         tracing::error!(?chunk, error, "a chunk that machines wait for cannot be had");
         let mut list = self.unavailable.lock().unwrap_or_else(PoisonError::into_inner);
-        list.push(Unavailable { chunk, waiters: waiters.to_vec(), error });
+        list.push(UnavailableChunk { chunk, waiters: waiters.to_vec(), error });
     }
 
     fn faulted(&self, _client: ClientId, image: ImageId, offset: u64) {

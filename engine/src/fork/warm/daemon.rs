@@ -24,7 +24,7 @@ const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
 const BACKLOG: i32 = 128;
 
 /// Holds one image and hands it out. Its socket goes when it is dropped.
-pub struct Daemon {
+pub struct WarmDaemon {
     address: WarmSocket,
     listener: OwnedFd,
     /// Of the socket's file: another daemon may take its place.
@@ -33,7 +33,7 @@ pub struct Daemon {
     files: Vec<OwnedFd>,
 }
 
-impl Daemon {
+impl WarmDaemon {
     /// Listens in the place of whoever held the image before, or what had its name; they are ended. From now on forks find it.
     pub fn start(
         paths: &Paths,
@@ -41,7 +41,7 @@ impl Daemon {
         name: String,
         resolved: String,
         template: &Template,
-    ) -> Result<Daemon, WarmError> {
+    ) -> Result<WarmDaemon, WarmError> {
         let (resident, files) =
             template.resident().map_err(|error| address.failed("opening the images for", error))?;
         paths.create_runtime(Path::new("warm"))?;
@@ -54,7 +54,7 @@ impl Daemon {
         let resident_bytes = template.resident_bytes();
         let pid = std::process::id();
         let status = WarmStatus { name, resolved, pid, resident_bytes, since_unix, forks: 0 };
-        Ok(Daemon { address, listener, inode, handed: WarmImage { status, resident }, files })
+        Ok(WarmDaemon { address, listener, inode, handed: WarmImage { status, resident }, files })
     }
 
     /// What is held.
@@ -128,7 +128,7 @@ impl Daemon {
     }
 }
 
-impl Drop for Daemon {
+impl Drop for WarmDaemon {
     fn drop(&mut self) {
         self.remove_socket();
     }

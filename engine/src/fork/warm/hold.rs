@@ -5,7 +5,7 @@ use crate::chain::chain;
 use crate::fork::template::{Template, TemplateError};
 use crate::local::paths::Paths;
 use crate::progress::{Amount, Progress, follow};
-use crate::target::{DEMAND_DEADLINE, OpenOptions, Opened, Origin, Target, TargetError};
+use crate::target::{DEMAND_DEADLINE, OpenOptions, OpenedTarget, Origin, Target, TargetError};
 use forkd_fs::cache::CacheOptions;
 use forkd_fs::store::ReadError;
 use forkd_vmm::kvm::KvmKind;
@@ -79,7 +79,8 @@ pub fn load(
     progress: &dyn Progress,
 ) -> Result<LoadedImage, HoldError> {
     let options = OpenOptions { cache, observer: None };
-    let Opened { resolved, origin, cache } = runtime.block_on(target.open(paths, name, options, |_| {}))?;
+    let OpenedTarget { resolved, origin, cache } =
+        runtime.block_on(target.open(paths, name, options, |_| {}))?;
     let kind = KvmKind::detect();
     let failed = |source| HoldError::Template { name: name.to_owned(), source: Box::new(source) };
     let template = match origin {
@@ -110,20 +111,20 @@ pub fn load(
 
 /// What daemons said, and what those failed with that said nothing.
 #[derive(Debug, Default)]
-pub struct Answers {
+pub struct DaemonAnswers {
     /// What they hold, or held.
     pub held: Vec<WarmStatus>,
     /// One for each that did not answer.
     pub unanswered: Vec<WarmError>,
 }
 
-impl Answers {
+impl DaemonAnswers {
     /// Asks them all: one that does not answer is in the others' way no more than in its own.
     fn of(
         sockets: &[WarmSocket],
         ask: impl Fn(&WarmSocket) -> Result<Option<WarmStatus>, WarmError>,
-    ) -> Answers {
-        let mut answers = Answers::default();
+    ) -> DaemonAnswers {
+        let mut answers = DaemonAnswers::default();
         for socket in sockets {
             match ask(socket) {
                 Ok(answer) => answers.held.extend(answer),
@@ -139,28 +140,28 @@ impl Answers {
 }
 
 /// All images that are held, by name.
-pub fn list(paths: &Paths) -> Answers {
-    let mut answers = Answers::of(&WarmSocket::all(paths), WarmSocket::status);
+pub fn list(paths: &Paths) -> DaemonAnswers {
+    let mut answers = DaemonAnswers::of(&WarmSocket::all(paths), WarmSocket::status);
     answers.held.sort_by(|a, b| a.name.cmp(&b.name));
     answers
 }
 
 /// Ends all daemons.
-pub fn stop_all(paths: &Paths) -> Answers {
-    Answers::of(&WarmSocket::all(paths), WarmSocket::stop)
+pub fn stop_all(paths: &Paths) -> DaemonAnswers {
+    DaemonAnswers::of(&WarmSocket::all(paths), WarmSocket::stop)
 }
 
 /// Ends what holds `target`, called `name`, whatever has become of its file, tag or hub since.
-pub fn stop(paths: &Paths, target: &Target, name: &str) -> Result<Answers, HoldError> {
+pub fn stop(paths: &Paths, target: &Target, name: &str) -> Result<DaemonAnswers, HoldError> {
     let family = WarmSocket::family_of(paths, target);
-    let mut answers = Answers::of(family.as_deref().unwrap_or_default(), WarmSocket::stop);
+    let mut answers = DaemonAnswers::of(family.as_deref().unwrap_or_default(), WarmSocket::stop);
     if answers.is_empty() {
         // As the list shows it: from another directory, or where another hub is meant now.
         let has_name = |socket: &WarmSocket| {
             socket.status().is_ok_and(|held| held.is_some_and(|held| held.name == name))
         };
         let named = WarmSocket::all(paths).into_iter().filter(has_name).collect::<Vec<_>>();
-        answers = Answers::of(&named, WarmSocket::stop);
+        answers = DaemonAnswers::of(&named, WarmSocket::stop);
     }
     if answers.is_empty() {
         family?;

@@ -129,7 +129,7 @@ fn a_daemon_without_its_name_ends() {
     let paths = paths(dir.path());
     let address = WarmSocket(directory(&paths).join("f-k.sock"));
     let start = || {
-        Daemon::start(
+        WarmDaemon::start(
             &paths,
             address.clone(),
             "x".to_owned(),

@@ -5,7 +5,7 @@ use forkd_fs::format::is_plain_name;
 use forkd_fs::store::{IndexPin, PackLocation};
 
 use super::address::HubAddress;
-use super::format::{Registry, RegistryError, Version};
+use super::format::{PackageVersion, Registry, RegistryError};
 use crate::reference::{LATEST, PackageName, Reference};
 
 /// A registry and where it came from.
@@ -21,7 +21,7 @@ pub struct Resolved {
     /// The package and the version asked for.
     pub reference: Reference,
     /// The registry's entry.
-    pub entry: Version,
+    pub entry: PackageVersion,
     /// Where the pack is, with the pin of its index when the registry has one.
     pub location: PackLocation,
 }
@@ -73,7 +73,7 @@ impl Catalogue {
     pub fn settled(&self, resolved: &Resolved) -> Reference {
         let Resolved { reference, entry, .. } = resolved;
         let known = self.registry.packages.get(&reference.package.to_string());
-        let same = |(version, other): &(&String, &Version)| {
+        let same = |(version, other): &(&String, &PackageVersion)| {
             let digest = entry.sha256.as_deref().filter(|digest| !digest.is_empty());
             let is_same = other.url == entry.url || (digest.is_some() && other.sha256.as_deref() == digest);
             *version != LATEST && is_plain_name(version) && is_same
@@ -84,7 +84,7 @@ impl Catalogue {
         Reference { package: reference.package.clone(), version: version.clone() }
     }
 
-    fn located(&self, reference: Reference, entry: &Version) -> Result<Resolved, RegistryError> {
+    fn located(&self, reference: Reference, entry: &PackageVersion) -> Result<Resolved, RegistryError> {
         let location = pin(entry).and_then(|index| {
             let source = self.address.join(&entry.url)?;
             Ok(PackLocation { source, size: entry.size_bytes, index })
@@ -112,7 +112,7 @@ impl Catalogue {
 }
 
 /// The pin of an entry's index: all three fields, or none.
-fn pin(entry: &Version) -> Result<Option<IndexPin>, &'static str> {
+fn pin(entry: &PackageVersion) -> Result<Option<IndexPin>, &'static str> {
     match (entry.index_offset, entry.index_size, entry.index_sha256.as_deref()) {
         (None, None, None) => Ok(None),
         (Some(offset), Some(length), Some(sha256)) => {

@@ -26,7 +26,7 @@ pub struct RegistryCopies {
 
 /// One of them.
 #[derive(Debug)]
-pub struct Copy {
+pub struct RegistryCopy {
     /// The registry.json.
     pub bytes: Vec<u8>,
     /// How long ago it was read from the hub.
@@ -71,11 +71,11 @@ impl RegistryCopies {
     }
 
     /// The copy of a hub's registry.
-    pub fn find(&self, hub: &HubAddress) -> Option<Copy> {
+    pub fn find(&self, hub: &HubAddress) -> Option<RegistryCopy> {
         let path = self.path(hub)?;
         let bytes = read_capped(&path).ok()?;
         let read = fs::metadata(&path).and_then(|metadata| metadata.modified()).ok()?;
-        Some(Copy { bytes, age: read.elapsed().unwrap_or_default() })
+        Some(RegistryCopy { bytes, age: read.elapsed().unwrap_or_default() })
     }
 
     /// Every copy that can be read. Which hubs they came from is not known any more: their packs' names, sizes and pins

@@ -38,7 +38,7 @@ pub struct Package {
     pub description: String,
     /// By version: `latest`, `v1`, ...
     #[serde(default)]
-    pub versions: BTreeMap<String, Version>,
+    pub versions: BTreeMap<String, PackageVersion>,
     /// Fields this version does not know.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,
@@ -46,7 +46,7 @@ pub struct Package {
 
 /// One version of a package. Everything but `url` is optional.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Version {
+pub struct PackageVersion {
     /// Where the pack is; may be relative to the registry's own URL.
     pub url: String,
     /// Digest of the whole pack.
@@ -199,6 +199,6 @@ impl Registry {
 }
 
 /// An entry's digest of the whole pack; an empty text means none, as in the Hub document's template.
-pub fn whole_digest(entry: &Version) -> Option<Result<Digest, forkd_fs::digest::InvalidDigest>> {
+pub fn whole_digest(entry: &PackageVersion) -> Option<Result<Digest, forkd_fs::digest::InvalidDigest>> {
     entry.sha256.as_deref().filter(|text| !text.is_empty()).map(str::parse)
 }

@@ -1,9 +1,9 @@
 //! The picture of a [`super::Recorder`]'s events and of the children's moments. Pure: it gets numbers and makes
 //! shapes.
 
-use super::{Events, Span};
+use super::{RecordedEvents, Span};
 use crate::picture::sizes::show_size;
-use crate::picture::svg::{Anchor, Bar, Key, PALE, Picture};
+use crate::picture::svg::{Anchor, Bar, LegendEntry, PALE, Picture};
 use forkd_fs::source::Priority;
 
 /// Children that are drawn.
@@ -47,13 +47,13 @@ pub struct ChildMarks {
 
 /// Everything in the picture of one fork.
 #[derive(Debug, Clone)]
-pub struct Scene {
+pub struct TimelineScene {
     /// What was forked.
     pub name: String,
     /// Phases in their order.
     pub phases: Vec<Phase>,
     /// What was recorded.
-    pub events: Events,
+    pub events: RecordedEvents,
     /// The children.
     pub children: Vec<ChildMarks>,
 }
@@ -72,7 +72,7 @@ struct Canvas {
     y: f64,
 }
 
-impl Scene {
+impl TimelineScene {
     /// The picture.
     pub fn draw(&self) -> Picture {
         let mut canvas = Canvas { picture: Picture::new(), scale: LENGTH / self.end(), y: 24.0 };
@@ -223,7 +223,7 @@ impl Canvas {
     }
 }
 
-fn legend() -> Vec<Key> {
+fn legend() -> Vec<LegendEntry> {
     [
         (PHASE, "parts that every child needs: registry, index, machine state"),
         (DEMAND, "a request that somebody waits for"),
@@ -234,7 +234,7 @@ fn legend() -> Vec<Key> {
         (RUNNING, "until it is ready"),
         (ANSWERING, "until its answer is here"),
     ]
-    .map(|(colour, text)| Key { colour, text: text.to_owned() })
+    .map(|(colour, text)| LegendEntry { colour, text: text.to_owned() })
     .to_vec()
 }
 
@@ -273,7 +273,7 @@ mod tests {
         Span { from, until }
     }
 
-    fn scene(children: usize, events: Events) -> Scene {
+    fn scene(children: usize, events: RecordedEvents) -> TimelineScene {
         let child = |number: usize| ChildMarks {
             id: format!("ab12cd-{number}"),
             first_instruction: Some(12.0),
@@ -281,7 +281,12 @@ mod tests {
             answered: (number > 1).then_some(50.0),
         };
         let phases = vec![Phase { name: "registry", span: span(0.0, 10.0) }];
-        Scene { name: "o/n".to_owned(), phases, events, children: (1..=children).map(child).collect() }
+        TimelineScene {
+            name: "o/n".to_owned(),
+            phases,
+            events,
+            children: (1..=children).map(child).collect(),
+        }
     }
 
     #[test]
@@ -304,7 +309,7 @@ mod tests {
     fn everything_is_in_the_picture() {
         let request = |priority| super::super::RequestSpan { span: span(1.0, 4.0), bytes: 2048, priority };
         let fault = FaultSpan { span: span(15.0, 25.5), file: "memory.bin", chunk: 77, waiters: 3 };
-        let events = Events {
+        let events = RecordedEvents {
             requests: vec![request(Priority::Demand), request(Priority::Prefetch)],
             decodings: vec![span(2.0, 2.5)],
             faults: vec![fault],
@@ -326,9 +331,9 @@ mod tests {
 
     #[test]
     fn nothing_and_too_much_are_drawn_too() {
-        let empty = scene(0, Events::default()).draw().render();
+        let empty = scene(0, RecordedEvents::default()).draw().render();
         assert!(empty.contains("0 children") && !empty.contains("NaN") && !empty.contains("inf"), "{empty}");
-        let much = Events { left_out: 7, ..Events::default() };
+        let much = RecordedEvents { left_out: 7, ..RecordedEvents::default() };
         let text = scene(1000, much).draw().render();
         assert!(text.contains("968 more children are not drawn"), "{text}");
         assert!(text.contains("capped: 7 events after the first 10000 were not recorded"), "{text}");
