@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod commands;
 pub mod detach;
+pub mod early_zygote;
 pub mod environment;
 mod error;
 pub mod failure;
@@ -23,7 +24,7 @@ use std::process::ExitCode;
 /// asked, 1 when it failed, 2 when the command line is not a valid one.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
-    let early = commands::fork::EarlyZygote::of(&arguments);
+    let early = early_zygote::EarlyZygote::of(&arguments);
     let invocation = match cli::parse(arguments) {
         Ok(invocation) => invocation,
         Err(stop) => return stop.print(),

@@ -10,6 +10,7 @@
 pub mod build;
 pub mod chain;
 pub mod cleanup;
+pub mod doctor;
 pub mod fork;
 pub mod hub;
 pub mod inspect;

@@ -94,7 +94,7 @@ impl Tree {
         let (kind, size, links, valid) = match &node.content {
             Content::Directory(_) => (Kind::Directory, 0, 2 + listed.subdirectories(inode), LISTING),
             Content::Symlink(target) => (Kind::Symlink, target.len() as u64, 1, LISTING),
-            Content::Report => (Kind::File, report(&listed).len() as u64, 1, Duration::ZERO),
+            Content::Report => (Kind::File, report_on_all(&listed).len() as u64, 1, Duration::ZERO),
         };
         Ok(Attributes {
             inode,
@@ -137,7 +137,7 @@ impl Tree {
         }
         let listed = self.listed();
         match listed.node(inode)?.content {
-            Content::Report => Ok(OpenedFile::Report(report(&listed))),
+            Content::Report => Ok(OpenedFile::Report(report_on_all(&listed))),
             Content::Directory(_) => Err(Errno::ISDIR),
             Content::Symlink(_) => Err(Errno::INVAL),
         }
@@ -167,7 +167,7 @@ impl Tree {
 }
 
 /// `/.forkd/stats.json`.
-fn report(listed: &ListedTree) -> Bytes {
+fn report_on_all(listed: &ListedTree) -> Bytes {
     let packs: Vec<_> = listed.shown().filter(|pack| pack.was_tried()).map(|pack| pack.stats()).collect();
     report::as_json(&serde_json::json!({
         "forkd_version": env!("CARGO_PKG_VERSION"),

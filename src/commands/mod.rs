@@ -1,41 +1,43 @@
-//! One file per subcommand. Each exposes `run(args, output)`; [`dispatch`] is the only caller, but for [`fork::EarlyZygote`].
+//! One file per subcommand. Each exposes `run(args, output)`; [`dispatch`] is the only caller, the only caller.
 //!
 //! Dispatch happens in a process with a single thread. A command that needs tokio asks [`runtime`] for it.
 
 use std::process::ExitCode;
 
 use crate::cli::{CacheVerb, HubVerb, KernelVerb, Verb};
+use crate::early_zygote::EarlyZygote;
 use crate::failure::CommandError;
 use crate::output::Output;
 
-pub mod build;
+mod build;
 mod cache;
-pub mod children;
 mod cleanup;
-pub mod completions;
+mod completions;
 mod doctor;
-pub mod fork;
-pub mod hub_publish;
-pub mod hub_serve;
-pub mod images;
-pub mod inspect;
-pub mod kernel;
-pub mod mount;
-pub mod pack;
-pub mod pull;
-pub mod repack;
-pub mod snapshots;
-pub mod trace;
-pub mod umount;
-pub mod unpack;
-pub mod warm;
+mod eval;
+mod exec;
+mod fork;
+mod fork_text;
+mod hub_publish;
+mod hub_serve;
+mod images;
+mod inspect;
+mod kernel;
+mod kill;
+mod logs;
+mod mount;
+mod pack;
+mod ps;
+mod pull;
+mod repack;
+mod snapshots;
+mod trace;
+mod umount;
+mod unpack;
+mod warm;
 
 /// Runs the command, for which `early` was begun. The exit code is 0 unless the command has one of its own to pass on (`forkd exec`).
-pub fn dispatch(
-    verb: Verb,
-    early: Option<fork::EarlyZygote>,
-    output: &Output,
-) -> Result<ExitCode, CommandError> {
+pub fn dispatch(verb: Verb, early: Option<EarlyZygote>, output: &Output) -> Result<ExitCode, CommandError> {
     match verb {
         Verb::Completions(args) => completions::run(&args, output),
         Verb::Doctor => doctor::run(output),
@@ -61,11 +63,11 @@ pub fn dispatch(
         Verb::Trace(args) => trace::run(&args, output),
         Verb::Fork(args) => fork::run(&args, early.unwrap_or_default(), output),
         Verb::Warm(args) => warm::run(&args, output),
-        Verb::Ps => children::ps(output),
-        Verb::Exec(args) => children::exec(&args, output),
-        Verb::Eval(args) => children::eval(&args, output),
-        Verb::Logs(args) => children::logs(&args, output),
-        Verb::Kill(args) => children::kill(&args, output),
+        Verb::Ps => ps::run(output),
+        Verb::Exec(args) => exec::run(&args, output),
+        Verb::Eval(args) => eval::run(&args, output),
+        Verb::Logs(args) => logs::run(&args, output),
+        Verb::Kill(args) => kill::run(&args, output),
         Verb::Cleanup => cleanup::run(output),
     }
 }
