@@ -106,6 +106,11 @@ impl Store {
         self.fetcher.source.describe()
     }
 
+    /// Waits until all that was fetched is in the disk cache: for the end of a command.
+    pub fn flush_cache(&self) {
+        self.fetcher.flush_cache();
+    }
+
     /// Changes how long a demand read that begins from now on may be retried: who opens a pack wants to know soon that
     /// its host is away, a machine that runs can wait.
     pub fn set_demand_deadline(&self, deadline: Duration) {

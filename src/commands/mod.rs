@@ -1,6 +1,6 @@
-//! One file per subcommand. Each exposes `run(args, output)`; [`dispatch`] is the only caller, the only caller.
+//! One file per subcommand. Each exposes `run(args, output)`; [`dispatch`] is the only caller.
 //!
-//! Dispatch happens in a process with a single thread. A command that needs tokio asks [`runtime`] for it.
+//! Dispatch happens in a process with a single thread. A command that needs tokio asks `crate::runtime` for it.
 
 use std::process::ExitCode;
 

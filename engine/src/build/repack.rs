@@ -186,6 +186,7 @@ async fn take_apart(
                 task.to((store.index().stored_bytes() as f64 * share) as u64);
             };
             let manifest = unpack(&store, &work.members(), &done).await;
+            store.flush_cache();
             let manifest = Manifest::clone(&*manifest.map_err(UnpackPackError::from)?);
             let notes = manifest.requires.is_foreign().then(|| FOREIGN_MACHINE.to_owned());
             Ok(Unpacked { format: manifest.forkd_pack_version, manifest, notes: notes.into_iter().collect() })

@@ -248,7 +248,9 @@ fn take_apart(
         let chunks = Amount::Steps(store.index().stored_chunk_count().into());
         let task = progress.begin("unpacking", chunks);
         let done = |now: forkd_fs::store::FetchProgress| task.to(now.chunks_fetched.into());
-        let manifest = unpack(&store, &work.members(), &done).await?;
+        let manifest = unpack(&store, &work.members(), &done).await;
+        store.flush_cache();
+        let manifest = manifest?;
         Ok((Manifest::clone(&manifest), store.index().chunk_size()))
     })
 }

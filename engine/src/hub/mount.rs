@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use forkd_fs::cache::CacheOptions;
+use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::fuse::{MountError, MountedTree};
 use forkd_fs::source::HttpClient;
 use forkd_fs::tree::{PackListing, Tree};
@@ -46,6 +46,7 @@ pub struct Hub {
     catalogue: Catalogue,
     http: HttpClient,
     tree: Arc<Tree>,
+    cache: Option<Arc<ChunkCache>>,
 }
 
 impl Hub {
@@ -55,8 +56,9 @@ impl Hub {
         let catalogue = client::catalogue(paths, options.hub.as_deref(), &http).await?;
         let mut store = client::store_options(paths, options.cache, &http);
         store.demand_deadline = options.deadline;
+        let cache = store.cache.clone();
         let tree = Arc::new(Tree::new(listings(&catalogue), store));
-        Ok(Hub { catalogue, http, tree })
+        Ok(Hub { catalogue, http, tree, cache })
     }
 
     /// Its URL or path, for people.
@@ -112,6 +114,10 @@ impl ServedMount {
         } else {
             // Dropped, it would unmount whatever is there now; its own mount ends with this process.
             std::mem::forget(mounted);
+        }
+        // What was read is not to be fetched again.
+        if let Some(cache) = hub.cache {
+            cache.flush();
         }
         Ok(())
     }

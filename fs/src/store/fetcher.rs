@@ -153,6 +153,13 @@ impl Fetcher {
         Err(ReadError::Stopped)
     }
 
+    /// Waits until all that was put into the disk cache is written.
+    pub(super) fn flush_cache(&self) {
+        if let Some(cache) = &self.cache {
+            cache.flush();
+        }
+    }
+
     /// Starts fetching frames someone waits for: each cached one by itself, the others coalesced.
     pub(super) fn launch(self: &Arc<Self>, mut leads: Vec<Lead>) {
         leads.sort_unstable_by_key(Lead::record);
