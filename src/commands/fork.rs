@@ -41,7 +41,8 @@ pub fn run(args: &ForkArgs, early: EarlyZygote, output: &Output) -> Result<ExitC
     }
     let paths = environment::paths()?;
     let request = args.request(&paths, variables, early.started_ns, output.is_json());
-    let caller = Caller { output, runtime: OnceLock::new(), supervisor: Arc::default() };
+    let (runtime, supervisor, warm_image) = (OnceLock::new(), Arc::default(), OnceLock::new());
+    let caller = Caller { output, runtime, supervisor, warm_image };
     let mut forked = fork(&paths, &zygote?, request, &caller)?;
 
     if let Some(error) = &forked.timeline_error {
@@ -79,6 +80,7 @@ struct Caller<'a> {
     output: &'a Output,
     runtime: OnceLock<Runtime>,
     supervisor: Arc<OnceLock<Arc<Supervisor>>>,
+    warm_image: OnceLock<WarmStatus>,
 }
 
 impl Progress for Caller<'_> {
@@ -107,11 +109,17 @@ impl ForkCaller for Caller<'_> {
     }
 
     fn on_warm_image(&self, image: &WarmStatus) {
-        let since = show_since(image.since_unix);
-        self.output.note(format!("from the warm image of {}, loaded {since}", image.resolved));
+        let _ = self.warm_image.set(image.clone());
     }
 
-    fn on_started(&self, supervisor: &Arc<Supervisor>) {
+    fn on_started(&self, supervisor: &Arc<Supervisor>) -> io::Result<()> {
+        // Said only now: children do not wait for the terminal.
+        if let Some(image) = self.warm_image.get() {
+            let since = show_since(image.since_unix);
+            self.output.note(format!("from the warm image of {}, loaded {since}", image.resolved));
+        }
+        self.runtime()?;
         let _ = self.supervisor.set(Arc::clone(supervisor));
+        Ok(())
     }
 }

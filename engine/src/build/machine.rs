@@ -5,6 +5,7 @@ use crate::build::recipe::Probe;
 use crate::fork::agent::ClientError;
 use crate::fork::scratch::Scratch;
 use crate::interrupt::Interrupt;
+use crate::local::paths::Paths;
 use crate::local::snapshots::{self, MachineConfiguration, SnapshotError, file_error};
 use forkd_abi::generation::Generation;
 use forkd_abi::protocol::{Status, WARM_PARAMETER, WarmCommand, WorkerState};
@@ -52,6 +53,8 @@ pub struct MachineRequest<'a> {
     pub ready_timeout: Duration,
     /// Code whose answer proves the warm state.
     pub probe: Option<&'a Probe>,
+    /// forkd's directories.
+    pub paths: &'a Paths,
     /// Scratch disk.
     pub scratch: Scratch<'a>,
     /// A second console, /dev/hvc0.
@@ -101,8 +104,8 @@ pub fn build(
     save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
     step(BuildStep::Trace);
-    let MachineRequest { probe, scratch, interrupt, .. } = *request;
-    recording::record(machines, &configuration, into, into, &TrialOptions { probe, scratch, interrupt })?;
+    let MachineRequest { probe, paths, interrupt, .. } = *request;
+    recording::record(machines, &configuration, into, into, &TrialOptions { probe, paths, interrupt })?;
     Ok(configuration)
 }
 

@@ -23,7 +23,6 @@ use crate::build::pack::{self, Compression, PackError};
 use crate::build::recipe::{Probe, Recipe};
 use crate::build::snapshot::{BuildCaller, SnapshotBuildError, start_zygote};
 use crate::build::tools::ToolError;
-use crate::fork::scratch::Scratch;
 use crate::hub::client;
 use crate::hub::registry::RegistryError;
 use crate::interrupt::Interrupt;
@@ -327,8 +326,7 @@ impl Recording<'_> {
         let old = read_at_most(&dir.join(TRACE), MAX_TRACE_LEN + 1).ok();
         let old = old.and_then(|bytes| Trace::decode(&bytes).ok());
         progress.note(&format!("restoring it {} times to record what a fork touches", TRIALS.len()));
-        let scratch = Scratch { dir: &self.paths.cache, mib: self.configuration.scratch_mib };
-        let trials = TrialOptions { probe: Some(&self.probe), scratch, interrupt: self.interrupt };
+        let trials = TrialOptions { probe: Some(&self.probe), paths: self.paths, interrupt: self.interrupt };
         let new = recording::record(&self.machines, &self.configuration, dir, into, &trials)
             .map_err(|failure| SnapshotBuildError::of_machine(name, failure))?;
         Ok(RetraceReport {

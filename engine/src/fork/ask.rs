@@ -24,6 +24,8 @@ const FAILURE_POLLS: u32 = 60;
 pub enum ChildRequest {
     /// Nothing: a child that is ready has answered.
     Nothing,
+    /// Whether its agent answers.
+    Ping,
     /// Code for the warm worker.
     Eval(String),
     /// A program and its arguments.
@@ -33,8 +35,10 @@ pub enum ChildRequest {
 /// How a child answered, or why it did not.
 #[derive(Debug)]
 pub struct ChildOutcome {
-    /// What it answered: the value, or what was printed.
+    /// What it answered: what was printed, and the value.
     pub answer: Option<String>,
+    /// The value alone, of code.
+    pub value: Option<String>,
     /// Why there is no answer.
     pub error: Option<String>,
     /// Exit code of a program; 128 and the signal's number when one ended it.
@@ -51,9 +55,13 @@ enum Event {
 }
 
 /// Asks every child at the same time, and waits until each has answered or is over.
+///
+/// With `after_ready` a child is asked that long after it was ready, otherwise as soon as it has executed its first
+/// instruction.
 pub fn ask_all(
     supervisor: &Arc<Supervisor>,
     request: &ChildRequest,
+    after_ready: Option<Duration>,
     progress: &dyn Progress,
 ) -> Vec<ChildOutcome> {
     let (sender, events) = std::sync::mpsc::channel();
@@ -73,10 +81,12 @@ pub fn ask_all(
             Event::Changed(at) if outcomes[at].is_none() => {
                 // A machine that is gone refuses connections just like one that still starts; the state tells.
                 outcomes[at] = over(supervisor, at).or_else(|| without_asking(supervisor, at, request));
-                if outcomes[at].is_none() && !asked[at] && may_be_asked(supervisor, at, request) {
+                if outcomes[at].is_none() && !asked[at] && may_be_asked(supervisor, at, request, after_ready)
+                {
                     asked[at] = true;
                     let (sender, asker, request) = (sender.clone(), Arc::clone(supervisor), request.clone());
                     let spawned = std::thread::Builder::new().spawn(move || {
+                        std::thread::sleep(after_ready.unwrap_or_default());
                         drop(sender.send(Event::Answered(at, ask(&asker, at, &request))));
                     });
                     // There is a limit on a user's threads.
@@ -99,13 +109,21 @@ pub fn ask_all(
 /// Where nothing is asked for, being ready is the answer.
 fn without_asking(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> Option<ChildOutcome> {
     let ready = supervisor.children()[at].ready.filter(|_| matches!(request, ChildRequest::Nothing));
-    ready.map(|at| ChildOutcome { answer: None, error: None, exit_code: None, at })
+    ready.map(|at| ChildOutcome { answer: None, value: None, error: None, exit_code: None, at })
 }
 
 /// A request that is there before the machine is ready saves it an interrupt. Before its first instruction it would wait for
 /// a page that comes with later ones, and one whose turn it is not would be asked again and again.
-fn may_be_asked(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> bool {
-    !matches!(request, ChildRequest::Nothing) && supervisor.children()[at].goes_on
+fn may_be_asked(
+    supervisor: &Supervisor,
+    at: usize,
+    request: &ChildRequest,
+    after_ready: Option<Duration>,
+) -> bool {
+    let child = &supervisor.children()[at];
+    !matches!(request, ChildRequest::Nothing)
+        && child.goes_on
+        && (after_ready.is_none() || child.ready.is_some())
 }
 
 /// The outcome of a child that is over without an answer.
@@ -126,13 +144,14 @@ fn now(supervisor: &Supervisor) -> Milestone {
 }
 
 fn failed(supervisor: &Supervisor, error: String) -> ChildOutcome {
-    ChildOutcome { answer: None, error: Some(error), exit_code: None, at: now(supervisor) }
+    ChildOutcome { answer: None, value: None, error: Some(error), exit_code: None, at: now(supervisor) }
 }
 
 fn ask(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> ChildOutcome {
     let socket = supervisor.children()[at].socket.clone();
     let asked = match request {
         ChildRequest::Nothing => return failed(supervisor, "it was asked nothing".to_owned()),
+        ChildRequest::Ping => ping(supervisor, &socket),
         ChildRequest::Eval(code) => eval(supervisor, &socket, code),
         ChildRequest::Exec(command) => exec(supervisor, &socket, command),
     };
@@ -148,16 +167,22 @@ fn ask(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> ChildOutco
     })
 }
 
+fn ping(supervisor: &Supervisor, socket: &Path) -> Result<ChildOutcome, ClientError> {
+    AgentClient::connect(socket, ANSWER_TIMEOUT)?.ping(ANSWER_TIMEOUT)?;
+    Ok(ChildOutcome { answer: None, value: None, error: None, exit_code: None, at: now(supervisor) })
+}
+
 fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<ChildOutcome, ClientError> {
     let Answer { answer, error, output } =
         AgentClient::connect(socket, ANSWER_TIMEOUT)?.eval(code, ANSWER_TIMEOUT)?;
     let at = now(supervisor);
     let printed = output.filter(|output| !output.is_empty());
+    let value = answer.clone();
     let answer = match (printed, answer) {
         (Some(printed), Some(answer)) => Some(format!("{printed}{answer}")),
         (printed, answer) => printed.or(answer),
     };
-    Ok(ChildOutcome { answer, error, exit_code: None, at })
+    Ok(ChildOutcome { answer, value, error, exit_code: None, at })
 }
 
 fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<ChildOutcome, ClientError> {
@@ -168,6 +193,7 @@ fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<Ch
     let text = [stdout.0, stderr.0].concat();
     Ok(ChildOutcome {
         answer: Some(String::from_utf8_lossy(&text).into_owned()),
+        value: None,
         error: None,
         exit_code: code.or(signal.map(|signal| 128 + signal)),
         at: now(supervisor),

@@ -1,7 +1,7 @@
 //! One fork, from what the user named to the report on its children. [`fork`] is the only way to do one.
 
 use crate::chain::chain;
-use crate::fork::ask::{ChildRequest, ask_all};
+use crate::fork::ask::{ChildOutcome, ChildRequest, ask_all};
 use crate::fork::report::{ForkReport, ForkTimeline, ForkedPackReport, WarmReport};
 use crate::fork::supervisor::{ChildrenSpec, StartError, Supervisor, milliseconds_since};
 use crate::fork::template::{Template, TemplateError};
@@ -22,6 +22,7 @@ use std::error::Error;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
 
@@ -68,10 +69,13 @@ impl ForkRequest {
 pub trait ForkCaller: Progress {
     /// The async runtime. Children of what is at hand start before it is asked for: its threads would be in their way.
     fn runtime(&self) -> io::Result<Handle>;
-    /// The children come from the image that a daemon holds, which may be older than what its name means now.
+    /// The children are to come from the image that a daemon holds, which may be older than what its name means now.
     fn on_warm_image(&self, _image: &WarmStatus) {}
-    /// The children are started: from now on they can be ended by [`Supervisor::end`].
-    fn on_started(&self, _supervisor: &Arc<Supervisor>) {}
+    /// The children are started: from now on they can be ended by [`Supervisor::end`]. They are ended when the caller
+    /// fails to do what it has to.
+    fn on_started(&self, _supervisor: &Arc<Supervisor>) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// A fork could not be done.
@@ -146,23 +150,18 @@ pub fn fork(
     caller: &dyn ForkCaller,
 ) -> Result<AnsweredFork, ForkError> {
     drop(Hypervisor::open(KvmKind::detect())?);
-    let mut opened = OpenedTemplate::open(paths, &request, caller)?;
+    let opened = OpenedTemplate::open(paths, &request, caller)?;
     // What no child has asked for is fetched after the answers: it would only be in their way.
     let (rest_wanted, wanted) = oneshot::channel::<()>();
     if let Some(runtime) = opened.runtime.as_ref().filter(|_| !request.eager) {
         fill(runtime, &opened.template, wanted);
     }
-    let supervisor =
-        Supervisor::start(paths, zygote, opened.template, request.name.clone(), &request.children)?;
     if let Some(image) = &opened.warm {
         caller.on_warm_image(image);
     }
-    if let Err(error) = opened.runtime.take().map_or_else(|| caller.runtime(), Ok) {
-        supervisor.end();
-        return Err(ForkError::Runtime(error));
-    }
-    caller.on_started(&supervisor);
-    let outcomes = ask_all(&supervisor, &request.request, caller);
+    let (name, asked) = (request.name.clone(), &request.request);
+    let AskedChildren { supervisor, outcomes } =
+        fork_template(paths, zygote, (opened.template, name), &request.children, (asked, None), caller)?;
     let pack = ForkedPackReport::of(request.name, supervisor.template(), opened.warm.map(WarmReport::from));
     let looked_at = request.look_at_prefetched;
     let report = ForkReport::new(&supervisor, pack, request.started_ns, opened.timeline, outcomes, looked_at);
@@ -177,6 +176,33 @@ pub fn fork(
         cache: opened.cache,
         rest_wanted: Some(rest_wanted),
     })
+}
+
+/// Children that have answered or are over, and what each answered, in the same order.
+pub struct AskedChildren {
+    /// The children.
+    pub supervisor: Arc<Supervisor>,
+    /// Their answers.
+    pub outcomes: Vec<ChildOutcome>,
+}
+
+/// Forks what is opened already, which `name` names for people: starts the children, and asks each of them, as
+/// [`ask_all`] does.
+pub fn fork_template(
+    paths: &Paths,
+    zygote: &Zygote,
+    (template, name): (Arc<Template>, String),
+    children: &ChildrenSpec,
+    (request, after_ready): (&ChildRequest, Option<Duration>),
+    caller: &dyn ForkCaller,
+) -> Result<AskedChildren, ForkError> {
+    let supervisor = Supervisor::start(paths, zygote, template, name, children)?;
+    if let Err(error) = caller.on_started(&supervisor) {
+        supervisor.end();
+        return Err(ForkError::Runtime(error));
+    }
+    let outcomes = ask_all(&supervisor, request, after_ready, caller);
+    Ok(AskedChildren { supervisor, outcomes })
 }
 
 /// What the children are forked from.

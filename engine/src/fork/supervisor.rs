@@ -239,6 +239,11 @@ impl Supervisor {
         &self.template
     }
 
+    /// The file with what the machine of the child `id` prints.
+    pub fn console(&self, id: &str) -> PathBuf {
+        self.run_dir.console(id)
+    }
+
     /// Ends children: all, or the one of that name. Returns how many were alive.
     pub fn kill(&self, id: Option<&str>) -> usize {
         let mut children = self.children();

@@ -86,8 +86,19 @@ pub enum TemplateError {
 
 /// Where the images of a template are.
 enum Images {
-    Lazy { pager: Arc<Pager>, pages: Arc<StorePages>, trace: Trace, hot: Option<Arc<HotPages>> },
-    Local { files: Vec<OwnedFd> },
+    Lazy {
+        pager: Arc<Pager>,
+        pages: Arc<StorePages>,
+        trace: Trace,
+        hot: Option<Arc<HotPages>>,
+    },
+    Local {
+        files: Vec<OwnedFd>,
+    },
+    /// Filled by a source of somebody else's, as machines need them.
+    Served {
+        pager: Arc<Pager>,
+    },
 }
 
 /// Fetches until everything is there, or something is damaged.
@@ -214,6 +225,12 @@ impl Template {
         Ok(Template { configuration, vmstate: vmstate_file, images, zero_runs, complete: false })
     }
 
+    /// A machine whose images `pager` fills from a source of the caller's.
+    pub fn served(configuration: MachineConfiguration, vmstate: OwnedFd, pager: Arc<Pager>) -> Template {
+        let images = Images::Served { pager };
+        Template { configuration, vmstate, images, zero_runs: Vec::new(), complete: false }
+    }
+
     /// Fills the images: at once what the trace names, and after `rest_wanted` the rest; then ends all watching. Goes on
     /// trying as long as the network is away; ends early only when chunks are damaged. Returns whether nothing is missing.
     pub fn fill(
@@ -224,7 +241,7 @@ impl Template {
             Images::Lazy { pager, pages, trace, hot } => {
                 Some((pager.clone(), pages.clone(), trace.clone(), hot.clone()))
             }
-            Images::Local { .. } => None,
+            Images::Local { .. } | Images::Served { .. } => None,
         };
         async move {
             let Some((pager, pages, trace, hot)) = lazy else { return Ok(true) };
@@ -282,7 +299,7 @@ impl Template {
     /// The files to be mapped, in image order.
     pub fn images(&self) -> Vec<BorrowedFd<'_>> {
         match &self.images {
-            Images::Lazy { pager, .. } => {
+            Images::Lazy { pager, .. } | Images::Served { pager } => {
                 ImageId::ALL.iter().filter_map(|id| pager.image_file(*id)).collect()
             }
             Images::Local { files } => files.iter().map(AsFd::as_fd).collect(),
@@ -292,7 +309,7 @@ impl Template {
     /// The pager, when images are filled lazily.
     pub fn pager(&self) -> Option<&Arc<Pager>> {
         match &self.images {
-            Images::Lazy { pager, .. } => Some(pager),
+            Images::Lazy { pager, .. } | Images::Served { pager } => Some(pager),
             Images::Local { .. } => None,
         }
     }
@@ -306,7 +323,7 @@ impl Template {
     pub fn fault_figures(&self) -> FaultFigures {
         match &self.images {
             Images::Lazy { pages, .. } => pages.faults.figures(),
-            Images::Local { .. } => FaultFigures::default(),
+            Images::Local { .. } | Images::Served { .. } => FaultFigures::default(),
         }
     }
 
@@ -322,7 +339,7 @@ impl Template {
     pub fn progress(&self) -> FetchProgress {
         match &self.images {
             Images::Lazy { pages, .. } => pages.store.progress(),
-            Images::Local { .. } => FetchProgress::default(),
+            Images::Local { .. } | Images::Served { .. } => FetchProgress::default(),
         }
     }
 
@@ -332,7 +349,7 @@ impl Template {
             Images::Lazy { pages, .. } => {
                 std::mem::take(&mut *pages.unavailable.lock().unwrap_or_else(PoisonError::into_inner))
             }
-            Images::Local { .. } => Vec::new(),
+            Images::Local { .. } | Images::Served { .. } => Vec::new(),
         }
     }
 

@@ -1,7 +1,8 @@
 //! Why there is no snapshot.
 
 use crate::fork::agent::ClientError;
-use crate::fork::identity::IdentityError;
+use crate::fork::run::ForkError;
+use crate::fork::variables::VariablesError;
 use crate::interrupt::Interrupted;
 use crate::local::snapshots::SnapshotError;
 use forkd_abi::generation::GenerationError;
@@ -87,9 +88,12 @@ pub enum BuildError {
     /// The generation record.
     #[error(transparent)]
     Generation(#[from] GenerationError),
-    /// The trial's identity.
+    /// A trial's fork.
     #[error(transparent)]
-    Identity(#[from] IdentityError),
+    Fork(Box<ForkError>),
+    /// A trial's environment.
+    #[error(transparent)]
+    Variables(#[from] VariablesError),
     /// The trace.
     #[error(transparent)]
     Trace(#[from] TraceError),

@@ -1,28 +1,33 @@
 //! Recording a trace: a snapshot is restored a few times, page by page, and what is touched until its probe is answered is
 //! written down, with the pages themselves.
 
+use super::console;
 use super::error::{BuildError, BuildFailure};
-use super::rig::{BuildMachine, INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, open, run_probe};
+use super::rig::{INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, check_answer, open};
 use crate::build::recipe::Probe;
-use crate::fork::agent::AgentClient;
-use crate::fork::identity;
-use crate::fork::scratch::Scratch;
+use crate::fork::ask::{ChildOutcome, ChildRequest};
+use crate::fork::run::{AskedChildren, ForkCaller, fork_template};
+use crate::fork::supervisor::{ChildrenSpec, Supervisor};
+use crate::fork::template::Template;
+use crate::fork::variables::{Variables, parse_variable};
 use crate::interrupt::Interrupt;
+use crate::local::paths::Paths;
 use crate::local::snapshots::{self, MachineConfiguration, file_error};
+use crate::progress::{Amount, Progress, Silent, Task};
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
-use forkd_vmm::cgroup::Limits;
-use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::memory::ImageId;
 use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
-use forkd_vmm::process::{MachineReport, MachineSpec, MachineStart, monotonic_ns};
+use forkd_vmm::process::monotonic_ns;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::runtime::Handle;
 
 /// The snapshot's file behind each image.
 const IMAGE_NAMES: [&str; 2] = [snapshots::MEMORY, snapshots::ROOT_DISK];
@@ -47,8 +52,8 @@ type Touch = (ImageId, usize, u32);
 pub struct TrialOptions<'a> {
     /// What each is asked; without, it is recorded until its agent answers.
     pub probe: Option<&'a Probe>,
-    /// Its scratch disk.
-    pub scratch: Scratch<'a>,
+    /// forkd's directories.
+    pub paths: &'a Paths,
     /// Ends the recording when set.
     pub interrupt: &'a Interrupt,
 }
@@ -59,11 +64,11 @@ pub fn record(
     configuration: &MachineConfiguration,
     dir: &Path,
     into: &Path,
-    trials: &TrialOptions<'_>,
+    options: &TrialOptions<'_>,
 ) -> Result<Trace, BuildFailure> {
     let records: Vec<_> = TRIALS
         .iter()
-        .map(|trial| record_touches(machines, configuration, dir, trials, trial))
+        .map(|trial| record_touches(machines, configuration, dir, options, trial))
         .collect::<Result<_, _>>()?;
     let trace = trace_of(configuration, &merge(&records));
     let path = into.join(snapshots::TRACE);
@@ -157,27 +162,12 @@ fn trace_of(configuration: &MachineConfiguration, touched: &BTreeMap<(ImageId, u
     Trace { regions: images.map(region).collect() }
 }
 
-/// Connects before the machine is ready, as a fork does that is asked something: after its first instruction.
-fn connect_early(
-    machine: &BuildMachine<'_>,
-    doing: &'static str,
-) -> Receiver<Result<AgentClient, BuildError>> {
-    let (sender, connected) = mpsc::channel();
-    let socket = machine.socket.clone();
-    std::thread::spawn(move || {
-        let client = AgentClient::connect(&socket, REQUEST_TIMEOUT);
-        // Nobody waits any more when the trial failed.
-        drop(sender.send(client.map_err(|source| BuildError::Agent { doing, source })));
-    });
-    connected
-}
-
-/// Restores the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
+/// Forks the snapshot in `dir` once, page by page, up to the probe's answer; returns what was touched in which phase.
 fn record_touches(
     machines: &Machines,
     configuration: &MachineConfiguration,
     dir: &Path,
-    trials: &TrialOptions<'_>,
+    options: &TrialOptions<'_>,
     trial: &Trial,
 ) -> Result<Vec<Touch>, BuildFailure> {
     let layout = configuration.layout;
@@ -188,84 +178,130 @@ fn record_touches(
     let recorder = Arc::new(PageRecorder { files, page_delay, touched: Mutex::default() });
     let shape = |id: &ImageId| ImageShape { bytes: layout.image_bytes(*id), chunk_bytes: PAGE };
     let shapes: Vec<_> = ids.iter().map(|id| (*id, shape(id))).collect();
-    let pager = Pager::new(&shapes, recorder.clone(), 1)?;
-    let variable = trial.variable.then(|| ("FORKD_TRIAL".to_owned(), "1".to_owned()));
-    let environment = BTreeMap::from_iter(variable);
-    let record = identity::fresh("trial", 1, None, environment)?;
-    let start = MachineStart::Restore { lazy: true, zero_runs: Vec::new() };
-    let scratch_bytes = trials.scratch.bytes();
-    let limits = Limits::of(machines.name(), &layout);
-    let spec = MachineSpec {
-        layout,
-        limits,
-        record,
-        mac: None,
-        start,
-        scratch_bytes,
-        waits_at_first_instruction: false,
-    };
-    let vmstate = open(&dir.join(snapshots::VMSTATE))?;
-    let images =
-        ids.iter().filter_map(|id| pager.image_file(*id)?.try_clone_to_owned().ok()).collect::<Vec<_>>();
-    let images: Vec<_> = images.iter().collect();
-    let machine =
-        BuildMachine::spawn(machines, &spec, &images, &vmstate, None, (&trials.scratch, trials.interrupt))?;
-    let moments = run_trial(&machine, &pager, trials, trial).map_err(|error| machine.failed(error))?;
-    drop(machine);
+    let pager = Arc::new(Pager::new(&shapes, recorder.clone(), 1)?);
+    let vmstate = open(&dir.join(snapshots::VMSTATE))?.into();
+    let template = Arc::new(Template::served(*configuration, vmstate, pager));
+    let moments = run_trial(machines, template, options, trial)?;
     let touched = std::mem::take(&mut *recorder.touched.lock().unwrap_or_else(PoisonError::into_inner));
     let phase = |at_ns: u64| moments.iter().filter(|moment| at_ns >= **moment).count();
     Ok(touched.into_iter().map(|(image, at_ns, page)| (image, phase(at_ns), page)).collect())
 }
 
-/// Serves a trial's machine until its probe is answered; returns when it had resumed and was ready, which is when the
-/// second and third phase begin (CLOCK_MONOTONIC, ns).
+/// Forks a trial's machine and asks it the probe; returns when it had resumed and was ready, which is when the second and
+/// third phase begin (CLOCK_MONOTONIC, ns).
 fn run_trial(
-    machine: &BuildMachine<'_>,
-    pager: &Pager,
-    trials: &TrialOptions<'_>,
+    machines: &Machines,
+    template: Arc<Template>,
+    options: &TrialOptions<'_>,
     trial: &Trial,
-) -> Result<[u64; PHASES - 1], BuildError> {
-    let doing = "restoring the snapshot to record its trace";
-    let (bases, uffd) = machine.wait(doing, REQUEST_TIMEOUT, |report, mut fds| match report {
-        MachineReport::Attached { bases } => fds.pop().map(|uffd| (bases, uffd)),
-        _ => None,
-    })?;
-    pager.attach(ClientId(0), uffd, bases)?;
-    let resumed_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Resumed)?;
-    let early = trial.before_probe.is_zero().then(|| connect_early(machine, doing));
-    let ready_ns = machine.wait_for_ring(doing, REQUEST_TIMEOUT, Ring::Ready)?;
-    std::thread::sleep(trial.before_probe);
-    ask(machine, trials, early, doing)?;
-    Ok([resumed_ns, ready_ns])
-}
-
-/// Asks the probe. The user can end it, which takes the machine's end: an answer may be minutes away.
-fn ask(
-    machine: &BuildMachine<'_>,
-    trials: &TrialOptions<'_>,
-    early: Option<Receiver<Result<AgentClient, BuildError>>>,
-    doing: &'static str,
-) -> Result<(), BuildError> {
+) -> Result<[u64; PHASES - 1], BuildFailure> {
+    let variable = trial.variable.then(|| parse_variable("FORKD_TRIAL=1")).transpose()?;
+    let variables = Variables::new(variable.as_slice(), &[], 1)?;
+    let children = ChildrenSpec { variables, ..ChildrenSpec::default() };
+    let request = options.probe.map_or(ChildRequest::Ping, |probe| ChildRequest::Eval(probe.code.clone()));
+    let after_ready = Some(trial.before_probe).filter(|delay| !delay.is_zero());
+    let fork = TrialFork::default();
     let (done, over) = mpsc::channel::<()>();
     let asked = std::thread::scope(|scope| {
-        scope.spawn(move || {
-            while over.recv_timeout(INTERRUPT_CHECK) == Err(RecvTimeoutError::Timeout) {
-                if trials.interrupt.is_set() {
-                    return machine.process.kill();
-                }
-            }
-        });
-        let connected = early.and_then(|early| early.recv().ok());
-        let agent = connected.unwrap_or_else(|| machine.agent(doing));
-        let asked = agent.and_then(|agent| match trials.probe {
-            Some(probe) => run_probe(agent, probe),
-            None => agent.ping(REQUEST_TIMEOUT).map_err(|source| BuildError::Agent { doing, source }),
-        });
+        scope.spawn(|| fork.end_when_interrupted(options.interrupt, over));
+        let machine = (template, "trial".to_owned());
+        let asked = fork_template(
+            options.paths,
+            machines.zygote(),
+            machine,
+            &children,
+            (&request, after_ready),
+            &fork,
+        );
         drop(done);
         asked
     });
-    trials.interrupt.check()?;
-    asked
+    let AskedChildren { supervisor, outcomes } = asked.map_err(|error| BuildError::Fork(Box::new(error)))?;
+    let moments = match options.interrupt.check() {
+        Ok(()) => moments_of(&supervisor, &outcomes, options, &fork).map_err(|error| {
+            let console = supervisor.children().first().map(|child| supervisor.console(&child.id));
+            BuildFailure { error, console: console.map(|path| console::tail(&path)).unwrap_or_default() }
+        }),
+        Err(interrupted) => Err(interrupted.into()),
+    };
+    supervisor.end();
+    moments
+}
+
+/// When the only child had resumed and was ready, if it answered as it should.
+fn moments_of(
+    supervisor: &Supervisor,
+    outcomes: &[ChildOutcome],
+    options: &TrialOptions<'_>,
+    fork: &TrialFork,
+) -> Result<[u64; PHASES - 1], BuildError> {
+    let failed = |error: &str| BuildError::Failed { doing: DOING, error: error.to_owned() };
+    if fork.timed_out.load(Ordering::Relaxed) {
+        return Err(BuildError::Timeout { doing: DOING, after: REQUEST_TIMEOUT });
+    }
+    let children = supervisor.children();
+    let (Some(child), Some(outcome)) = (children.first(), outcomes.first()) else {
+        return Err(failed("there is none"));
+    };
+    match (options.probe, &outcome.error) {
+        // Code that fails is an answer, too.
+        (Some(probe), error) if !child.state.is_over() => {
+            check_answer(probe, outcome.value.as_deref(), error.as_deref())?;
+        }
+        (_, Some(error)) => return Err(failed(error)),
+        _ => {}
+    }
+    match (child.first_instruction, child.ready) {
+        (Some(resumed), Some(ready)) => Ok([resumed.at_ns, ready.at_ns]),
+        _ => Err(failed("it answered before it was ready")),
+    }
+}
+
+/// What a trial restore is doing, for messages.
+const DOING: &str = "restoring the snapshot to record its trace";
+
+/// A trial as the caller of its fork.
+#[derive(Default)]
+struct TrialFork {
+    supervisor: OnceLock<Arc<Supervisor>>,
+    timed_out: AtomicBool,
+}
+
+impl TrialFork {
+    /// Ends the children when the user wants it, or when they take too long to be ready, until `over` is closed.
+    fn end_when_interrupted(&self, interrupt: &Interrupt, over: Receiver<()>) {
+        let started = Instant::now();
+        while over.recv_timeout(INTERRUPT_CHECK) == Err(RecvTimeoutError::Timeout) {
+            let Some(supervisor) = self.supervisor.get() else { continue };
+            let ready = supervisor.children().iter().all(|child| child.ready.is_some());
+            let late = !ready && started.elapsed() > REQUEST_TIMEOUT;
+            if late || interrupt.is_set() {
+                self.timed_out.store(late, Ordering::Relaxed);
+                supervisor.kill(None);
+                return;
+            }
+        }
+    }
+}
+
+impl Progress for TrialFork {
+    fn begin(&self, _: &str, _: Amount) -> Box<dyn Task> {
+        Box::new(Silent)
+    }
+
+    fn note(&self, _: &str) {}
+}
+
+impl ForkCaller for TrialFork {
+    fn runtime(&self) -> io::Result<Handle> {
+        // All that it needs is at hand.
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    fn on_started(&self, supervisor: &Arc<Supervisor>) -> io::Result<()> {
+        let _ = self.supervisor.set(Arc::clone(supervisor));
+        Ok(())
+    }
 }
 
 #[cfg(test)]

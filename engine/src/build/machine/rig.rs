@@ -8,7 +8,6 @@ use crate::fork::scratch::Scratch;
 use crate::interrupt::Interrupt;
 use crate::local::run_dir::{RunDir, RunDirError};
 use crate::local::snapshots::{SnapshotError, file_error};
-use forkd_abi::protocol::Answer;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineReport, MachineSpec};
 use forkd_vmm::zygote::Zygote;
@@ -43,6 +42,11 @@ impl Machines {
             Err(error) => tracing::debug!(error = crate::chain::chain(error), "machines get no cgroups"),
         }
         Ok(Machines { zygote, run_dir, started: AtomicUsize::new(0) })
+    }
+
+    /// What starts them.
+    pub(super) fn zygote(&self) -> &Zygote {
+        &self.zygote
     }
 
     /// The name of one more.
@@ -161,21 +165,24 @@ pub(super) fn run_probe(agent: AgentClient, probe: &Probe) -> Result<(), BuildEr
     let answer = agent
         .eval(&probe.code, REQUEST_TIMEOUT)
         .map_err(|source| BuildError::Agent { doing: "probing", source })?;
-    let found = show_answer(&answer);
-    match &probe.expect {
-        Some(expected) if answer.answer.as_ref() != Some(expected) => {
-            Err(BuildError::Probe { code: probe.code.clone(), found, expected: expected.clone() })
-        }
-        None if answer.error.is_some() => Err(BuildError::Probe {
-            code: probe.code.clone(),
-            found,
-            expected: "without an error".to_owned(),
-        }),
-        _ => Ok(()),
-    }
+    check_answer(probe, answer.answer.as_deref(), answer.error.as_deref())
 }
 
-fn show_answer(answer: &Answer) -> String {
-    let error = answer.error.as_ref().map(|error| format!("the error {error}"));
-    error.or_else(|| answer.answer.clone()).unwrap_or_else(|| "nothing".to_owned())
+/// Compares what the probe was answered with what it should be: a value, or why there is none.
+pub(super) fn check_answer(
+    probe: &Probe,
+    value: Option<&str>,
+    error: Option<&str>,
+) -> Result<(), BuildError> {
+    let wrong = match &probe.expect {
+        Some(expected) => (value != Some(expected)).then_some(expected.as_str()),
+        None => error.is_some().then_some("without an error"),
+    };
+    let Some(expected) = wrong else { return Ok(()) };
+    let found = error.map(|error| format!("the error {error}")).or_else(|| value.map(str::to_owned));
+    Err(BuildError::Probe {
+        code: probe.code.clone(),
+        found: found.unwrap_or_else(|| "nothing".to_owned()),
+        expected: expected.to_owned(),
+    })
 }
