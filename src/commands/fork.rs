@@ -43,7 +43,8 @@ pub fn run(args: &ForkArgs, early: EarlyZygote, output: &Output) -> Result<ExitC
     let request = args.request(&paths, variables, early.started_ns, output.is_json());
     let (runtime, supervisor, warm_image) = (OnceLock::new(), Arc::default(), OnceLock::new());
     let caller = Caller { output, runtime, supervisor, warm_image };
-    let mut forked = fork(&paths, &zygote?, request, &caller)?;
+    let zygote = zygote?;
+    let mut forked = fork(&paths, &zygote, request, &caller)?;
 
     if let Some(error) = &forked.timeline_error {
         tracing::error!(error = chain(error), "the timeline cannot be written");
@@ -65,7 +66,7 @@ pub fn run(args: &ForkArgs, early: EarlyZygote, output: &Output) -> Result<ExitC
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
-fn stay(forked: &mut AnsweredFork, detached: bool, output: &Output) {
+fn stay(forked: &mut AnsweredFork<'_>, detached: bool, output: &Output) {
     if !detached {
         output.note("children run until Ctrl-C; `forkd exec ID -- CMD` reaches them");
     }

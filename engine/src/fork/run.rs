@@ -113,8 +113,8 @@ pub enum ForkError {
     Start(#[from] StartError),
 }
 
-/// A fork whose children have been asked. They run until it is ended or dropped.
-pub struct AnsweredFork {
+/// A fork whose children have been asked. They run until it is ended, or until their zygote is dropped.
+pub struct AnsweredFork<'a> {
     /// What came of it.
     pub report: ForkReport,
     /// Why the timeline could not be drawn. Children that run are not ended for that.
@@ -123,9 +123,11 @@ pub struct AnsweredFork {
     pub supervisor: Arc<Supervisor>,
     cache: Option<Arc<ChunkCache>>,
     rest_wanted: Option<oneshot::Sender<()>>,
+    /// Machines end with it.
+    _zygote: &'a Zygote,
 }
 
-impl AnsweredFork {
+impl AnsweredFork<'_> {
     /// The children stay: what none of them has asked for yet is fetched, too.
     pub fn fetch_rest(&mut self) {
         self.rest_wanted = None;
@@ -143,12 +145,12 @@ impl AnsweredFork {
 /// Forks: opens the target, starts the children, asks each of them and waits until all have answered or are over.
 ///
 /// `zygote` has to be of a process that had one thread when it was started.
-pub fn fork(
+pub fn fork<'a>(
     paths: &Paths,
-    zygote: &Zygote,
+    zygote: &'a Zygote,
     request: ForkRequest,
     caller: &dyn ForkCaller,
-) -> Result<AnsweredFork, ForkError> {
+) -> Result<AnsweredFork<'a>, ForkError> {
     drop(Hypervisor::open(KvmKind::detect())?);
     let opened = OpenedTemplate::open(paths, &request, caller)?;
     // What no child has asked for is fetched after the answers: it would only be in their way.
@@ -175,6 +177,7 @@ pub fn fork(
         supervisor,
         cache: opened.cache,
         rest_wanted: Some(rest_wanted),
+        _zygote: zygote,
     })
 }
 
