@@ -20,7 +20,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let target = Target::parse(&paths, pack, None);
 
     let request = ForkRequest::new(target, pack, ChildRequest::Eval(code.clone()));
-    let forked = fork(&paths, &zygote, request, &QuietCaller::default())?;
+    let caller = QuietCaller::default();
+    let forked = fork(&paths, &zygote, request, &caller)?;
     for child in &forked.report.children {
         let answer = child.answer.as_deref().or(child.error.as_deref()).unwrap_or_default();
         println!("{}: {answer}", child.id);

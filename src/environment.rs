@@ -1,4 +1,4 @@
-//! What the environment says: the engine does not read it for itself.
+//! Where forkd's directories are, by the environment.
 
 use std::path::PathBuf;
 

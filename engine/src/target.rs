@@ -144,9 +144,13 @@ impl Target {
         if spelled_path.is_none() && !is_explicit(&path) && !path.is_file() {
             return match text.parse() {
                 Ok(reference) => Target::Package { hub: hub.map(str::to_owned), reference },
-                Err(_) => Target::File(path),
+                Err(_) => Target::of_path(paths, path),
             };
         }
+        Target::of_path(paths, path)
+    }
+
+    fn of_path(paths: &Paths, path: PathBuf) -> Target {
         let mounted = path.is_dir().then(|| mounts::pack_behind(paths, &path)).flatten();
         match mounted {
             Some((hub, reference)) => Target::MountFolder { path, hub, reference },
@@ -245,7 +249,7 @@ impl Target {
 
 /// Whether it says that it is a path.
 fn is_explicit(path: &Path) -> bool {
-    path.is_absolute() || path.starts_with("./") || path.starts_with("../")
+    path.is_absolute() || path.starts_with(".") || path.starts_with("..")
 }
 
 /// The snapshot in the directory at `path`; `None` where a file is, which may be a pack.

@@ -11,6 +11,7 @@ use forkd_engine::fork::variables::{self, Variable, Variables, VariedVariable};
 use forkd_engine::local::paths::Paths;
 use forkd_engine::network::wire::NetworkMode;
 use forkd_engine::target::Target;
+use forkd_fs::source::redact_url;
 use std::path::PathBuf;
 
 /// `forkd fork`.
@@ -81,12 +82,13 @@ impl ForkArgs {
         let (tag, target) = (self.tag.as_deref(), self.target.as_deref());
         ForkRequest {
             target: Target::of(paths, tag, target, self.hub.hub.as_deref()),
-            name: tag.or(target).unwrap_or_default().to_owned(),
+            name: shown_name(tag, target),
             children: ChildrenSpec {
                 count: self.count,
                 variables,
                 network: self.net,
                 limits: ResourceLimits { memory_mib: self.memory_limit_mib, cpus: self.cpus },
+                reachable: true,
             },
             request: self.child_request(),
             eager: self.eager,
@@ -146,9 +148,15 @@ impl WarmArgs {
     /// What is named, and what people call it.
     pub fn target(&self, paths: &Paths) -> (Target, String) {
         let (tag, target) = (self.tag.as_deref(), self.target.as_deref());
-        let name = tag.or(target).unwrap_or_default().to_owned();
+        let name = shown_name(tag, target);
         (Target::of(paths, tag, target, self.hub.hub.as_deref()), name)
     }
+}
+
+/// What people call what is named: without the password of a URL.
+fn shown_name(tag: Option<&str>, target: Option<&str>) -> String {
+    let name = tag.or(target).unwrap_or_default();
+    if tag.is_none() && name.contains("://") { redact_url(name) } else { name.to_owned() }
 }
 
 /// `forkd exec`.

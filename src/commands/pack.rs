@@ -20,7 +20,7 @@ pub fn run(args: &PackArgs, output: &Output) -> Result<ExitCode, CommandError> {
         base_image: args.base_image.clone(),
         compression: Compression { chunk_bytes: args.chunk, level: args.level },
     };
-    let report = pack(&environment::paths()?, &request, &interrupt::watch(), output)?;
+    let report = pack(&environment::paths()?, &request, interrupt::watch, output)?;
     output.report(&report, |report| format!("packed {}", line(report, &args.tag)));
     Ok(ExitCode::SUCCESS)
 }

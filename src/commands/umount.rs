@@ -68,7 +68,7 @@ pub fn run(args: &UmountArgs, output: &Output) -> Result<ExitCode, CommandError>
         return watch(args);
     }
     let paths = environment::paths()?;
-    // LockedSnapshot from before it can end, so that the number cannot come to mean another process.
+    // Held from before it can end, so that the number cannot come to mean another process.
     let daemon = mounts::find(&args.dir).ok().and_then(|mount| {
         let records = mounts::records(&paths);
         let record = records.into_iter().find(|record| record.mountpoint == mount.mountpoint)?;

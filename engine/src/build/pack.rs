@@ -133,11 +133,11 @@ impl Compression {
     }
 }
 
-/// Packs a snapshot.
+/// Packs a snapshot. `interrupt` is asked for when the work begins that it ends.
 pub fn pack(
     paths: &Paths,
     request: &PackRequest,
-    interrupt: &Interrupt,
+    interrupt: impl FnOnce() -> Interrupt,
     progress: &dyn Progress,
 ) -> Result<PackReport, PackError> {
     // Held until it is packed, so that a pull that replaces the tag meanwhile does not mix two snapshots.
@@ -155,9 +155,11 @@ pub fn pack(
     if !request.base_image.is_empty() {
         manifest.base_image.clone_from(&request.base_image);
     }
+    // Asked for only now: until here there is nothing to clean up.
+    let interrupt = interrupt();
     let run_dir = RunDir::create(paths).map_err(WorkspaceError::from)?;
     let work = Workspace::create(out, &Arc::new(run_dir))?;
-    let summary = work.until(interrupt, || write(options, &directory, manifest, (&work, out), progress))?;
+    let summary = work.until(&interrupt, || write(options, &directory, manifest, (&work, out), progress))?;
     publish(&work, out, request.force)?;
     Ok(PackReport::new(out, &summary))
 }

@@ -6,8 +6,7 @@
 //! RECIPE/...             files the recipe puts into the machine
 //! ```
 //!
-//! This file reads and checks; [`root_disk`] makes the root disk. The build of the warmed machine
-//! (`commands/build.rs`) is the only caller of both.
+//! This file reads and checks; [`root_disk`] makes the root disk.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};

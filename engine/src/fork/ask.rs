@@ -39,7 +39,9 @@ pub struct ChildOutcome {
     pub answer: Option<String>,
     /// The value alone, of code.
     pub value: Option<String>,
-    /// Why there is no answer.
+    /// Whether it did answer, if only that the code failed.
+    pub answered: bool,
+    /// Why there is no answer, or why the code failed.
     pub error: Option<String>,
     /// Exit code of a program; 128 and the signal's number when one ended it.
     pub exit_code: Option<i32>,
@@ -109,7 +111,14 @@ pub fn ask_all(
 /// Where nothing is asked for, being ready is the answer.
 fn without_asking(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> Option<ChildOutcome> {
     let ready = supervisor.children()[at].ready.filter(|_| matches!(request, ChildRequest::Nothing));
-    ready.map(|at| ChildOutcome { answer: None, value: None, error: None, exit_code: None, at })
+    ready.map(|at| ChildOutcome {
+        answer: None,
+        value: None,
+        answered: true,
+        error: None,
+        exit_code: None,
+        at,
+    })
 }
 
 /// A request that is there before the machine is ready saves it an interrupt. Before its first instruction it would wait for
@@ -144,7 +153,14 @@ fn now(supervisor: &Supervisor) -> Milestone {
 }
 
 fn failed(supervisor: &Supervisor, error: String) -> ChildOutcome {
-    ChildOutcome { answer: None, value: None, error: Some(error), exit_code: None, at: now(supervisor) }
+    ChildOutcome {
+        answer: None,
+        value: None,
+        answered: false,
+        error: Some(error),
+        exit_code: None,
+        at: now(supervisor),
+    }
 }
 
 fn ask(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> ChildOutcome {
@@ -169,7 +185,14 @@ fn ask(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> ChildOutco
 
 fn ping(supervisor: &Supervisor, socket: &Path) -> Result<ChildOutcome, ClientError> {
     AgentClient::connect(socket, ANSWER_TIMEOUT)?.ping(ANSWER_TIMEOUT)?;
-    Ok(ChildOutcome { answer: None, value: None, error: None, exit_code: None, at: now(supervisor) })
+    Ok(ChildOutcome {
+        answer: None,
+        value: None,
+        answered: true,
+        error: None,
+        exit_code: None,
+        at: now(supervisor),
+    })
 }
 
 fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<ChildOutcome, ClientError> {
@@ -182,7 +205,7 @@ fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<ChildOutco
         (Some(printed), Some(answer)) => Some(format!("{printed}{answer}")),
         (printed, answer) => printed.or(answer),
     };
-    Ok(ChildOutcome { answer, value, error, exit_code: None, at })
+    Ok(ChildOutcome { answer, value, answered: true, error, exit_code: None, at })
 }
 
 fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<ChildOutcome, ClientError> {
@@ -194,6 +217,7 @@ fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<Ch
     Ok(ChildOutcome {
         answer: Some(String::from_utf8_lossy(&text).into_owned()),
         value: None,
+        answered: true,
         error: None,
         exit_code: code.or(signal.map(|signal| 128 + signal)),
         at: now(supervisor),

@@ -21,9 +21,9 @@ pub struct ForkReport {
     pub children: Vec<ChildReport>,
     /// Bytes of the pack that had been fetched when the first child reached each point.
     pub fetched: FetchedBytes,
-    /// MemoryReport while all children were alive.
+    /// Memory while all children were alive.
     pub memory: MemoryReport,
-    /// FaultReport that children had to wait for.
+    /// Faults that children had to wait for.
     pub faults: FaultReport,
     /// What was fetched ahead of need.
     pub prefetch: PrefetchReport,
@@ -120,7 +120,7 @@ pub struct FetchedBytes {
     pub at_answered: Option<u64>,
 }
 
-/// FaultReport that children had to wait for.
+/// Faults that children had to wait for.
 #[derive(Debug, Serialize)]
 pub struct FaultReport {
     /// All of them.
@@ -166,7 +166,7 @@ impl PrefetchReport {
     }
 }
 
-/// MemoryReport, KiB.
+/// Memory, KiB.
 #[derive(Debug, Serialize)]
 pub struct MemoryReport {
     /// Mean proportional set size of a child (`smaps_rollup`); its share of the image is in it.

@@ -25,6 +25,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
 /// What is to be forked, and how.
 pub struct ForkRequest {
@@ -113,7 +114,7 @@ pub enum ForkError {
     Start(#[from] StartError),
 }
 
-/// A fork whose children have been asked. They run until it is ended, or until their zygote is dropped.
+/// A fork whose children have been asked. They run until it is ended; their zygote and their caller have to live as long.
 pub struct AnsweredFork<'a> {
     /// What came of it.
     pub report: ForkReport,
@@ -122,18 +123,22 @@ pub struct AnsweredFork<'a> {
     /// The children.
     pub supervisor: Arc<Supervisor>,
     cache: Option<Arc<ChunkCache>>,
-    rest_wanted: Option<oneshot::Sender<()>>,
+    filling: Option<Filling>,
     /// Machines end with it.
     _zygote: &'a Zygote,
+    /// Their memory comes by its runtime.
+    _caller: &'a dyn ForkCaller,
 }
 
 impl AnsweredFork<'_> {
     /// The children stay: what none of them has asked for yet is fetched, too.
     pub fn fetch_rest(&mut self) {
-        self.rest_wanted = None;
+        if let Some(filling) = &mut self.filling {
+            filling.want_rest();
+        }
     }
 
-    /// Ends the children, if they are not over, and leaves nothing behind but the chunk cache.
+    /// Ends the children, if they are not over, and removes what they left on disk.
     pub fn end(self) {
         self.supervisor.end();
         if let Some(cache) = self.cache {
@@ -149,15 +154,13 @@ pub fn fork<'a>(
     paths: &Paths,
     zygote: &'a Zygote,
     request: ForkRequest,
-    caller: &dyn ForkCaller,
+    caller: &'a dyn ForkCaller,
 ) -> Result<AnsweredFork<'a>, ForkError> {
     drop(Hypervisor::open(KvmKind::detect())?);
     let opened = OpenedTemplate::open(paths, &request, caller)?;
     // What no child has asked for is fetched after the answers: it would only be in their way.
-    let (rest_wanted, wanted) = oneshot::channel::<()>();
-    if let Some(runtime) = opened.runtime.as_ref().filter(|_| !request.eager) {
-        fill(runtime, &opened.template, wanted);
-    }
+    let lazily = opened.runtime.as_ref().filter(|_| !request.eager);
+    let filling = lazily.map(|runtime| Filling::start(runtime, &opened.template));
     if let Some(image) = &opened.warm {
         caller.on_warm_image(image);
     }
@@ -176,8 +179,9 @@ pub fn fork<'a>(
         timeline_error,
         supervisor,
         cache: opened.cache,
-        rest_wanted: Some(rest_wanted),
+        filling,
         _zygote: zygote,
+        _caller: caller,
     })
 }
 
@@ -263,16 +267,40 @@ impl OpenedTemplate {
     }
 }
 
-/// Fetches what is missing of the images, the rest of them once it is `wanted`.
-fn fill(runtime: &Handle, template: &Template, wanted: oneshot::Receiver<()>) {
-    let fill = template.fill(async {
-        let _ = wanted.await;
-    });
-    runtime.spawn(async move {
-        if let Err(error) = fill.await {
-            tracing::error!(error = chain(&error), "fetching the rest of the pack failed");
+/// Fetches what is missing of the images, the rest of them once that is wanted; ends when dropped.
+struct Filling {
+    rest_wanted: Option<oneshot::Sender<()>>,
+    task: JoinHandle<()>,
+}
+
+impl Filling {
+    fn start(runtime: &Handle, template: &Template) -> Filling {
+        let (rest_wanted, wanted) = oneshot::channel::<()>();
+        let fill = template.fill(async {
+            if wanted.await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        });
+        let task = runtime.spawn(async move {
+            if let Err(error) = fill.await {
+                tracing::error!(error = chain(&error), "fetching the rest of the pack failed");
+            }
+        });
+        Filling { rest_wanted: Some(rest_wanted), task }
+    }
+
+    fn want_rest(&mut self) {
+        if let Some(rest_wanted) = self.rest_wanted.take() {
+            // It may have ended.
+            let _ = rest_wanted.send(());
         }
-    });
+    }
+}
+
+impl Drop for Filling {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 /// Downloads a whole pack.

@@ -38,7 +38,7 @@ enum Gathering {
 }
 
 impl StartQueue {
-    /// StartQueue for `count` children on this host, if they need any.
+    /// A queue for `count` children on this host, if they need any.
     pub fn of(count: u32, kind: KvmKind) -> Option<StartQueue> {
         let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
         let at_once = if kind == KvmKind::Pvm { processors } else { usize::MAX };

@@ -1,5 +1,5 @@
-//! The children of one fork: their processes, their progress, what is left of them. One supervisor is one process of
-//! `forkd fork`; it is also the pager of its children.
+//! The children of one fork: their processes, their progress, what is left of them. A supervisor's process is also the
+//! pager of its children.
 
 mod error;
 mod reports;
@@ -26,7 +26,7 @@ use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 /// How long the control socket is left alone when it cannot be served.
@@ -100,6 +100,9 @@ pub struct Supervisor {
     spawning: AtomicBool,
     turns: Option<Mutex<StartQueue>>,
     watcher: Mutex<Watcher>,
+    /// Where other processes ask; nobody listens any more once it is shut down.
+    control: Option<UnixListener>,
+    ended: AtomicBool,
 }
 
 /// Is told which child goes on, got ready or is over.
@@ -121,23 +124,39 @@ impl Supervisor {
             Ok(cgroups) => run_dir.note_cgroups(&cgroups.path)?,
             Err(error) => tracing::debug!(error = chain(error), "children get no cgroups"),
         }
-        let listener = run_dir.listen()?;
+        let mut listener = spec.reachable.then(|| run_dir.listen()).transpose()?;
+        let control =
+            listener.as_ref().map(UnixListener::try_clone).transpose().map_err(StartError::Control)?;
         let children = Mutex::default();
         let spawning = AtomicBool::new(true);
         let watcher = Mutex::new(Box::new(|_| {}) as Watcher);
         let turns = StartQueue::of(spec.count, KvmKind::detect()).map(Mutex::new);
         let cache = paths.cache.clone();
-        let supervisor =
-            Arc::new(Supervisor { run_dir, cache, template, pack, children, spawning, turns, watcher });
-        let mut listener = Some(listener);
+        let ended = AtomicBool::new(false);
+        let supervisor = Arc::new(Supervisor {
+            run_dir,
+            cache,
+            template,
+            pack,
+            children,
+            spawning,
+            turns,
+            watcher,
+            control,
+            ended,
+        });
+        let mut followed = false;
         let spawned = (1..=u64::from(spec.count)).try_for_each(|number| {
             let network = networks.of_child(number)?;
             supervisor.spawn(zygote, spec, number, network)?;
             // The first child does not wait for threads, and not for its memory until the last one is spawned.
-            if let Some(listener) = listener.take() {
-                let (reports, control) = (Arc::clone(&supervisor), Arc::clone(&supervisor));
+            if !std::mem::replace(&mut followed, true) {
+                let reports = Arc::clone(&supervisor);
                 spawn_thread(move || reports.follow())?;
-                spawn_thread(move || control.serve_control(&listener))?;
+            }
+            if let Some(listener) = listener.take() {
+                let control = Arc::downgrade(&supervisor);
+                spawn_thread(move || serve_control(&control, &listener))?;
             }
             Ok(())
         });
@@ -265,7 +284,16 @@ impl Supervisor {
     /// Ends all children and removes what the fork left on disk.
     pub fn end(&self) {
         self.kill(None);
+        self.ended.store(true, Ordering::Release);
+        if let Some(control) = &self.control {
+            // Whoever waits in accept(2) is woken.
+            let _ = rustix::net::shutdown(control, rustix::net::Shutdown::Both);
+        }
         self.run_dir.remove();
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Acquire)
     }
 
     /// What `forkd ps` shows.
@@ -290,16 +318,20 @@ impl Supervisor {
             children: self.children().iter().map(shown).collect(),
         }
     }
+}
 
-    fn serve_control(&self, listener: &UnixListener) {
-        for stream in listener.incoming() {
-            let Ok(stream) = stream else {
-                // Descriptors may be short for a moment; without this thread nobody could end the fork.
-                std::thread::sleep(PAUSE);
-                continue;
-            };
-            self.run_dir.answer(stream, || self.status(), |id| self.kill(id));
-        }
+/// Answers other processes until the supervisor has ended.
+fn serve_control(supervisor: &Weak<Supervisor>, listener: &UnixListener) {
+    for stream in listener.incoming() {
+        let Some(supervisor) = supervisor.upgrade().filter(|supervisor| !supervisor.has_ended()) else {
+            return;
+        };
+        let Ok(stream) = stream else {
+            // Descriptors may be short for a moment; without this thread nobody could end the fork.
+            std::thread::sleep(PAUSE);
+            continue;
+        };
+        supervisor.run_dir.answer(stream, || supervisor.status(), |id| supervisor.kill(id));
     }
 }
 

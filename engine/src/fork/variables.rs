@@ -1,5 +1,4 @@
-//! The environment of each child, as `forkd fork --env` and `--vary` name it. `cli.rs` parses with it, `supervisor.rs`
-//! asks it for every child.
+//! The environment of each child, as `forkd fork --env` and `--vary` name it.
 
 use forkd_abi::generation::{Generation, GenerationError};
 use std::collections::BTreeMap;

@@ -182,7 +182,7 @@ pub fn check_scratch(mib: u32) -> Result<u32, SnapshotError> {
     if mib <= SCRATCH_MIB_MAX { Ok(mib) } else { Err(SnapshotError::Scratch { mib }) }
 }
 
-/// StartQueue an I/O error into one that names the file.
+/// Turns an I/O error into one that names the file.
 pub fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SnapshotError {
     let path = path.to_owned();
     move |source| SnapshotError::File { operation, path, source }

@@ -129,7 +129,7 @@ pub struct ChildNetworks {
 }
 
 impl ChildNetworks {
-    /// ChildNetworks of this kind.
+    /// Networks of this kind.
     pub fn new(mode: NetworkMode) -> Result<ChildNetworks, NetworkError> {
         let mut salt = [0; 3];
         getrandom(&mut salt, GetRandomFlags::empty()).map_err(failed("getrandom"))?;

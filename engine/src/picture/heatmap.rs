@@ -1,5 +1,5 @@
 //! Pictures of images chunk by chunk: one small square a chunk, its colour saying what it is, a stripe below it that it
-//! has something besides. What the colours mean is the caller's business: `commands/inspect/`.
+//! has something besides. What the colours mean is the caller's business.
 
 use crate::picture::sizes::show_size;
 use crate::picture::svg::{Anchor, Bar, LegendEntry, Picture};

@@ -197,7 +197,8 @@ fn run_trial(
 ) -> Result<[u64; PHASES - 1], BuildFailure> {
     let variable = trial.variable.then(|| parse_variable("FORKD_TRIAL=1")).transpose()?;
     let variables = Variables::new(variable.as_slice(), &[], 1)?;
-    let children = ChildrenSpec { variables, ..ChildrenSpec::default() };
+    // Nobody is to find it, and to end it as one of theirs.
+    let children = ChildrenSpec { variables, reachable: false, ..ChildrenSpec::default() };
     let request = options.probe.map_or(ChildRequest::Ping, |probe| ChildRequest::Eval(probe.code.clone()));
     let after_ready = Some(trial.before_probe).filter(|delay| !delay.is_zero());
     let fork = TrialFork::default();
@@ -237,25 +238,39 @@ fn moments_of(
 ) -> Result<[u64; PHASES - 1], BuildError> {
     let failed = |error: &str| BuildError::Failed { doing: DOING, error: error.to_owned() };
     if fork.timed_out.load(Ordering::Relaxed) {
-        return Err(BuildError::Timeout { doing: DOING, after: REQUEST_TIMEOUT });
+        return Err(BuildError::Timeout { doing: DOING, after: READY_TIMEOUT });
     }
-    let children = supervisor.children();
-    let (Some(child), Some(outcome)) = (children.first(), outcomes.first()) else {
-        return Err(failed("there is none"));
-    };
+    let outcome = outcomes.first().ok_or_else(|| failed("there is none"))?;
     match (options.probe, &outcome.error) {
         // Code that fails is an answer, too.
-        (Some(probe), error) if !child.state.is_over() => {
+        (Some(probe), error) if outcome.answered => {
             check_answer(probe, outcome.value.as_deref(), error.as_deref())?;
         }
         (_, Some(error)) => return Err(failed(error)),
         _ => {}
     }
-    match (child.first_instruction, child.ready) {
-        (Some(resumed), Some(ready)) => Ok([resumed.at_ns, ready.at_ns]),
-        _ => Err(failed("it answered before it was ready")),
+    // The answer may be here before the report that it is ready, which was sent first.
+    let asked_for = Instant::now();
+    loop {
+        let children = supervisor.children();
+        let child = children.first().ok_or_else(|| failed("there is none"))?;
+        match (child.first_instruction, child.ready) {
+            (Some(resumed), Some(ready)) => return Ok([resumed.at_ns, ready.at_ns]),
+            _ if asked_for.elapsed() > REPORT_TIMEOUT => {
+                return Err(failed("it did not say that it was ready"));
+            }
+            _ => {}
+        }
+        drop(children);
+        std::thread::sleep(REPORT_POLL);
     }
 }
+
+/// How long the report of a machine that has answered may be on its way, and how often it is looked for.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(10);
+const REPORT_POLL: Duration = Duration::from_millis(1);
+/// How long a trial may take to be ready: to attach, to resume and to be ready, as long as a request each.
+const READY_TIMEOUT: Duration = REQUEST_TIMEOUT.saturating_mul(3);
 
 /// What a trial restore is doing, for messages.
 const DOING: &str = "restoring the snapshot to record its trace";
@@ -274,7 +289,7 @@ impl TrialFork {
         while over.recv_timeout(INTERRUPT_CHECK) == Err(RecvTimeoutError::Timeout) {
             let Some(supervisor) = self.supervisor.get() else { continue };
             let ready = supervisor.children().iter().all(|child| child.ready.is_some());
-            let late = !ready && started.elapsed() > REQUEST_TIMEOUT;
+            let late = !ready && started.elapsed() > READY_TIMEOUT;
             if late || interrupt.is_set() {
                 self.timed_out.store(late, Ordering::Relaxed);
                 supervisor.kill(None);

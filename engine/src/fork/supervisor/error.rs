@@ -39,6 +39,9 @@ pub enum StartError {
     /// A thread of its own.
     #[error("a thread that looks after the children cannot be started")]
     Thread(#[source] io::Error),
+    /// The socket on which others ask.
+    #[error("the control socket cannot be used")]
+    Control(#[source] io::Error),
     /// A scratch disk.
     #[error(transparent)]
     Scratch(#[from] SnapshotError),

@@ -18,13 +18,15 @@ pub struct ChildrenSpec {
     pub network: NetworkMode,
     /// What each may take of the host.
     pub limits: ResourceLimits,
+    /// Whether other processes of this user can list and end them.
+    pub reachable: bool,
 }
 
 /// One child, without anything of its own.
 impl Default for ChildrenSpec {
     fn default() -> ChildrenSpec {
         let (variables, network) = (Variables::default(), NetworkMode::None);
-        ChildrenSpec { count: 1, variables, network, limits: ResourceLimits::default() }
+        ChildrenSpec { count: 1, variables, network, limits: ResourceLimits::default(), reachable: true }
     }
 }
 
