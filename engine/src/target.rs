@@ -262,3 +262,36 @@ fn snapshot_at(path: &Path) -> Result<Option<LockedSnapshot>, TargetError> {
     }
     Err(TargetError::NoSuchPath { path: path.to_owned() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_one_kind_of_target() {
+        let dir = tempfile::tempdir().unwrap();
+        let below = |name: &str| dir.path().join(name);
+        let paths = Paths { data: below("data"), cache: below("cache"), runtime: below("run") };
+        let parse = |text: &str| Target::parse(&paths, text, Some("hub"));
+        let reference: Reference = "o/n@v1".parse().unwrap();
+        let package = Target::Package { hub: Some("hub".to_owned()), reference: reference.clone() };
+        assert_eq!(parse("o/n@v1"), package);
+        assert_eq!(parse("http://h/o/n"), Target::Url("http://h/o/n".to_owned()));
+        for path in ["/nowhere", "./o/n", "../x", ".", "not a name"] {
+            assert_eq!(parse(path), Target::File(path.into()), "{path}");
+        }
+        assert_eq!(parse("file:///a/b"), Target::File("/a/b".into()));
+        // A file hides the package of its name, a directory does not.
+        assert_eq!(parse("src/target.rs"), Target::File("src/target.rs".into()));
+        assert!(matches!(parse("src/fork"), Target::Package { .. }));
+        assert_eq!(Target::of(&paths, Some("t"), Some("o/n"), None), Target::Tag("t".to_owned()));
+        assert!(parse("not a name").check_name().is_err() && parse("/nowhere").check_name().is_ok());
+
+        let (mountpoint, folder) = (below("mount"), below("mount/o/n/v1"));
+        std::fs::create_dir_all(&folder).unwrap();
+        let (pid, hub) = (std::process::id(), "http://h/".to_owned());
+        mounts::write_record(&paths, &mounts::MountRecord { mountpoint, pid, hub: hub.clone() }).unwrap();
+        let expected = Target::MountFolder { path: folder.clone(), hub, reference };
+        assert_eq!(parse(folder.to_str().unwrap()), expected);
+    }
+}
