@@ -8,7 +8,7 @@ use crate::local::snapshots::{self, LockedSnapshot, SnapshotError, file_error};
 use crate::reference::{InvalidReference, Reference};
 use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::observe::Observer;
-use forkd_fs::source::HttpClient;
+use forkd_fs::source::{HttpClient, redact_url};
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -141,18 +141,14 @@ impl Target {
         }
         let spelled_path = text.strip_prefix("file://");
         let path = PathBuf::from(spelled_path.unwrap_or(text));
-        if spelled_path.is_none() && !is_explicit(&path) && !path.is_file() {
-            return match text.parse() {
-                Ok(reference) => Target::Package { hub: hub.map(str::to_owned), reference },
-                Err(_) => Target::of_path(paths, path),
-            };
+        if spelled_path.is_none()
+            && !is_explicit(&path)
+            && !path.is_file()
+            && let Ok(reference) = text.parse()
+        {
+            return Target::Package { hub: hub.map(str::to_owned), reference };
         }
-        Target::of_path(paths, path)
-    }
-
-    fn of_path(paths: &Paths, path: PathBuf) -> Target {
-        let mounted = path.is_dir().then(|| mounts::pack_behind(paths, &path)).flatten();
-        match mounted {
+        match path.is_dir().then(|| mounts::pack_behind(paths, &path)).flatten() {
             Some((hub, reference)) => Target::MountFolder { path, hub, reference },
             None => Target::File(path),
         }
@@ -176,18 +172,27 @@ impl Target {
         }
     }
 
-    /// Finds the pack that it names. A local snapshot is none: it is looked for where packs of its name would be.
-    pub async fn locate(&self, paths: &Paths, http: &HttpClient) -> Result<LocatedPack, RegistryError> {
-        let direct = |source| LocatedPack::Direct(PackLocation { source, size: None, index: None });
-        let (hub, reference) = match self {
-            Target::Tag(tag) => return Ok(direct(PackSource::Path(tag.into()))),
-            Target::File(path) => return Ok(direct(PackSource::Path(path.clone()))),
+    /// Where to look for its pack. A local snapshot is none: it is looked for where packs of its name would be.
+    fn pack_place(&self, http: &HttpClient) -> PackPlace<'_> {
+        let source = match self {
+            Target::Package { hub, reference } => return PackPlace::Hub(hub.as_deref(), reference),
+            // The pack itself is read, without a detour through FUSE.
+            Target::MountFolder { hub, reference, .. } => return PackPlace::Hub(Some(hub), reference),
+            Target::Tag(tag) => PackSource::Path(tag.into()),
+            Target::File(path) => PackSource::Path(path.clone()),
             Target::Url(url) => {
                 http.authorize(url);
-                return Ok(direct(PackSource::Url(url.clone())));
+                PackSource::Url(url.clone())
             }
-            Target::Package { hub, reference } => (hub.as_deref(), reference),
-            Target::MountFolder { hub, reference, .. } => (Some(hub.as_str()), reference),
+        };
+        PackPlace::Direct(PackLocation { source, size: None, index: None })
+    }
+
+    /// Finds the pack that it names.
+    pub async fn locate(&self, paths: &Paths, http: &HttpClient) -> Result<LocatedPack, RegistryError> {
+        let (hub, reference) = match self.pack_place(http) {
+            PackPlace::Direct(location) => return Ok(LocatedPack::Direct(location)),
+            PackPlace::Hub(hub, reference) => (hub, reference),
         };
         let resolved = client::catalogue(paths, hub, http).await?.resolve(reference)?;
         Ok(LocatedPack::Registered(Box::new(resolved)))
@@ -201,29 +206,14 @@ impl Target {
         options: OpenOptions,
         mut reached: impl FnMut(OpenStage),
     ) -> Result<OpenedTarget, TargetError> {
-        let directory =
-            |dir| OpenedTarget { resolved: name.to_owned(), origin: Origin::Directory(dir), cache: None };
-        let http = client::http_client(paths);
         let (mut resolved, mut head_bytes) = (name.to_owned(), HEAD_BYTES);
-        let registered = match self {
-            Target::Tag(tag) => return Ok(directory(LockedSnapshot::find(paths, tag)?)),
-            Target::File(path) => {
-                self.check_name()?;
-                match snapshot_at(path)? {
-                    Some(dir) => return Ok(directory(dir)),
-                    None => None,
-                }
-            }
-            Target::Url(url) => {
-                http.authorize(url);
-                None
-            }
-            Target::Package { hub, reference } => Some((hub.as_deref(), reference)),
-            // The fork reads the pack itself, without a detour through FUSE.
-            Target::MountFolder { hub, reference, .. } => Some((Some(hub.as_str()), reference)),
-        };
-        let location = match (registered, self) {
-            (Some((hub, reference)), _) => {
+        if let Some(snapshot) = self.snapshot(paths)? {
+            return Ok(OpenedTarget { resolved, origin: Origin::Directory(snapshot), cache: None });
+        }
+        let http = client::http_client(paths);
+        let location = match self.pack_place(&http) {
+            PackPlace::Direct(location) => location,
+            PackPlace::Hub(hub, reference) => {
                 client::preconnect(hub, &http);
                 let catalogue = client::catalogue(paths, hub, &http).await?;
                 reached(OpenStage::Registry);
@@ -232,7 +222,6 @@ impl Target {
                 head_bytes = found.entry.head_size.unwrap_or(0).clamp(HEAD_BYTES, HEAD_BYTES_MAX);
                 found.location
             }
-            (None, target) => target.locate(paths, &http).await?.pack().clone(),
         };
         let options = StoreOptions {
             demand_deadline: OPEN_DEADLINE,
@@ -245,6 +234,32 @@ impl Target {
         reached(OpenStage::Index);
         Ok(OpenedTarget { resolved, origin: Origin::Pack(store), cache })
     }
+
+    /// The snapshot that it names; `None` where a pack may be.
+    fn snapshot(&self, paths: &Paths) -> Result<Option<LockedSnapshot>, TargetError> {
+        match self {
+            Target::Tag(tag) => Ok(Some(LockedSnapshot::find(paths, tag)?)),
+            Target::File(path) => {
+                self.check_name()?;
+                snapshot_at(path)
+            }
+            Target::Url(_) | Target::Package { .. } | Target::MountFolder { .. } => Ok(None),
+        }
+    }
+}
+
+/// Where to look for a pack.
+enum PackPlace<'a> {
+    /// On the hub, or the one that is meant when none is named.
+    Hub(Option<&'a str>, &'a Reference),
+    /// At a path or URL.
+    Direct(PackLocation),
+}
+
+/// What people call what `text` names: without the password of a URL.
+pub fn shown_name(text: &str) -> String {
+    // A path may look like half a URL.
+    if text.contains("://") { redact_url(text) } else { text.to_owned() }
 }
 
 /// Whether it says that it is a path.

@@ -10,8 +10,7 @@ use forkd_engine::fork::supervisor::{ChildrenSpec, ResourceLimits};
 use forkd_engine::fork::variables::{self, Variable, Variables, VariedVariable};
 use forkd_engine::local::paths::Paths;
 use forkd_engine::network::wire::NetworkMode;
-use forkd_engine::target::Target;
-use forkd_fs::source::redact_url;
+use forkd_engine::target::{self, Target};
 use std::path::PathBuf;
 
 /// `forkd fork`.
@@ -153,10 +152,9 @@ impl WarmArgs {
     }
 }
 
-/// What people call what is named: without the password of a URL.
+/// What people call what is named.
 fn shown_name(tag: Option<&str>, target: Option<&str>) -> String {
-    let name = tag.or(target).unwrap_or_default();
-    if tag.is_none() && name.contains("://") { redact_url(name) } else { name.to_owned() }
+    tag.map_or_else(|| target::shown_name(target.unwrap_or_default()), str::to_owned)
 }
 
 /// `forkd exec`.

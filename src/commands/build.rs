@@ -14,7 +14,7 @@ use forkd_engine::build::snapshot::{
     BuildCaller, BuiltSnapshot, RecipeRequest, RootDiskRequest, build_recipe, build_root_disk,
 };
 use forkd_engine::interrupt::Interrupt;
-use forkd_engine::progress::{Amount, Progress, Task};
+use forkd_engine::progress::Progress;
 
 /// `forkd build`.
 pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError> {
@@ -71,17 +71,11 @@ impl<'a> Caller<'a> {
     }
 }
 
-impl Progress for Caller<'_> {
-    fn begin(&self, what: &str, amount: Amount) -> Box<dyn Task> {
-        self.output.begin(what, amount)
-    }
-
-    fn note(&self, line: &str) {
-        self.output.note(line);
-    }
-}
-
 impl BuildCaller for Caller<'_> {
+    fn progress(&self) -> &dyn Progress {
+        self.output
+    }
+
     fn on_step(&self, step: BuildStep) {
         let text = match step {
             BuildStep::Boot => "booting the guest",

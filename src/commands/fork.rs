@@ -18,7 +18,7 @@ use forkd_engine::fork::supervisor::Supervisor;
 use forkd_engine::fork::variables::Variables;
 use forkd_engine::fork::warm::WarmStatus;
 use forkd_engine::picture::svg::check_place;
-use forkd_engine::progress::{Amount, Progress, Task};
+use forkd_engine::progress::Progress;
 use std::io;
 use std::process::ExitCode;
 use std::sync::{Arc, OnceLock};
@@ -41,8 +41,7 @@ pub fn run(args: &ForkArgs, early: EarlyZygote, output: &Output) -> Result<ExitC
     }
     let paths = environment::paths()?;
     let request = args.request(&paths, variables, early.started_ns, output.is_json());
-    let (runtime, supervisor, warm_image) = (OnceLock::new(), Arc::default(), OnceLock::new());
-    let caller = Caller { output, runtime, supervisor, warm_image };
+    let caller = Caller { output, runtime: OnceLock::new(), supervisor: Arc::default() };
     let zygote = zygote?;
     let mut forked = fork(&paths, &zygote, request, &caller)?;
 
@@ -81,20 +80,13 @@ struct Caller<'a> {
     output: &'a Output,
     runtime: OnceLock<Runtime>,
     supervisor: Arc<OnceLock<Arc<Supervisor>>>,
-    warm_image: OnceLock<WarmStatus>,
-}
-
-impl Progress for Caller<'_> {
-    fn begin(&self, what: &str, amount: Amount) -> Box<dyn Task> {
-        self.output.begin(what, amount)
-    }
-
-    fn note(&self, line: &str) {
-        self.output.note(line);
-    }
 }
 
 impl ForkCaller for Caller<'_> {
+    fn progress(&self) -> &dyn Progress {
+        self.output
+    }
+
     fn runtime(&self) -> io::Result<Handle> {
         if let Some(runtime) = self.runtime.get() {
             return Ok(runtime.handle().clone());
@@ -109,13 +101,9 @@ impl ForkCaller for Caller<'_> {
         Ok(self.runtime.get_or_init(|| runtime).handle().clone())
     }
 
-    fn on_warm_image(&self, image: &WarmStatus) {
-        let _ = self.warm_image.set(image.clone());
-    }
-
-    fn on_started(&self, supervisor: &Arc<Supervisor>) -> io::Result<()> {
+    fn on_started(&self, supervisor: &Arc<Supervisor>, warm: Option<&WarmStatus>) -> io::Result<()> {
         // Said only now: children do not wait for the terminal.
-        if let Some(image) = self.warm_image.get() {
+        if let Some(image) = warm {
             let since = show_since(image.since_unix);
             self.output.note(format!("from the warm image of {}, loaded {since}", image.resolved));
         }

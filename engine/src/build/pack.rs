@@ -1,19 +1,19 @@
 //! Packing: a local snapshot into one file.
 
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use forkd_fs::digest::Digest;
 use forkd_fs::format::MANIFEST;
-use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
+use forkd_fs::manifest::{Manifest, ManifestError};
 use forkd_fs::writer::{PackOptions, PackSummary, PackWriter, Pass, WriteError};
 use serde::Serialize;
 
 use crate::interrupt::Interrupt;
 use crate::local::paths::Paths;
 use crate::local::run_dir::RunDir;
-use crate::local::snapshots::{LockedSnapshot, SnapshotError, file_error};
+use crate::local::snapshots::{LockedSnapshot, SnapshotError, file_error, manifest_bytes};
 use crate::local::workspace::{Workspace, WorkspaceError};
 use crate::progress::{Amount, Progress};
 
@@ -199,8 +199,6 @@ pub(super) fn publish(work: &Workspace, out: &Path, force: bool) -> Result<(), P
 
 pub(super) fn read_manifest(directory: &Path) -> Result<Manifest, PackError> {
     let path = directory.join(MANIFEST);
-    let mut bytes = Vec::new();
-    let file = std::fs::File::open(&path).map_err(file_error("reading", &path))?;
-    file.take(MAX_MANIFEST_LEN + 1).read_to_end(&mut bytes).map_err(file_error("reading", &path))?;
+    let bytes = manifest_bytes(directory).map_err(file_error("reading", &path))?;
     Manifest::parse(&bytes).map_err(|source| PackError::Manifest { path, source })
 }

@@ -76,9 +76,7 @@ pub async fn pull(
     if resolved.location.index.is_none() {
         progress.note(&format!("the registry has no digest of {reference}: it is taken as it comes"));
     }
-    let unpacked = from_store(&store, paths, Some(tag), *force, progress).await;
-    store.flush_cache();
-    Ok(unpacked?)
+    Ok(from_store(&store, paths, Some(tag), *force, progress).await?)
 }
 
 /// Whether the pack is one of the predecessor's, which have to be read from start to end.

@@ -14,13 +14,12 @@ use forkd_fs::legacy::{self, LegacyMember, LegacyPack};
 use forkd_fs::manifest::{FOREIGN_VMSTATE, KvmKind, Manifest, ManifestError, Requires};
 use forkd_fs::source::redact_url;
 use forkd_fs::store::{OpenError, PackLocation, PackSource, Store, StoreOptions};
-use forkd_fs::unpack::unpack;
 use forkd_fs::writer::PackOptions;
 use serde::Serialize;
 use tokio::runtime::Handle;
 
 use crate::build::pack::{self, Compression, PackError, PackReport};
-use crate::build::unpack::{LEGACY_LIMIT, UnpackPackError};
+use crate::build::unpack::{LEGACY_LIMIT, UnpackPackError, take_out};
 use crate::hub::client;
 use crate::hub::download::{Download, DownloadError, registered_digest};
 use crate::hub::registry::RegistryError;
@@ -30,7 +29,7 @@ use crate::local::run_dir::{RunDir, RunDirError};
 use crate::local::snapshots::FOREIGN_MACHINE;
 use crate::local::workspace::{Workspace, WorkspaceError};
 use crate::progress::{Amount, Progress, Task};
-use crate::target::{LocatedPack, Target};
+use crate::target::{LocatedPack, Target, shown_name};
 use forkd_fs::cache::CacheOptions;
 
 /// The predecessor's own manifest in the new pack: it tells of chains and root disks, which ours does not.
@@ -157,7 +156,7 @@ pub fn repack(
             runtime.block_on(take_apart(paths, request, &work, progress))?;
         let (tag, forkable) = (manifest.tag.clone(), !manifest.requires.is_foreign());
         let pack = put_together(request, &work, options, manifest, progress)?;
-        let source = redact(&request.name);
+        let source = shown_name(&request.name);
         Ok(RepackReport { source, source_format: format, tag, forkable, notes, pack })
     })
 }
@@ -165,10 +164,6 @@ pub fn repack(
 fn place(path: &Path) -> impl FnOnce(io::Error) -> RepackError {
     let path = path.to_owned();
     move |source| RepackError::Place { path, source }
-}
-
-fn redact(target: &str) -> String {
-    if target.contains("://") { redact_url(target) } else { target.to_owned() }
 }
 
 /// The old pack's members in the workspace, and the new pack's manifest.
@@ -180,13 +175,7 @@ async fn take_apart(
 ) -> Result<Unpacked, RepackError> {
     match obtain(paths, request, work, progress).await? {
         Input::Indexed(store) => {
-            let task = progress.begin("unpacking", Amount::Bytes(store.index().stored_bytes()));
-            let done = |now: forkd_fs::store::FetchProgress| {
-                let share = f64::from(now.chunks_fetched) / f64::from(now.chunks_total.max(1));
-                task.to((store.index().stored_bytes() as f64 * share) as u64);
-            };
-            let manifest = unpack(&store, &work.members(), &done).await;
-            store.flush_cache();
+            let manifest = take_out(&store, &work.members(), "unpacking", progress).await;
             let manifest = Manifest::clone(&*manifest.map_err(UnpackPackError::from)?);
             let notes = manifest.requires.is_foreign().then(|| FOREIGN_MACHINE.to_owned());
             Ok(Unpacked { format: manifest.forkd_pack_version, manifest, notes: notes.into_iter().collect() })

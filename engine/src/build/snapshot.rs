@@ -127,7 +127,9 @@ pub struct RootDiskRequest {
 }
 
 /// Whoever has a machine built.
-pub trait BuildCaller: Progress {
+pub trait BuildCaller {
+    /// What shows how far it is.
+    fn progress(&self) -> &dyn Progress;
     /// The machine has come to `step`.
     fn on_step(&self, _step: BuildStep) {}
     /// From when on the work looks at it. Called once there is a zygote, because it may start a thread.
@@ -160,7 +162,7 @@ pub fn build_recipe(
         Some(kernel) => kernel.clone(),
         None => kernel::find(paths)?.path,
     };
-    let task = caller.begin("root disk", Amount::Unknown);
+    let task = caller.progress().begin("root disk", Amount::Unknown);
     let root_disk = recipe::root_disk(paths, &recipe, &interrupt, |line| task.say(line))?;
     drop(task);
     let request = MachineRequest {

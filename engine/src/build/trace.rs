@@ -3,8 +3,7 @@
 //! A snapshot gets a new directory with its old files (as hard links) and the new trace, which takes the old one's
 //! place at once: trace and hot set have to fit each other, so neither may be replaced by itself.
 
-use std::fs::{self, File};
-use std::io;
+use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,7 +30,7 @@ use crate::local::paths::Paths;
 use crate::local::run_dir::{RunDir, RunDirError};
 use crate::local::snapshots::{
     self, CONFIGURATION_MAX, FOREIGN_MACHINE, LockedSnapshot, MachineConfiguration, SnapshotDraft,
-    SnapshotError, file_error,
+    SnapshotError, file_error, read_at_most,
 };
 use crate::local::workspace::{Workspace, WorkspaceError};
 use crate::progress::{Amount, Progress};
@@ -186,7 +185,7 @@ fn retrace_snapshot(
     let draft = SnapshotDraft::create(paths, tag, true)?;
     link_files(&dir, draft.path())?;
     let recording = Recording { machines, configuration, probe, paths, interrupt: &interrupt };
-    let report = recording.record(tag, &dir, draft.path(), caller)?;
+    let report = recording.record(tag, &dir, draft.path(), caller.progress())?;
     let place = paths.snapshot(tag).map_err(SnapshotError::from)?;
     let identity = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
     if identity(&place) != identity(&dir) {
@@ -215,14 +214,14 @@ fn retrace_pack(
     let work = Workspace::create(out, &run_dir)?;
     let runtime = Runtime::new().map_err(place)?;
     let (manifest, chunk_size) =
-        work.until(&interrupt, || take_apart(paths, request, &work, runtime.handle(), caller))?;
+        work.until(&interrupt, || take_apart(paths, request, &work, runtime.handle(), caller.progress()))?;
     let members = work.members();
     let probe = probe(request, &manifest)?;
     let configuration = configuration(&members, &manifest)?;
     let recording = Recording { machines, configuration, probe, paths, interrupt: &interrupt };
-    let mut report = recording.record(name, &members, &members, caller)?;
+    let mut report = recording.record(name, &members, &members, caller.progress())?;
     let options = Compression { chunk_bytes: chunk_size.into(), level: request.level }.options()?;
-    work.until(&interrupt, || pack::write(options, &members, manifest, (&work, out), caller))?;
+    work.until(&interrupt, || pack::write(options, &members, manifest, (&work, out), caller.progress()))?;
     pack::publish(&work, out, request.force)?;
     report.out = Some(out.to_owned());
     Ok(report)
@@ -280,13 +279,6 @@ fn configuration(dir: &Path, manifest: &Manifest) -> Result<MachineConfiguration
     let configuration = MachineConfiguration::parse(&text)?;
     configuration.check_host(KvmKind::detect())?;
     Ok(configuration)
-}
-
-fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
-    use std::io::Read;
-    let mut bytes = Vec::new();
-    File::open(path)?.take(limit).read_to_end(&mut bytes)?;
-    Ok(bytes)
 }
 
 /// Everything of the old snapshot but its working set.

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use forkd_fs::legacy::{self, LegacyError, LegacyPack};
+use forkd_fs::manifest::Manifest;
 use forkd_fs::store::{OpenError, PackLocation, PackSource, ReadError, Store, StoreOptions};
 use forkd_fs::unpack::{UnpackError, unpack};
 use serde::Serialize;
@@ -75,15 +76,28 @@ pub async fn from_store(
     let manifest = store.manifest().await?;
     let tag = tag.unwrap_or(&manifest.tag).to_owned();
     let draft = SnapshotDraft::create(paths, &tag, force)?;
-    let task = progress.begin(&format!("unpacking {tag}"), Amount::Bytes(store.index().stored_bytes()));
-    unpack(store, draft.path(), &|now| {
-        let share = u64::from(now.chunks_fetched) as f64 / f64::from(now.chunks_total.max(1));
-        task.to((store.index().stored_bytes() as f64 * share) as u64);
-    })
-    .await?;
+    take_out(store, draft.path(), &format!("unpacking {tag}"), progress).await?;
     let plain_bytes = store.index().files().map(|(_, file)| file.size).sum();
     let path = draft.publish(force)?;
     Ok(Unpacked { tag, path, pack_format: manifest.forkd_pack_version, plain_bytes })
+}
+
+/// Takes every file out of an opened pack into the directory `into`, which is shown as `what`; writes the chunk cache.
+pub(super) async fn take_out(
+    store: &Arc<Store>,
+    into: &Path,
+    what: &str,
+    progress: &dyn Progress,
+) -> Result<Arc<Manifest>, UnpackError> {
+    let stored_bytes = store.index().stored_bytes();
+    let task = progress.begin(what, Amount::Bytes(stored_bytes));
+    let manifest = unpack(store, into, &|now| {
+        let share = f64::from(now.chunks_fetched) / f64::from(now.chunks_total.max(1));
+        task.to((stored_bytes as f64 * share) as u64);
+    })
+    .await;
+    store.flush_cache();
+    manifest
 }
 
 /// Takes the members out of one of the predecessor's packs.

@@ -49,6 +49,13 @@ pub struct ChildOutcome {
     pub at: Milestone,
 }
 
+impl ChildOutcome {
+    /// Of a child that answered, without a word.
+    fn answered(at: Milestone) -> ChildOutcome {
+        ChildOutcome { answer: None, value: None, answered: true, error: None, exit_code: None, at }
+    }
+}
+
 /// What [`ask_all`] waits for.
 enum Event {
     /// A child goes on, got ready or is over.
@@ -111,14 +118,7 @@ pub fn ask_all(
 /// Where nothing is asked for, being ready is the answer.
 fn without_asking(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> Option<ChildOutcome> {
     let ready = supervisor.children()[at].ready.filter(|_| matches!(request, ChildRequest::Nothing));
-    ready.map(|at| ChildOutcome {
-        answer: None,
-        value: None,
-        answered: true,
-        error: None,
-        exit_code: None,
-        at,
-    })
+    ready.map(ChildOutcome::answered)
 }
 
 /// A request that is there before the machine is ready saves it an interrupt. Before its first instruction it would wait for
@@ -153,14 +153,7 @@ fn now(supervisor: &Supervisor) -> Milestone {
 }
 
 fn failed(supervisor: &Supervisor, error: String) -> ChildOutcome {
-    ChildOutcome {
-        answer: None,
-        value: None,
-        answered: false,
-        error: Some(error),
-        exit_code: None,
-        at: now(supervisor),
-    }
+    ChildOutcome { answered: false, error: Some(error), ..ChildOutcome::answered(now(supervisor)) }
 }
 
 fn ask(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> ChildOutcome {
@@ -185,14 +178,7 @@ fn ask(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> ChildOutco
 
 fn ping(supervisor: &Supervisor, socket: &Path) -> Result<ChildOutcome, ClientError> {
     AgentClient::connect(socket, ANSWER_TIMEOUT)?.ping(ANSWER_TIMEOUT)?;
-    Ok(ChildOutcome {
-        answer: None,
-        value: None,
-        answered: true,
-        error: None,
-        exit_code: None,
-        at: now(supervisor),
-    })
+    Ok(ChildOutcome::answered(now(supervisor)))
 }
 
 fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<ChildOutcome, ClientError> {
@@ -205,7 +191,7 @@ fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<ChildOutco
         (Some(printed), Some(answer)) => Some(format!("{printed}{answer}")),
         (printed, answer) => printed.or(answer),
     };
-    Ok(ChildOutcome { answer, value, answered: true, error, exit_code: None, at })
+    Ok(ChildOutcome { answer, value, error, ..ChildOutcome::answered(at) })
 }
 
 fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<ChildOutcome, ClientError> {
@@ -216,11 +202,8 @@ fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<Ch
     let text = [stdout.0, stderr.0].concat();
     Ok(ChildOutcome {
         answer: Some(String::from_utf8_lossy(&text).into_owned()),
-        value: None,
-        answered: true,
-        error: None,
         exit_code: code.or(signal.map(|signal| 128 + signal)),
-        at: now(supervisor),
+        ..ChildOutcome::answered(now(supervisor))
     })
 }
 

@@ -4,6 +4,7 @@ pub mod agent;
 pub mod ask;
 pub mod children;
 pub mod identity;
+pub mod opening;
 pub mod pagemap;
 pub mod quiet;
 pub mod report;

@@ -1,7 +1,6 @@
 //! A caller for those who only want the report of a fork.
 
 use crate::fork::run::ForkCaller;
-use crate::progress::{Amount, Progress, Silent, Task};
 use std::io;
 use std::sync::OnceLock;
 use tokio::runtime::{Handle, Runtime};
@@ -10,14 +9,6 @@ use tokio::runtime::{Handle, Runtime};
 #[derive(Debug, Default)]
 pub struct QuietCaller {
     runtime: OnceLock<Runtime>,
-}
-
-impl Progress for QuietCaller {
-    fn begin(&self, _: &str, _: Amount) -> Box<dyn Task> {
-        Box::new(Silent)
-    }
-
-    fn note(&self, _: &str) {}
 }
 
 impl ForkCaller for QuietCaller {

@@ -2,6 +2,7 @@
 
 use crate::chain::chain;
 use crate::fork::ask::{ChildOutcome, ChildRequest, ask_all};
+use crate::fork::opening::{download, open_pack};
 use crate::fork::report::{ForkReport, ForkTimeline, ForkedPackReport, WarmReport};
 use crate::fork::supervisor::{ChildrenSpec, StartError, Supervisor, milliseconds_since};
 use crate::fork::template::{Template, TemplateError};
@@ -10,11 +11,11 @@ use crate::local::paths::Paths;
 use crate::local::snapshots::LockedSnapshot;
 use crate::picture::svg::PictureError;
 use crate::picture::timeline::EventRecorder;
-use crate::progress::{Amount, Progress, follow};
-use crate::target::{DEMAND_DEADLINE, OpenOptions, OpenStage, Origin, Target, TargetError};
+use crate::progress::{Progress, Silent};
+use crate::target::{OpenOptions, OpenStage, Origin, Target, TargetError};
 use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::observe::Observer;
-use forkd_fs::store::{ReadError, Store};
+use forkd_fs::store::ReadError;
 use forkd_vmm::kvm::{Hypervisor, KvmError, KvmKind};
 use forkd_vmm::process::monotonic_ns;
 use forkd_vmm::zygote::Zygote;
@@ -67,14 +68,18 @@ impl ForkRequest {
 }
 
 /// Whoever has a fork done: shows its progress, lends it a runtime, and hears of what happens.
-pub trait ForkCaller: Progress {
+pub trait ForkCaller {
+    /// What shows its progress.
+    fn progress(&self) -> &dyn Progress {
+        &Silent
+    }
+
     /// The async runtime. Children of what is at hand start before it is asked for: its threads would be in their way.
     fn runtime(&self) -> io::Result<Handle>;
-    /// The children are to come from the image that a daemon holds, which may be older than what its name means now.
-    fn on_warm_image(&self, _image: &WarmStatus) {}
     /// The children are started: from now on they can be ended by [`Supervisor::end`]. They are ended when the caller
-    /// fails to do what it has to.
-    fn on_started(&self, _supervisor: &Arc<Supervisor>) -> io::Result<()> {
+    /// fails to do what it has to. `warm`: they come from the image that a daemon holds, which may be older than what its
+    /// name means now.
+    fn on_started(&self, _supervisor: &Arc<Supervisor>, _warm: Option<&WarmStatus>) -> io::Result<()> {
         Ok(())
     }
 }
@@ -161,12 +166,10 @@ pub fn fork<'a>(
     // What no child has asked for is fetched after the answers: it would only be in their way.
     let lazily = opened.runtime.as_ref().filter(|_| !request.eager);
     let filling = lazily.map(|runtime| Filling::start(runtime, &opened.template));
-    if let Some(image) = &opened.warm {
-        caller.on_warm_image(image);
-    }
-    let (name, asked) = (request.name.clone(), &request.request);
+    let (children, asked) = (&request.children, &request.request);
+    let source = ForkSource { template: opened.template, name: &request.name, warm: opened.warm.as_ref() };
     let AskedChildren { supervisor, outcomes } =
-        fork_template(paths, zygote, (opened.template, name), &request.children, (asked, None), caller)?;
+        fork_template(paths, zygote, source, children, (asked, None), caller)?;
     let pack = ForkedPackReport::of(request.name, supervisor.template(), opened.warm.map(WarmReport::from));
     let looked_at = request.look_at_prefetched;
     let report = ForkReport::new(&supervisor, pack, request.started_ns, opened.timeline, outcomes, looked_at);
@@ -193,22 +196,31 @@ pub struct AskedChildren {
     pub outcomes: Vec<ChildOutcome>,
 }
 
-/// Forks what is opened already, which `name` names for people: starts the children, and asks each of them, as
-/// [`ask_all`] does.
+/// What children are forked from.
+pub struct ForkSource<'a> {
+    /// The machine.
+    pub template: Arc<Template>,
+    /// What people call it.
+    pub name: &'a str,
+    /// The daemon that holds it.
+    pub warm: Option<&'a WarmStatus>,
+}
+
+/// Forks what is opened already: starts the children, and asks each of them, as [`ask_all`] does.
 pub fn fork_template(
     paths: &Paths,
     zygote: &Zygote,
-    (template, name): (Arc<Template>, String),
+    source: ForkSource<'_>,
     children: &ChildrenSpec,
     (request, after_ready): (&ChildRequest, Option<Duration>),
     caller: &dyn ForkCaller,
 ) -> Result<AskedChildren, ForkError> {
-    let supervisor = Supervisor::start(paths, zygote, template, name, children)?;
-    if let Err(error) = caller.on_started(&supervisor) {
+    let supervisor = Supervisor::start(paths, zygote, source.template, source.name.to_owned(), children)?;
+    if let Err(error) = caller.on_started(&supervisor, source.warm) {
         supervisor.end();
         return Err(ForkError::Runtime(error));
     }
-    let outcomes = ask_all(&supervisor, request, after_ready, caller);
+    let outcomes = ask_all(&supervisor, request, after_ready, caller.progress());
     Ok(AskedChildren { supervisor, outcomes })
 }
 
@@ -251,13 +263,17 @@ impl OpenedTemplate {
                 cache = opened.cache;
                 let template = match opened.origin {
                     Origin::Directory(snapshot) => open_snapshot(&request.name, &snapshot)?,
-                    Origin::Pack(store) => open_pack(runtime, &request.name, store)?,
+                    Origin::Pack(store) => {
+                        open_pack(runtime, store).map_err(template_error(&request.name))?
+                    }
                 };
                 (template, None)
             }
         };
         if let Some(runtime) = runtime.as_ref().filter(|_| request.eager) {
-            download(runtime, &mut template, &request.name, caller)?;
+            let failed =
+                |source| ForkError::Download { name: request.name.clone(), source: Box::new(source) };
+            download(runtime, &mut template, "downloading", caller.progress()).map_err(failed)?;
         }
         timeline.vmstate_ms = Some(since_start());
         if let Some(recorder) = &recorder {
@@ -303,32 +319,8 @@ impl Drop for Filling {
     }
 }
 
-/// Downloads a whole pack.
-fn download(
-    runtime: &Handle,
-    template: &mut Template,
-    name: &str,
-    progress: &dyn Progress,
-) -> Result<(), ForkError> {
-    let task = progress.begin("downloading", Amount::Bytes(template.progress().bytes_total));
-    let filling = template.fill(std::future::ready(()));
-    let filled = runtime.block_on(follow(&*task, filling, || template.progress().bytes_fetched));
-    let failed = |source| ForkError::Download { name: name.to_owned(), source: Box::new(source) };
-    if filled.map_err(failed)? {
-        template.set_complete();
-    }
-    Ok(())
-}
-
 fn open_snapshot(name: &str, snapshot: &LockedSnapshot) -> Result<Template, ForkError> {
     Template::open_local(&snapshot.path(), KvmKind::detect()).map_err(template_error(name))
-}
-
-fn open_pack(runtime: &Handle, name: &str, store: Arc<Store>) -> Result<Template, ForkError> {
-    let opening = Template::open_pack(store.clone(), runtime.clone(), KvmKind::detect());
-    let opened = runtime.block_on(opening);
-    store.set_demand_deadline(DEMAND_DEADLINE);
-    opened.map_err(template_error(name))
 }
 
 fn template_error(name: &str) -> impl FnOnce(TemplateError) -> ForkError {

@@ -9,7 +9,7 @@ use crate::local::snapshots::{
 };
 use crate::picture::timeline::EventRecorder;
 use forkd_fs::index::ChunkId as PackChunk;
-use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest, ManifestError};
+use forkd_fs::manifest::{Manifest, ManifestError};
 use forkd_fs::prefetch;
 use forkd_fs::source::Priority;
 use forkd_fs::store::{ChunkData, FetchProgress, OnChunk, ReadError, Store};
@@ -20,7 +20,6 @@ use forkd_vmm::pager::{ImageChunk, ImageShape, Pager, PagerError, PagerStats};
 use forkd_vmm::process::MachineStart;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::fs::File;
-use std::io::Read;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -353,7 +352,7 @@ impl Template {
         }
     }
 
-    /// The file in the pack behind an image, for messages.
+    /// The file in a pack or snapshot behind an image.
     pub fn image_name(image: ImageId) -> &'static str {
         IMAGE_FILES[image.index()]
     }
@@ -361,9 +360,7 @@ impl Template {
 
 /// A snapshot's manifest. One unpacked from a pack of the predecessor is of an older version. `None`: it cannot be read.
 fn manifest_of(dir: &Path) -> Result<Manifest, Option<ManifestError>> {
-    let mut bytes = Vec::new();
-    let file = File::open(dir.join(snapshots::MANIFEST)).map_err(|_| None)?;
-    file.take(MAX_MANIFEST_LEN + 1).read_to_end(&mut bytes).map_err(|_| None)?;
+    let bytes = snapshots::manifest_bytes(dir).map_err(|_| None)?;
     Manifest::parse(&bytes).map_err(Some)
 }
 

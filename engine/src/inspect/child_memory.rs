@@ -2,12 +2,12 @@
 
 use std::io;
 
-use forkd_fs::format::{MEMORY, ROOTFS};
 use forkd_vmm::memory::ImageId;
 use serde::Serialize;
 
 use crate::fork::children::ChildrenError;
 use crate::fork::pagemap::{self, MappedFile, PAGE, PageState, Pagemap};
+use crate::fork::template::Template;
 use crate::local::paths::Paths;
 use crate::local::run_dir::{ForkDir, RunDirError};
 use crate::picture::heatmap::{Heatmap, HeatmapCell, ImageCells};
@@ -18,8 +18,6 @@ use crate::picture::svg::{LegendEntry, PALE};
 const CHUNK: u64 = 256 << 10;
 /// Largest image: guests have 16 GiB of memory at most, root disks less than a pack's largest file.
 const IMAGE_MAX: u64 = 1 << 40;
-/// A local snapshot's files; those of other forks are in memory.
-const IMAGES: [(&str, ImageId); 2] = [(MEMORY, ImageId::Ram), (ROOTFS, ImageId::RootDisk)];
 const PRIVATE: &str = "#c0392b";
 const MAPPED: &str = "#4e79a7";
 
@@ -60,9 +58,9 @@ pub fn look(paths: &Paths, id: &str) -> Result<ChildMemory, ChildrenError> {
     let failed = |source| ChildrenError::Memory { id: id.to_owned(), source };
     let mappings = pagemap::mapped_files(pid).map_err(failed)?;
     let pages = Pagemap::open(pid).map_err(failed)?;
-    let images = IMAGES.iter().filter_map(|(name, id)| {
-        let own = mappings.iter().filter(|mapping| is_image(mapping, *id, name)).collect::<Vec<_>>();
-        look_at(pid, name, &own, &pages).transpose()
+    let images = ImageId::ALL.into_iter().filter_map(|id| {
+        let own = mappings.iter().filter(|mapping| is_image(mapping, id)).collect::<Vec<_>>();
+        look_at(pid, Template::image_name(id), &own, &pages).transpose()
     });
     let images = images.collect::<io::Result<Vec<_>>>().map_err(failed)?;
     if images.is_empty() {
@@ -71,9 +69,11 @@ pub fn look(paths: &Paths, id: &str) -> Result<ChildMemory, ChildrenError> {
     Ok(ChildMemory { child: id.to_owned(), pid, pack, images })
 }
 
-fn is_image(mapping: &MappedFile, id: ImageId, file: &str) -> bool {
+/// An image is a file in memory, or a local snapshot's.
+fn is_image(mapping: &MappedFile, id: ImageId) -> bool {
     let path = mapping.path.trim_end_matches(" (deleted)");
-    path.strip_prefix("/memfd:") == Some(id.file_name()) || path.rsplit('/').next() == Some(file)
+    path.strip_prefix("/memfd:") == Some(id.file_name())
+        || path.rsplit('/').next() == Some(Template::image_name(id))
 }
 
 /// An image whose parts are mapped at `own`. What lies between them is anonymous memory in place of zeros.

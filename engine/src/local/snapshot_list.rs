@@ -3,11 +3,11 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use forkd_fs::manifest::{MAX_MANIFEST_LEN, Manifest};
+use forkd_fs::manifest::Manifest;
 use serde::Serialize;
 
 use crate::local::paths::{Paths, checked_tag};
-use crate::local::snapshots::{SnapshotError, file_error};
+use crate::local::snapshots::{self, MANIFEST, SnapshotError, file_error};
 
 /// A local snapshot, as `forkd snapshots --json` shows it.
 #[derive(Debug, Serialize)]
@@ -67,11 +67,7 @@ fn describe(tag: String, directory: &Path) -> SnapshotDescription {
 }
 
 fn read_manifest(directory: &Path) -> Result<Manifest, String> {
-    use std::io::Read;
-    let path = directory.join(forkd_fs::format::MANIFEST);
-    let mut bytes = Vec::new();
-    std::fs::File::open(&path)
-        .and_then(|file| file.take(MAX_MANIFEST_LEN + 1).read_to_end(&mut bytes))
-        .map_err(|error| format!("{}: {error}", path.display()))?;
+    let place = |error| format!("{}: {error}", directory.join(MANIFEST).display());
+    let bytes = snapshots::manifest_bytes(directory).map_err(place)?;
     Manifest::parse(&bytes).map_err(|error| error.to_string())
 }

@@ -16,6 +16,7 @@
 
 use crate::local::paths::{Paths, PathsError};
 use crate::local::work_dir::{self, WorkDir};
+use forkd_fs::manifest::MAX_MANIFEST_LEN;
 use forkd_vmm::arch::VCPUS_MAX;
 use forkd_vmm::devices::virtio::block::SCRATCH_MIB_MAX;
 use forkd_vmm::kvm::KvmKind;
@@ -24,7 +25,7 @@ use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
@@ -186,6 +187,18 @@ pub fn check_scratch(mib: u32) -> Result<u32, SnapshotError> {
 pub fn file_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SnapshotError {
     let path = path.to_owned();
     move |source| SnapshotError::File { operation, path, source }
+}
+
+/// The first `limit` bytes of a file, which may be as long as whoever made it wants.
+pub fn read_at_most(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.take(limit).read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// The manifest in a snapshot's directory, as it is; one byte too long where it is longer than any may be.
+pub fn manifest_bytes(dir: &Path) -> io::Result<Vec<u8>> {
+    read_at_most(&dir.join(MANIFEST), MAX_MANIFEST_LEN + 1)
 }
 
 /// A snapshot in use: whoever replaces or removes its tag meanwhile leaves these files alone.

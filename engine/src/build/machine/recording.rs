@@ -6,14 +6,14 @@ use super::error::{BuildError, BuildFailure};
 use super::rig::{INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, check_answer, open};
 use crate::build::recipe::Probe;
 use crate::fork::ask::{ChildOutcome, ChildRequest};
-use crate::fork::run::{AskedChildren, ForkCaller, fork_template};
+use crate::fork::run::{AskedChildren, ForkCaller, ForkSource, fork_template};
 use crate::fork::supervisor::{ChildrenSpec, Supervisor};
 use crate::fork::template::Template;
 use crate::fork::variables::{Variables, parse_variable};
+use crate::fork::warm::WarmStatus;
 use crate::interrupt::Interrupt;
 use crate::local::paths::Paths;
 use crate::local::snapshots::{self, MachineConfiguration, file_error};
-use crate::progress::{Amount, Progress, Silent, Task};
 use forkd_fs::trace::{PageRun, RegionTrace, Trace};
 use forkd_vmm::memory::ImageId;
 use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
@@ -29,8 +29,6 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::runtime::Handle;
 
-/// The snapshot's file behind each image.
-const IMAGE_NAMES: [&str; 2] = [snapshots::MEMORY, snapshots::ROOT_DISK];
 /// Phases of a restore that are told apart: up to the first instruction, up to ready, up to the answer.
 const PHASES: usize = 3;
 /// Trial restores. No two touch quite the same pages, and a page that is missing costs a fork a round trip. A guest that
@@ -150,7 +148,7 @@ fn merge(records: &[Vec<Touch>]) -> BTreeMap<(ImageId, u32), usize> {
 /// The trace of pages and the earliest phase in which each was touched.
 fn trace_of(configuration: &MachineConfiguration, touched: &BTreeMap<(ImageId, u32), usize>) -> Trace {
     let region = |id: ImageId| RegionTrace {
-        file: IMAGE_NAMES[id.index()].to_owned(),
+        file: Template::image_name(id).to_owned(),
         buckets: (0..PHASES)
             .map(|phase| {
                 let pages = touched.iter().filter(|((image, _), first)| *image == id && **first == phase);
@@ -172,7 +170,7 @@ fn record_touches(
 ) -> Result<Vec<Touch>, BuildFailure> {
     let layout = configuration.layout;
     let ids: Vec<_> = ImageId::ALL.into_iter().filter(|id| layout.image_bytes(*id) > 0).collect();
-    let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(IMAGE_NAMES[id.index()])).collect();
+    let paths: Vec<PathBuf> = ids.iter().map(|id| dir.join(Template::image_name(*id))).collect();
     let files = paths.iter().map(|path| open(path)).collect::<Result<Vec<_>, _>>()?;
     let page_delay = trial.page_delay;
     let recorder = Arc::new(PageRecorder { files, page_delay, touched: Mutex::default() });
@@ -205,15 +203,9 @@ fn run_trial(
     let (done, over) = mpsc::channel::<()>();
     let asked = std::thread::scope(|scope| {
         scope.spawn(|| fork.end_when_interrupted(options.interrupt, over));
-        let machine = (template, "trial".to_owned());
-        let asked = fork_template(
-            options.paths,
-            machines.zygote(),
-            machine,
-            &children,
-            (&request, after_ready),
-            &fork,
-        );
+        let (zygote, asking) = (machines.zygote(), (&request, after_ready));
+        let source = ForkSource { template, name: "trial", warm: None };
+        let asked = fork_template(options.paths, zygote, source, &children, asking, &fork);
         drop(done);
         asked
     });
@@ -299,21 +291,13 @@ impl TrialFork {
     }
 }
 
-impl Progress for TrialFork {
-    fn begin(&self, _: &str, _: Amount) -> Box<dyn Task> {
-        Box::new(Silent)
-    }
-
-    fn note(&self, _: &str) {}
-}
-
 impl ForkCaller for TrialFork {
     fn runtime(&self) -> io::Result<Handle> {
         // All that it needs is at hand.
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    fn on_started(&self, supervisor: &Arc<Supervisor>) -> io::Result<()> {
+    fn on_started(&self, supervisor: &Arc<Supervisor>, _: Option<&WarmStatus>) -> io::Result<()> {
         let _ = self.supervisor.set(Arc::clone(supervisor));
         Ok(())
     }

@@ -2,10 +2,11 @@
 
 use super::{WarmError, WarmKeyError, WarmSocket, WarmStatus};
 use crate::chain::chain;
+use crate::fork::opening::{download, open_pack};
 use crate::fork::template::{Template, TemplateError};
 use crate::local::paths::Paths;
-use crate::progress::{Amount, Progress, follow};
-use crate::target::{DEMAND_DEADLINE, OpenOptions, OpenedTarget, Origin, Target, TargetError};
+use crate::progress::Progress;
+use crate::target::{OpenOptions, OpenedTarget, Origin, Target, TargetError};
 use forkd_fs::cache::CacheOptions;
 use forkd_fs::store::ReadError;
 use forkd_vmm::kvm::KvmKind;
@@ -81,24 +82,16 @@ pub fn load(
     let options = OpenOptions { cache, observer: None };
     let OpenedTarget { resolved, origin, cache } =
         runtime.block_on(target.open(paths, name, options, |_| {}))?;
-    let kind = KvmKind::detect();
     let failed = |source| HoldError::Template { name: name.to_owned(), source: Box::new(source) };
     let template = match origin {
-        Origin::Directory(snapshot) => {
-            Template::open_local(&snapshot.path(), kind).and_then(Template::into_memory).map_err(failed)?
-        }
+        Origin::Directory(snapshot) => Template::open_local(&snapshot.path(), KvmKind::detect())
+            .and_then(Template::into_memory)
+            .map_err(failed)?,
         Origin::Pack(store) => {
-            let opening = Template::open_pack(store.clone(), runtime.clone(), kind);
-            let mut template = runtime.block_on(opening).map_err(failed)?;
-            store.set_demand_deadline(DEMAND_DEADLINE);
-            let task = progress.begin("loading", Amount::Bytes(template.progress().bytes_total));
-            let filling = template.fill(std::future::ready(()));
-            match runtime.block_on(follow(&*task, filling, || template.progress().bytes_fetched)) {
-                Ok(true) => template.set_complete(),
-                Ok(false) => return Err(HoldError::Incomplete { name: name.to_owned() }),
-                Err(error) => {
-                    return Err(HoldError::Download { name: name.to_owned(), source: Box::new(error) });
-                }
+            let mut template = open_pack(runtime, store).map_err(failed)?;
+            let not_read = |source| HoldError::Download { name: name.to_owned(), source: Box::new(source) };
+            if !download(runtime, &mut template, "loading", progress).map_err(not_read)? {
+                return Err(HoldError::Incomplete { name: name.to_owned() });
             }
             template
         }
