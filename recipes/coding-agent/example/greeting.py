@@ -1,0 +1,3 @@
+def greeting(name, loud=False):
+    said = f"hello {name}"
+    return said.upper() if loud else said
