@@ -10,10 +10,15 @@ SHIPPED := $(abspath $(TARGET))/static
 FORKD := $(SHIPPED)/forkd
 PACKAGES := build-essential pkg-config libclang-dev linux-libc-dev zstd tar fuse3 jq bsdextrautils \
 	linux-source-6.12 flex bison bc libelf-dev xz-utils mmdebstrap erofs-utils git rsync attr python3 \
-	qemu-system-x86 busybox-static cpio
+	qemu-system-x86 busybox-static cpio iproute2 openssl curl python3-pip dnsmasq-base postgresql-client tmux \
+	$(if $(shell command -v npm),,npm)
+# Programs that tests run themselves, of packages that would start a service when they are installed.
+UNPACKED := nginx postgresql-15
+# Snapshots that are built; each is called as its folder is.
+MACHINES ?= recipes/python-numpy
 
-.PHONY: help build install deps machine quickstart test test-hwvirt lint doc deny bench-machines bench-ttfi bench-fanout \
-	bench-fault bench-mount bench-criterion soak fuzz clean
+.PHONY: help build install deps machine hub quickstart test test-packs test-hwvirt lint doc deny bench-machines bench-ttfi \
+	bench-fanout bench-branch bench-packs bench-fault bench-mount bench-net bench-forward bench-criterion soak fuzz clean
 
 ## this list
 help:
@@ -42,19 +47,33 @@ install: build
 ## installs the system packages that are missing
 deps:
 	@scripts/install-packages.sh $(PACKAGES)
+	@scripts/unpack-packages.sh $(TARGET)/unpacked $(UNPACKED)
 
-## the guest kernel and the python-numpy snapshot; both are kept and reused
+## the guest kernel, the python-numpy snapshot, and the tests' own; all are kept and reused
 machine: deps build
 	$(FORKD) kernel build
-	@scripts/build-machine.sh $(FORKD)
+	@scripts/build-machine.sh $(FORKD) $(MACHINES)
 
 ## the main job, end to end: build, publish, serve, mount, fork lazily, compare
 quickstart: machine
 	@scripts/quickstart.sh $(FORKD)
 
-## every test, the one on a real Linux guest among them
+## every recipe, or those of PACKS="nodejs ...", built, packed and published into the folder HUB (./hub)
+PACKS ?= $(notdir $(wildcard recipes/*))
+HUB ?= hub
+hub: deps build
+	$(FORKD) kernel build
+	@scripts/make-hub.sh $(FORKD) $(HUB) $(PACKS:%=recipes/%)
+
+## every test, those on real Linux guests among them
+test: MACHINES += tests/recipes/tools
 test: machine
 	FORKD_UNDER_TEST=$(FORKD) cargo nextest run --workspace --release --no-fail-fast
+
+## every pack of recipes/ built and proved (hours where KVM emulates the guest's kernel)
+test-packs: MACHINES := $(wildcard recipes/*)
+test-packs: machine
+	FORKD_UNDER_TEST=$(FORKD) cargo nextest run --release --no-fail-fast --ignore-default-filter -E 'binary(linux_packs)'
 
 # tests/hwvirt/README.md says more. Their forkd is dynamic: a library that mends the emulator is loaded before its own.
 ## forkd on hardware virtualisation: kvm_amd of Debian's stock kernel on an emulated processor
@@ -100,6 +119,22 @@ bench-fault: bench-machines
 
 ## reads through the mount beside zstd -d, tar and ratarmount (which pip fetches)
 bench-mount: deps build
+	$(bench)
+
+## forks with a network beside forks without, and what the gateway carries
+bench-net: machine
+	$(bench)
+
+## ports of copies through forkd forward, beside the same in the guest
+bench-forward: machine
+	$(bench)
+
+## how long a child that is branched stands still, and how soon its branches run
+bench-branch: machine
+	$(bench)
+
+## the packs of ./hub (`make hub`), lazily over 20 ms and 50 MB/s: the table of docs/PACKS.md
+bench-packs: build
 	$(bench)
 
 ## chunks, index and pager, in process

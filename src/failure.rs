@@ -1,6 +1,7 @@
 //! What a command can fail with. How each failure is shown is the table in `error`.
 
 use std::io;
+use std::time::Duration;
 
 use forkd_engine::build::kernel::KernelError;
 use forkd_engine::build::pack::PackError;
@@ -11,6 +12,8 @@ use forkd_engine::build::trace::RetraceError;
 use forkd_engine::build::unpack::UnpackPackError;
 use forkd_engine::cleanup::CleanupError;
 use forkd_engine::fork::children::ChildrenError;
+use forkd_engine::fork::copy::CopyError;
+use forkd_engine::fork::forward::ForwardError;
 use forkd_engine::fork::run::ForkError;
 use forkd_engine::fork::variables::VariablesError;
 use forkd_engine::fork::warm::hold::HoldError;
@@ -41,6 +44,9 @@ pub enum CommandError {
     /// Children that run.
     #[error(transparent)]
     Children(#[from] ChildrenError),
+    /// `forkd forward`.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
     /// Run directories.
     #[error(transparent)]
     RunDir(#[from] RunDirError),
@@ -61,6 +67,38 @@ pub enum CommandError {
     Environment {
         /// What was given.
         text: String,
+    },
+    /// An option of `--net nat` without it.
+    #[error("{option} is about a way out, and there is none without --net nat")]
+    NeedsGateway {
+        /// The option.
+        option: &'static str,
+    },
+    /// `--timeout` of `forkd exec`.
+    #[error("{id}: it did not end within {}, so it was killed", humantime::format_duration(*after))]
+    TimedOut {
+        /// The child.
+        id: String,
+        /// How long it was given.
+        after: Duration,
+    },
+    /// A terminal was asked for, and there is none.
+    #[error("{why}")]
+    NoTerminal {
+        /// What speaks against it.
+        why: &'static str,
+    },
+    /// The terminal that there is.
+    #[error("its mode cannot be changed")]
+    Terminal(#[source] io::Error),
+    /// `forkd cp`.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    /// What `forkd cp` cannot make sense of.
+    #[error("{why}")]
+    CopyUsage {
+        /// What speaks against it.
+        why: &'static str,
     },
     /// Splitting the process.
     #[error("going to the background failed")]
@@ -107,6 +145,9 @@ pub enum CommandError {
     /// A picture.
     #[error(transparent)]
     Picture(#[from] PictureError),
+    /// `forkd hub page`.
+    #[error(transparent)]
+    Page(PictureError),
     /// `forkd mount`.
     #[error(transparent)]
     Mount(Box<MountHubError>),
@@ -149,7 +190,11 @@ impl CommandError {
 
     /// Whether the command has printed its report already, and this is said beside it.
     pub fn follows_a_report(&self) -> bool {
-        matches!(self, CommandError::Warm(error) if matches!(**error, HoldError::Unanswered { .. }))
+        match self {
+            CommandError::Warm(error) => matches!(**error, HoldError::Unanswered { .. }),
+            CommandError::TimedOut { .. } => true,
+            _ => false,
+        }
     }
 }
 

@@ -12,8 +12,10 @@ mod error;
 pub mod failure;
 pub mod interrupt;
 pub mod output;
+pub mod pass_on;
 pub mod progress;
 pub mod runtime;
+pub mod terminal;
 pub mod units;
 
 use std::ffi::{OsStr, OsString};

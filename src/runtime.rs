@@ -10,6 +10,11 @@ pub fn runtime() -> io::Result<Runtime> {
     tokio::runtime::Builder::new_multi_thread().enable_all().build()
 }
 
+/// A tokio runtime on the thread that waits for it: what one thread can do is done without handing it to another.
+pub fn local_runtime() -> io::Result<Runtime> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()
+}
+
 /// Has Ctrl-C, SIGTERM and SIGHUP clean up and end the process with the status that shells give to that signal, from when
 /// this returns. Where signals cannot be had they end the process by themselves.
 pub fn end_on_signal(runtime: &Runtime, clean_up: impl FnOnce() + Send + 'static) {

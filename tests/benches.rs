@@ -15,7 +15,7 @@ fn done(command: &mut Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-const SCRIPTS: [&str; 4] = ["ttfi", "fanout", "fault", "mount"];
+const SCRIPTS: [&str; 8] = ["ttfi", "fanout", "fault", "mount", "net", "forward", "packs", "branch"];
 
 #[test]
 fn every_script_says_what_it_measures_and_needs() {

@@ -22,12 +22,13 @@ use modules::House;
 
 /// Each crate with all that it may import. Tests may import more: `[dev-dependencies]` do not count.
 const ARROWS: &[(&str, &[&str])] = &[
-    ("forkd", &["engine", "fs", "vmm", "abi"]),
+    ("forkd", &["engine", "archive", "fs", "vmm", "abi"]),
     ("daemon", &["engine", "fs", "vmm", "abi"]),
-    ("engine", &["fs", "vmm", "abi"]),
+    ("engine", &["archive", "fs", "vmm", "abi"]),
+    ("archive", &[]),
     ("fs", &["abi"]),
     ("vmm", &["abi"]),
-    ("guest", &["abi"]),
+    ("guest", &["abi", "archive"]),
     ("abi", &[]),
 ];
 
@@ -72,10 +73,10 @@ const OF_THE_TERMINAL: &[&str] = &[
 
 /// The only files of the engine that look into the environment, and for what.
 const OF_THE_ENVIRONMENT: &[(&str, &str)] = &[
-    // PATH, in which the programs that a build runs are looked for, too.
+    // PATH, in which the programs that a build runs are looked for, too, and the proxies that they use.
     ("engine/src/build/tools.rs", "std::env::var_os"),
     // FORKD_AGENT, the program that goes into machines.
-    ("engine/src/build/recipe/root_disk.rs", "std::env::var_os"),
+    ("engine/src/build/recipe/agent_binary.rs", "std::env::var_os"),
 ];
 
 static HOUSE: LazyLock<House> = LazyLock::new(|| {

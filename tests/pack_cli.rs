@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use faulty::{Faulty, WRONG};
 use forkd_fs::digest::Digest;
+use serde_json::Value;
 use support::{CHUNK, Hub, Lab, dir_bytes, flip, legacy_pack, noise, wait_until};
 
 const MEMBERS: [&str; 5] = ["snapshot.json", "vmstate", "trace", "memory.bin", "rootfs.erofs"];
@@ -152,6 +153,53 @@ fn the_hub_lists_what_was_published_and_versions_are_kept() {
         ["hub", "publish", pack.to_str().unwrap(), "--hub", hub.to_str().unwrap(), "--name", "lab/demo"];
     lab.run(&[&args[..], &["--version", "v3"]].concat()).fails(1, &["v3 already", "never rewritten"]);
     lab.run(&[&args[..6], &["no-slash"]].concat()).fails(2, &["`no-slash`"]);
+}
+
+#[test]
+fn a_release_is_entered_and_not_made() {
+    let lab = Lab::new();
+    let pack = lab.pack("demo");
+    let checkout = lab.path("checkout");
+    fs::create_dir(&checkout).unwrap();
+    let listed =
+        r#"{"schema_version": 1, "packages": {"lab/other": {"versions": {"latest": {"recipe_path": "r"}}}}}"#;
+    fs::write(checkout.join("registry.json"), listed).unwrap();
+    let place = ["--hub", checkout.to_str().unwrap(), "--name", "lab/demo", "--github", "acme/packs"];
+    let publish = [&["--json", "hub", "publish", pack.to_str().unwrap()], &place[..]].concat();
+    let published = lab.run(&publish).ok().json();
+    let release = &published["release"];
+    assert_eq!(release["tag"], "hub-demo-v1");
+    let command = release["commands"][0].as_str().unwrap();
+    assert!(
+        command.starts_with("gh release create hub-demo-v1 ") && command.contains(pack.to_str().unwrap())
+    );
+    assert_eq!(published["file"].as_str(), pack.to_str());
+    // Beside the registry nothing has appeared, and what it listed is still there.
+    let visible =
+        |entry: fs::DirEntry| entry.file_name().into_string().ok().filter(|name| !name.starts_with('.'));
+    let names: Vec<_> =
+        fs::read_dir(&checkout).unwrap().filter_map(|entry| visible(entry.unwrap())).collect();
+    assert_eq!(names, ["registry.json"]);
+    let registry: Value = serde_json::from_slice(&fs::read(checkout.join("registry.json")).unwrap()).unwrap();
+    let entry = &registry["packages"]["lab/demo"]["versions"]["v1"];
+    assert_eq!((&entry["url"], &entry["release_tag"]), (&release["url"], &release["tag"]));
+    assert_eq!(entry["sha256"].as_str().unwrap(), digest(&pack).to_string());
+    assert!(registry["packages"]["lab/other"].is_object());
+    assert_eq!(lab.run(&publish).ok().json()["release"]["tag"], "hub-demo-v2");
+}
+
+#[test]
+fn the_page_of_a_hub_lists_its_packs() {
+    let lab = Lab::new();
+    lab.hub_dir("demo");
+    let (hub, page) = (lab.path("hub"), lab.path("index.html"));
+    let draw = ["hub", "page", "--hub", hub.to_str().unwrap(), "--out", page.to_str().unwrap()];
+    lab.run(&draw).ok();
+    let drawn = fs::read_to_string(&page).unwrap();
+    assert!(drawn.starts_with("<!DOCTYPE html>") && drawn.contains("forkd fork lab/demo"), "{drawn}");
+    lab.run(&[&draw[..], &["--title", "Ours"]].concat()).ok();
+    assert!(fs::read_to_string(&page).unwrap().contains("<title>Ours</title>"));
+    lab.run(&[&draw[..5], &["/"]].concat()).fails(1, &["no regular file"]);
 }
 
 #[test]

@@ -14,14 +14,15 @@
 //!     88     4  hostname_len   0..=64
 //!     92    64  hostname       hostname_len bytes of [A-Za-z0-9.-], then zero
 //!    156    16  machine_id     /etc/machine-id as raw bytes
-//!    172     4  flags          bit 0: there is a network, else the next five fields are zero
+//!    172     4  flags          bit 0: there is a network, else the next five fields and mtu are zero
 //!    176     6  mac            of the first Ethernet device
 //!    182     1  prefix         length of the network's prefix, 1..=32
 //!    183     1  zero
 //!    184     4  address        IPv4
 //!    188     4  gateway        IPv4; 0.0.0.0 for none
 //!    192     4  environment    length of what follows the head, 0..=3584
-//!    196   316  reserved       zero
+//!    196     2  mtu            longest packet, bytes; 0 leaves it as it is
+//!    198   314  reserved       zero
 //!    512        NAME=VALUE, UTF-8, a zero byte after each; no name twice
 //! ```
 
@@ -57,8 +58,9 @@ const AT_PREFIX: usize = AT_MAC + 6;
 const AT_ADDRESS: usize = AT_PREFIX + 2;
 const AT_GATEWAY: usize = AT_ADDRESS + 4;
 const AT_ENVIRONMENT_LEN: usize = AT_GATEWAY + 4;
-const AT_RESERVED: usize = AT_ENVIRONMENT_LEN + 4;
-const _: () = assert!(AT_HOSTNAME_LEN == 88 && AT_MACHINE_ID == 156 && AT_FLAGS == 172 && AT_RESERVED == 196);
+const AT_MTU: usize = AT_ENVIRONMENT_LEN + 4;
+const AT_RESERVED: usize = AT_MTU + 2;
+const _: () = assert!(AT_HOSTNAME_LEN == 88 && AT_MACHINE_ID == 156 && AT_FLAGS == 172 && AT_MTU == 196);
 /// In the flags: there is a network.
 const HAS_NETWORK: u32 = 1;
 
@@ -115,6 +117,8 @@ pub struct NetworkIdentity {
     pub prefix: u8,
     /// Where everything else is sent, if anywhere.
     pub gateway: Option<Ipv4Addr>,
+    /// Longest packet that goes through, bytes, 68 or more (RFC 791); `None` leaves the device's own.
+    pub mtu: Option<u16>,
 }
 
 impl NetworkIdentity {
@@ -122,7 +126,8 @@ impl NetworkIdentity {
         // Multicast is for groups; all zeros is nobody.
         let own_mac = self.mac[0] & 1 == 0 && self.mac != [0; 6];
         let own_address = !self.address.is_unspecified() && !self.address.is_multicast();
-        let valid = own_mac && own_address && (1..=32).contains(&self.prefix);
+        let passable = self.mtu.is_none_or(|mtu| mtu >= 68);
+        let valid = own_mac && own_address && passable && (1..=32).contains(&self.prefix);
         if valid { Ok(self) } else { Err(GenerationError::Network) }
     }
 }
@@ -196,16 +201,17 @@ impl Generation {
         bytes[AT_HOSTNAME..AT_HOSTNAME + hostname.len()].copy_from_slice(hostname);
         bytes[AT_MACHINE_ID..AT_FLAGS].copy_from_slice(&self.machine_id);
         if let Some(network) = self.network {
-            let NetworkIdentity { mac, address, prefix, gateway } = network.check()?;
+            let NetworkIdentity { mac, address, prefix, gateway, mtu } = network.check()?;
             bytes[AT_FLAGS..AT_MAC].copy_from_slice(&HAS_NETWORK.to_le_bytes());
             bytes[AT_MAC..AT_PREFIX].copy_from_slice(&mac);
             bytes[AT_PREFIX] = prefix;
             bytes[AT_ADDRESS..AT_GATEWAY].copy_from_slice(&address.octets());
             let gateway = gateway.unwrap_or(Ipv4Addr::UNSPECIFIED);
             bytes[AT_GATEWAY..AT_ENVIRONMENT_LEN].copy_from_slice(&gateway.octets());
+            bytes[AT_MTU..AT_RESERVED].copy_from_slice(&mtu.unwrap_or(0).to_le_bytes());
         }
         // At most ENVIRONMENT_MAX, checked above.
-        bytes[AT_ENVIRONMENT_LEN..AT_RESERVED].copy_from_slice(&(environment.len() as u32).to_le_bytes());
+        bytes[AT_ENVIRONMENT_LEN..AT_MTU].copy_from_slice(&(environment.len() as u32).to_le_bytes());
         bytes.extend(environment);
         Ok(bytes)
     }
@@ -262,7 +268,8 @@ pub fn record_len(head: &[u8; HEAD_LEN]) -> usize {
 }
 
 fn decode_network(bytes: &[u8; HEAD_LEN]) -> Result<Option<NetworkIdentity>, GenerationError> {
-    let (flags, fields) = (u32::from_le_bytes(array(bytes, AT_FLAGS)), AT_MAC..AT_ENVIRONMENT_LEN);
+    let (flags, fields) =
+        (u32::from_le_bytes(array(bytes, AT_FLAGS)), (AT_MAC..AT_ENVIRONMENT_LEN).chain(AT_MTU..AT_RESERVED));
     match flags {
         0 => match fields.into_iter().find(|offset| bytes[*offset] != 0) {
             Some(offset) => Err(GenerationError::Reserved(offset)),
@@ -270,12 +277,14 @@ fn decode_network(bytes: &[u8; HEAD_LEN]) -> Result<Option<NetworkIdentity>, Gen
         },
         HAS_NETWORK if bytes[AT_PREFIX + 1] != 0 => Err(GenerationError::Reserved(AT_PREFIX + 1)),
         HAS_NETWORK => {
+            let mtu = u16::from_le_bytes(array(bytes, AT_MTU));
             let gateway = Ipv4Addr::from(array(bytes, AT_GATEWAY));
             let network = NetworkIdentity {
                 mac: array(bytes, AT_MAC),
                 address: Ipv4Addr::from(array(bytes, AT_ADDRESS)),
                 prefix: bytes[AT_PREFIX],
                 gateway: Some(gateway).filter(|gateway| !gateway.is_unspecified()),
+                mtu: Some(mtu).filter(|mtu| *mtu != 0),
             };
             network.check().map(Some)
         }

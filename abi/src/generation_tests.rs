@@ -18,6 +18,7 @@ fn example() -> Generation {
             address: Ipv4Addr::new(10, 213, 0, 6),
             prefix: 30,
             gateway: Some(Ipv4Addr::new(10, 213, 0, 5)),
+            mtu: Some(65_520),
         }),
         environment: environment(&[("SHARD", "7"), ("EMPTY", ""), ("EQUALS", "a=b=c"), ("UMLAUT", "ü")]),
     }
@@ -25,7 +26,7 @@ fn example() -> Generation {
 
 #[test]
 fn survives_the_round_trip() {
-    let lonely = NetworkIdentity { gateway: None, ..example().network.unwrap() };
+    let lonely = NetworkIdentity { gateway: None, mtu: None, ..example().network.unwrap() };
     let lonely = Generation { network: Some(lonely), environment: BTreeMap::new(), ..example() };
     for generation in [example(), lonely, Generation::original()] {
         let bytes = generation.encode().unwrap();
@@ -46,6 +47,7 @@ fn layout_is_the_documented_one() {
     assert_eq!(&bytes[172..184], &[1, 0, 0, 0, 2, 1, 2, 3, 4, 5, 30, 0]);
     assert_eq!(&bytes[184..192], &[10, 213, 0, 6, 10, 213, 0, 5]);
     assert_eq!(&bytes[192..196], &38u32.to_le_bytes());
+    assert_eq!(&bytes[196..198], &65_520u16.to_le_bytes());
     assert_eq!(&bytes[512..], "EMPTY=\0EQUALS=a=b=c\0SHARD=7\0UMLAUT=ü\0".as_bytes());
 }
 
@@ -75,7 +77,7 @@ fn anything_else_is_refused() {
     let mut bytes = example().encode().unwrap();
     bytes[4] = 1;
     assert_eq!(Generation::decode(&bytes), Err(GenerationError::Version(1)));
-    for offset in [106, 155, 183, 196, 511] {
+    for offset in [106, 155, 183, 198, 511] {
         let mut bytes = example().encode().unwrap();
         bytes[offset] = 1;
         assert_eq!(Generation::decode(&bytes), Err(GenerationError::Reserved(offset)));
@@ -98,6 +100,7 @@ fn networks_are_checked_both_ways() {
         NetworkIdentity { address: Ipv4Addr::new(224, 0, 0, 1), ..good },
         NetworkIdentity { prefix: 0, ..good },
         NetworkIdentity { prefix: 33, ..good },
+        NetworkIdentity { mtu: Some(67), ..good },
     ];
     for network in bad {
         let generation = Generation { network: Some(network), ..example() };
@@ -115,6 +118,9 @@ fn networks_are_checked_both_ways() {
         Err(GenerationError::Reserved(176)),
         "addresses without a network"
     );
+    let mut bytes = Generation::original().encode().unwrap();
+    bytes[196] = 100;
+    assert_eq!(Generation::decode(&bytes), Err(GenerationError::Reserved(196)), "an MTU without a network");
 }
 
 #[test]

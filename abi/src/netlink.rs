@@ -15,6 +15,9 @@ use thiserror::Error;
 const HEADER: usize = 16;
 /// Answers are a header, an error number and the header of the request; the kernel may add a few words.
 const ANSWER_MAX: usize = 512;
+/// `struct rtmsg`, bytes, and where in it the kind of the route stands.
+const ROUTE: usize = 12;
+const ROUTE_KIND: usize = 7;
 
 /// The kernel refused to set up a network device.
 #[derive(Debug, Error)]
@@ -74,6 +77,12 @@ impl Requests {
     pub fn set_mac(&mut self, index: u32, mac: [u8; 6]) {
         let attributes = [(libc::IFLA_ADDRESS, &mac[..])];
         self.request("set the MAC", libc::RTM_SETLINK, 0, &link(index, [0; 4], [0; 4]), &attributes);
+    }
+
+    /// Changes the longest packet that a device takes, bytes.
+    pub fn set_mtu(&mut self, index: u32, mtu: u16) {
+        let attributes = [(libc::IFLA_MTU, &u32::from(mtu).to_ne_bytes()[..])];
+        self.request("set the MTU", libc::RTM_SETLINK, 0, &link(index, [0; 4], [0; 4]), &attributes);
     }
 
     /// Gives a device an address; its network is reached through the device then.
@@ -161,6 +170,48 @@ impl Requests {
     }
 }
 
+/// What the kernel does with packets to an address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RouteKind {
+    /// They are for this host, or for everybody near it.
+    Local,
+    /// They go somewhere else, or nowhere.
+    Away,
+}
+
+/// Asks the kernel what it does with packets to `address`, in the network namespace of the socket.
+///
+/// # Errors
+/// [`NetlinkError::Socket`], [`NetlinkError::Answer`].
+pub fn route_kind(socket: impl AsFd, address: Ipv4Addr) -> Result<RouteKind, NetlinkError> {
+    let mut request = Requests::new();
+    let mut body = [0; ROUTE];
+    // The whole of the destination counts.
+    (body[0], body[1]) = (libc::AF_INET as u8, 32);
+    let attributes = [(libc::RTA_DST, &address.octets()[..])];
+    request.request("look a route up", libc::RTM_GETROUTE, 0, &body, &attributes);
+    let failed = |errno: Errno| NetlinkError::Socket(errno.into());
+    send(&socket, &request.bytes, SendFlags::empty()).map_err(failed)?;
+    let mut answer = [0; ANSWER_MAX];
+    let (bytes, _) = recv(&socket, &mut answer, RecvFlags::empty()).map_err(failed)?;
+    read_route_kind(&answer[..bytes.min(ANSWER_MAX)])
+}
+
+fn read_route_kind(answer: &[u8]) -> Result<RouteKind, NetlinkError> {
+    let kind = answer.get(4..6).map(|word| u16::from_ne_bytes([word[0], word[1]]));
+    match (kind, answer.get(HEADER + ROUTE_KIND)) {
+        (Some(libc::RTM_NEWROUTE), Some(kind)) => match *kind {
+            libc::RTN_LOCAL | libc::RTN_BROADCAST | libc::RTN_ANYCAST | libc::RTN_MULTICAST => {
+                Ok(RouteKind::Local)
+            }
+            _ => Ok(RouteKind::Away),
+        },
+        // There is no way there.
+        _ if read_answer(answer).is_ok_and(|(_, code)| code != 0) => Ok(RouteKind::Away),
+        _ => Err(NetlinkError::Answer { bytes: answer.len() }),
+    }
+}
+
 /// `struct ifinfomsg` of a device: flags, and which of them change.
 fn link(index: u32, flags: [u8; 4], change: [u8; 4]) -> [u8; 16] {
     let mut body = [0; 16];
@@ -220,6 +271,14 @@ mod tests {
             32, 0, 0, 0, 19, 0, 1, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0,
         ];
         assert_eq!(requests.bytes[44..], second);
+    }
+
+    #[test]
+    fn the_kernel_says_which_addresses_are_this_hosts() {
+        let socket = socket().unwrap();
+        assert_eq!(route_kind(&socket, Ipv4Addr::LOCALHOST).unwrap(), RouteKind::Local);
+        assert_eq!(route_kind(&socket, Ipv4Addr::new(192, 0, 2, 1)).unwrap(), RouteKind::Away);
+        assert!(read_route_kind(&[0; 20]).is_err() && read_route_kind(&[]).is_err());
     }
 
     #[test]

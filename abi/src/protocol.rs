@@ -5,9 +5,9 @@
 //!
 //! ```text
 //! kind 0  control   host -> agent: Request; agent -> host: Response
-//! kind 1  stdin     host -> agent: input of an exec, contents of a put; an empty frame ends it
-//! kind 2  stdout    agent -> host: output of an exec, contents of a get
-//! kind 3  stderr    agent -> host: output of an exec
+//! kind 1  stdin     host -> agent: input of an exec, contents of a put, an archive; an empty frame ends it
+//! kind 2  stdout    agent -> host: output of an exec, contents of a get, an archive
+//! kind 3  stderr    agent -> host: output of an exec; what an archive lacks
 //! ```
 //!
 //! What follows each request:
@@ -15,16 +15,23 @@
 //! ```text
 //! ping                        Pong
 //! status                      Status             (with wait: once the worker is no longer starting)
-//! exec   stdin*               Started, (stdout | stderr)*, Exited
-//!        signal               may follow at any time while the process runs
+//! exec   stdin*               Started, (stdout | stderr)*, Exited  (with detach: Started)
+//!        signal, resize       may follow at any time while the process runs
 //! eval                        Answer
 //! put    stdin* stdin(empty)  Ok                 (the file appears at once, with its last byte)
 //! get                         File, stdout*, Ok
+//! pack                        Started, (stdout | stderr)*, Ok
+//! unpack stdin* stdin(empty)  Started, Ok        (the first stdin frame after Started)
 //! snapshot                    Ok                 (then the host closes, and the machine rings the doorbell)
+//! connect                     Ok                 (then raw bytes both ways, no frames; see [`Request::Connect`])
 //! ```
 //!
 //! Any request may be answered with `Error` instead, at any point; it is then the last frame. A host that closes its
-//! connection gives up the request: an exec's process group is killed, an unfinished put leaves no file.
+//! connection gives up the request: an exec's process group is killed (with a terminal: hung up), an unfinished put leaves
+//! no file.
+//!
+//! Requests and fields that came later are sent only when they are used, so that older agents serve all others. What an
+//! agent does not know it refuses with [`NOT_UNDERSTOOD`].
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -40,6 +47,9 @@ pub const MAX_PAYLOAD: usize = 1 << 20;
 pub const HEADER_LEN: usize = 5;
 /// Longest file `put` takes and `get` gives, in bytes.
 pub const MAX_FILE_LEN: u64 = 4 << 30;
+
+/// An agent's words for a request that it does not know, or that has a field which it does not know.
+pub const NOT_UNDERSTOOD: &str = "control frame does not hold the JSON expected";
 
 /// What a frame's payload is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,7 +95,7 @@ pub enum ProtocolError {
     #[error("the stream ended in the middle of a frame")]
     Truncated,
     /// A control frame that is not the JSON expected.
-    #[error("control frame does not hold the JSON expected")]
+    #[error("{NOT_UNDERSTOOD}")]
     Json {
         /// What the JSON reader said.
         source: serde_json::Error,
@@ -198,7 +208,7 @@ pub fn decode_control<'a, T: Deserialize<'a>>(payload: &'a [u8]) -> Result<T, Pr
     serde_json::from_slice(payload).map_err(|source| ProtocolError::Json { source })
 }
 
-/// What the host asks, once per connection ([`Request::Signal`] excepted).
+/// What the host asks, once per connection ([`Request::Signal`] and [`Request::Resize`] excepted).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
@@ -219,6 +229,9 @@ pub enum Request {
     },
     /// Close everything and ring the doorbell for a snapshot.
     Snapshot,
+    /// Ring the doorbell for a snapshot in the midst of work. The machine that is asked goes on as if nothing had been, and
+    /// answers; in its copies all connections have ended.
+    Branch,
     /// Write a file.
     Put {
         /// Absolute path inside the machine.
@@ -231,11 +244,66 @@ pub enum Request {
         /// Absolute path inside the machine.
         path: String,
     },
+    /// Connect to a TCP port of the machine's own loopback.
+    ///
+    /// After `Ok` the connection is that stream and has no frames any more. Each direction ends by itself (half-close); a
+    /// side that fails closes the whole connection, which the other sees as a reset.
+    Connect {
+        /// TCP port, on 127.0.0.1 or else on `::1`.
+        port: u16,
+    },
     /// Send a signal to the process group of the exec running on this connection.
     Signal {
         /// Linux signal number, 1 to 31.
         signal: i32,
     },
+    /// The window of the exec running on this connection has another size now.
+    Resize {
+        /// Lines.
+        rows: u16,
+        /// Characters in a line.
+        cols: u16,
+    },
+    /// Send files as a tar stream.
+    Pack(PackRequest),
+    /// Take a tar stream and make files of it.
+    Unpack(UnpackRequest),
+}
+
+/// Files to send as a tar stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PackRequest {
+    /// Absolute path inside the machine.
+    pub path: String,
+    /// What it is called in the archive.
+    pub name: String,
+    /// Send what links lead to in place of links.
+    pub follow: bool,
+}
+
+/// A tar stream to make files of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct UnpackRequest {
+    /// Absolute path inside the machine.
+    pub path: String,
+    /// What the archive holds; `None` when it is anybody's, for a directory that exists.
+    pub source: Option<CopySource>,
+    /// Keep the archive's user and group ids; otherwise all is root's.
+    pub keep_owners: bool,
+}
+
+/// What is copied, as far as the rules of where it goes depend on it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CopySource {
+    /// The last part of its path.
+    pub name: String,
+    /// Whether it is a directory.
+    pub directory: bool,
+    /// Whether its path ends with `/.`: what is in it, and not itself.
+    pub contents: bool,
 }
 
 /// A program to run.
@@ -253,6 +321,35 @@ pub struct ExecRequest {
     /// Whether stdin frames follow; otherwise the process reads `/dev/null`.
     #[serde(default)]
     pub stdin: bool,
+    /// A terminal for the process, instead of pipes. Its output comes as stdout frames.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tty: Option<Tty>,
+    /// Whose process it is, `NAME|UID[:GROUP|GID]`; root's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Start it as a login does: in the user's home directory, and without `argv` the user's shell.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub login: bool,
+    /// Nobody waits for it: no input, no output, and it outlives the connection.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub detach: bool,
+}
+
+/// A terminal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tty {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in a line.
+    pub cols: u16,
+    /// What it can do: `TERM` of the process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub term: Option<String>,
+}
+
+fn is_false(flag: &bool) -> bool {
+    !flag
 }
 
 /// What the agent answers.
@@ -285,7 +382,18 @@ pub enum Response {
     Error {
         /// What failed and why, for a person.
         message: String,
+        /// For a program that cannot be started, the exit code of shells: 127 for one that is not there, 126 for one
+        /// that cannot be run.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        code: Option<u8>,
     },
+}
+
+impl Response {
+    /// An error without an exit code.
+    pub fn error(message: impl Into<String>) -> Response {
+        Response::Error { message: message.into(), code: None }
+    }
 }
 
 /// How a process ended: exactly one of the two is set.
@@ -353,6 +461,55 @@ pub struct MachineFile {
     /// Host name before any fork.
     #[serde(default)]
     pub hostname: Option<String>,
+    /// Added to the environment of all that the agent starts.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Started one after the other, before the warm worker.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<ServiceCommand>,
+}
+
+/// A program that runs beside the warm worker. It has no input, and its output is the console's.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceCommand {
+    /// What messages call it.
+    pub name: String,
+    /// Program and arguments.
+    pub argv: Vec<String>,
+    /// Whose process it is, `NAME|UID[:GROUP|GID]`; root's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Added to its environment.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Working directory; `/` when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
+    /// What shows that it is ready; without, it is as soon as it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ready: Option<Ready>,
+    /// Seconds that this may take.
+    #[serde(default = "service_timeout_s")]
+    pub timeout_s: u32,
+}
+
+const fn service_timeout_s() -> u32 {
+    120
+}
+
+/// What shows that a service is ready.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ready {
+    /// A connection to this TCP port of the machine's loopback is accepted.
+    Tcp(u16),
+    /// This program, run as the service's user, ends with code 0.
+    Exec(Vec<String>),
+    /// A GET of this `http://` URL is answered with a status below 400.
+    Http(String),
+    /// It writes a line that contains this.
+    Line(String),
 }
 
 /// The warm worker: a process that prints `{"ready":true}` and then answers one line of JSON with one line of JSON.
@@ -367,6 +524,9 @@ pub struct WarmCommand {
     /// Working directory; `/` when absent.
     #[serde(default)]
     pub cwd: Option<String>,
+    /// Whose process it is, `NAME|UID[:GROUP|GID]`; root's when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
 }
 
 /// Kernel parameter that overrides the machine file's warm command; the kernel hands it to PID 1 as environment.
@@ -392,83 +552,5 @@ impl WarmCommand {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn warm_commands_survive_the_kernel_command_line() {
-        let warm = WarmCommand {
-            argv: vec!["sh".into(), "-c".into(), "echo \"a b\" é".into()],
-            ..Default::default()
-        };
-        let parameter = warm.to_parameter().unwrap();
-        assert!(parameter.bytes().all(|byte| byte.is_ascii_hexdigit()));
-        assert_eq!(WarmCommand::from_parameter(&parameter), Some(warm));
-        for bad in ["", "7", "zz", "7b", "é"] {
-            assert_eq!(WarmCommand::from_parameter(bad), None, "{bad}");
-        }
-    }
-
-    #[test]
-    fn frames_survive_the_round_trip() {
-        let mut stream = Vec::new();
-        write_frame(&mut stream, FrameKind::Stdin, b"").unwrap();
-        write_frame(&mut stream, FrameKind::Stdout, &vec![7; MAX_PAYLOAD]).unwrap();
-        write_control(&mut stream, &Request::Ping).unwrap();
-        let mut reader = stream.as_slice();
-        let empty = read_frame(&mut reader).unwrap().unwrap();
-        assert_eq!(empty, Frame { kind: FrameKind::Stdin, payload: Vec::new() });
-        let big = read_frame(&mut reader).unwrap().unwrap();
-        assert_eq!((big.kind, big.payload.len()), (FrameKind::Stdout, MAX_PAYLOAD));
-        let control = read_frame(&mut reader).unwrap().unwrap();
-        assert_eq!(decode_control::<Request>(&control.payload).unwrap(), Request::Ping);
-        assert_eq!(read_frame(&mut reader).unwrap(), None);
-    }
-
-    #[test]
-    fn every_truncation_is_noticed() {
-        let mut stream = Vec::new();
-        write_frame(&mut stream, FrameKind::Stderr, b"abc").unwrap();
-        for len in 1..stream.len() {
-            assert!(matches!(read_frame(&mut &stream[..len]), Err(ProtocolError::Truncated)), "{len}");
-        }
-    }
-
-    #[test]
-    fn lengths_and_kinds_are_bounded_before_anything_is_read() {
-        let too_long = [0, 1, 0, 16, 0]; // 1 MiB + 1
-        assert!(matches!(
-            read_frame(&mut too_long.as_slice()),
-            Err(ProtocolError::TooLong { len: 0x10_0001 })
-        ));
-        let huge = [2, 0xff, 0xff, 0xff, 0xff];
-        assert!(matches!(read_frame(&mut huge.as_slice()), Err(ProtocolError::TooLong { .. })));
-        for kind in 4..=255u8 {
-            assert!(
-                matches!(read_frame(&mut [kind, 0, 0, 0, 0].as_slice()), Err(ProtocolError::Kind(k)) if k == kind)
-            );
-        }
-        let long = vec![0; MAX_PAYLOAD + 1];
-        assert!(matches!(
-            write_frame(&mut Vec::new(), FrameKind::Stdout, &long),
-            Err(ProtocolError::TooLong { .. })
-        ));
-    }
-
-    #[test]
-    fn json_is_the_documented_one() {
-        let request: Request = decode_control(br#"{"op":"exec","argv":["ls","-l"],"cwd":"/tmp"}"#).unwrap();
-        let Request::Exec(exec) = request else { panic!("not an exec") };
-        assert_eq!((exec.argv.len(), exec.cwd.as_deref(), exec.stdin), (2, Some("/tmp"), false));
-        assert_eq!(
-            decode_control::<Request>(br#"{"op":"status"}"#).unwrap(),
-            Request::Status { wait: false }
-        );
-        let status = Status { worker: WorkerState::Ready, generation: 3, connections: 1 };
-        let text = String::from_utf8(encode_control(&Response::Status(status)).unwrap()).unwrap();
-        assert_eq!(text, r#"{"reply":"status","worker":{"state":"ready"},"generation":3,"connections":1}"#);
-        for bad in [&b"{}"[..], b"", b"{\"op\":\"format_disk\"}", b"{\"op\":\"ping\"", b"\xff\xfe", b"[]"] {
-            assert!(matches!(decode_control::<Request>(bad), Err(ProtocolError::Json { .. })));
-        }
-    }
-}
+#[path = "protocol_tests.rs"]
+mod tests;

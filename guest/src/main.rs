@@ -2,9 +2,16 @@
 //!
 //! As PID 1 (`init=/forkd/agent`) it turns the read-only root disk into an ordinary Linux, listens on vsock, rings
 //! "booted" and starts the warm worker. With `--listen-unix PATH [--warm FILE]` it does none of PID 1's work and serves
-//! a Unix socket instead: so tests run the real agent on the host.
+//! a Unix socket instead: so tests run the real agent on the host. With `--start` and `--ready` it is the agent's own helper
+//! ([`start`], [`ready`]), with `--pack` and `--unpack` a server of one copy ([`copy`]), with `--get` a client of HTTP
+//! ([`http`]).
 
 mod agent;
+mod copy;
+mod http;
+mod ready;
+mod start;
+mod users;
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -15,6 +22,7 @@ use forkd_abi::protocol::{MachineFile, PORT, WARM_PARAMETER, WarmCommand};
 
 use agent::init::{self, MACHINE_FILE};
 use agent::machine::{Machine, give_up};
+use agent::program::START;
 use agent::{Agent, BACKLOG, sys};
 
 const USAGE: &str = "usage: forkd-agent --listen-unix PATH [--warm FILE]
@@ -26,7 +34,19 @@ fn main() -> ExitCode {
     if std::process::id() == 1 {
         run_as_init();
     }
-    let mut arguments = std::env::args_os().skip(1);
+    let mut arguments = std::env::args_os().skip(1).peekable();
+    if arguments.next_if(|mode| mode == START).is_some() {
+        return start::run(arguments);
+    }
+    if let Some(mode) = arguments.next_if(copy::serves) {
+        return copy::run(&mode, arguments.next());
+    }
+    if arguments.next_if(ready::serves).is_some() {
+        return ready::run(arguments.next());
+    }
+    if arguments.next_if(http::serves).is_some() {
+        return http::run(arguments.next());
+    }
     let mut socket = None;
     let mut warm = None;
     while let Some(argument) = arguments.next() {
@@ -58,9 +78,7 @@ fn serve_unix(socket: &Path, warm: Option<&Path>) -> io::Result<io::Error> {
     let listener = UnixListener::bind(socket)?;
     listener.set_nonblocking(true)?;
     let mut agent = Agent::new(listener.into(), None)?;
-    if let Some(warm) = &machine_file.warm {
-        agent.start_worker(warm);
-    }
+    agent.start(machine_file);
     Ok(agent.run())
 }
 
@@ -79,19 +97,17 @@ fn run_as_init() -> ! {
             None => give_up("cannot read the warm command on the kernel's command line"),
         }
     }
-    match start_machine(&machine_file) {
+    match start_machine(machine_file) {
         Ok(mut agent) => give_up(&format!("cannot wait for requests: {}", agent.run())),
         Err(error) => give_up(&format!("cannot start the agent: {error}")),
     }
 }
 
-fn start_machine(machine_file: &MachineFile) -> io::Result<Agent> {
+fn start_machine(machine_file: MachineFile) -> io::Result<Agent> {
     let machine = Machine::new(machine_file.hostname.as_deref().unwrap_or("forkd"))?;
     let listener = sys::listen_vsock(PORT, BACKLOG)?;
     machine.booted();
     let mut agent = Agent::new(listener, Some(machine))?;
-    if let Some(warm) = &machine_file.warm {
-        agent.start_worker(warm);
-    }
+    agent.start(machine_file);
     Ok(agent)
 }

@@ -158,7 +158,7 @@ fn lies_are_errors() {
     };
     unexpected(control(&Response::Ok));
     unexpected(vec![2, 1, 0, 0, 0, b'x']);
-    let result = Fake::sending(control(&Response::Error { message: "because".to_owned() })).ping(SOON);
+    let result = Fake::sending(control(&Response::error("because"))).ping(SOON);
     assert!(matches!(&result, Err(ClientError::Agent { message }) if message == "because"), "{result:?}");
 }
 
@@ -200,7 +200,7 @@ fn a_get_takes_no_more_than_its_caller_allows() {
 
 #[test]
 fn a_put_reports_the_agents_reason_and_not_the_broken_pipe() {
-    let client = Fake::sending(control(&Response::Error { message: "disk full".to_owned() }));
+    let client = Fake::sending(control(&Response::error("disk full")));
     let result = client.put("/x", 0o600, &mut std::io::repeat(1).take(50 << 20), SOON);
     assert!(matches!(&result, Err(ClientError::Agent { message }) if message == "disk full"), "{result:?}");
 }

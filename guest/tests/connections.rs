@@ -45,7 +45,7 @@ fn nonsense_is_refused_and_the_agent_lives() {
         let mut stream = agent.raw();
         stream.write_all(bytes).unwrap();
         match next_response(&mut stream) {
-            Response::Error { message } => assert!(message.contains(words), "{bytes:?}: {message}"),
+            Response::Error { message, .. } => assert!(message.contains(words), "{bytes:?}: {message}"),
             other => panic!("{bytes:?}: {other:?}"),
         }
         assert_eq!(stream.read(&mut [0]).unwrap_or(0), 0, "the connection is closed");

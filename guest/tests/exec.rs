@@ -74,7 +74,9 @@ fn what_cannot_be_started_says_why() {
     ];
     for (asked, words) in cases {
         match agent.run_request(asked.clone(), None) {
-            Err(ClientError::Agent { message }) => assert!(message.contains(words), "{asked:?}: {message}"),
+            Err(ClientError::Agent { message } | ClientError::NotStarted { message, .. }) => {
+                assert!(message.contains(words), "{asked:?}: {message}");
+            }
             other => panic!("{asked:?}: {:?}", other.map(|ran| ran.exit)),
         }
     }
@@ -177,12 +179,15 @@ fn signals_reach_the_process_group() {
     let agent = Agent::start();
     let client = agent.client();
     let signaller = client.signaller().unwrap();
+    let sender = signaller.clone();
     let sender = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(100));
-        signaller.send(15).unwrap();
+        sender.send(15).unwrap();
     });
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
     let exit =
-        client.exec(request(&["sleep", "60"]), None, &mut Vec::new(), &mut Vec::new(), Some(SOON)).unwrap();
+        client.exec_with(&signaller, request(&["sleep", "60"]), None, &mut stdout, &mut stderr, Some(SOON));
+    let exit = exit.unwrap();
     assert_eq!(exit, signal(15));
     sender.join().unwrap();
 

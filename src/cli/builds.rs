@@ -45,6 +45,21 @@ pub struct BuildArgs {
     pub force: bool,
 }
 
+/// `forkd recipe`.
+#[derive(Debug, Subcommand)]
+pub enum RecipeVerb {
+    /// Say whether recipes make sense, with the line and the key of what does not
+    Check(RecipeCheckArgs),
+}
+
+/// `forkd recipe check`.
+#[derive(Debug, Args)]
+pub struct RecipeCheckArgs {
+    /// Recipes: folders with recipe.toml, or those files
+    #[arg(required = true, value_name = "RECIPE")]
+    pub recipes: Vec<PathBuf>,
+}
+
 /// `forkd snapshot`.
 #[derive(Debug, Args)]
 pub struct SnapshotArgs {

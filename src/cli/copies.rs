@@ -1,13 +1,15 @@
 //! Arguments of the commands that start copies and deal with those that run.
 
+use super::network::NetArgs;
+use super::ports::{LifetimeArgs, PublishArgs};
 use super::shared::{CacheArgs, HubSource};
 use crate::units;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgGroup, Args};
 use forkd_engine::fork::ask::ChildRequest;
+use forkd_engine::fork::branch::Branching;
 use forkd_engine::fork::run::ForkRequest;
 use forkd_engine::fork::supervisor::{ChildrenSpec, ResourceLimits};
-use forkd_engine::fork::variables::{self, Variable, Variables, VariedVariable};
+use forkd_engine::fork::variables::{self, Variable, Variables, VariablesError, VariedVariable};
 use forkd_engine::local::paths::Paths;
 use forkd_engine::network::wire::NetworkMode;
 use forkd_engine::target::{self, Target};
@@ -42,16 +44,21 @@ pub struct ForkArgs {
     /// NAME=A,B,C: the first copy gets A, the second B, and after C comes A again (repeatable)
     #[arg(long, value_name = "NAME=A,B,C", value_parser = variables::parse_varied)]
     pub vary: Vec<VariedVariable>,
-    /// Connect each copy's network device: `isolated` leads to a namespace of the copy's own and no further
-    #[arg(long, value_name = "MODE", default_value = "none",
-          value_parser = PossibleValuesParser::new(NetworkMode::NAMES).try_map(|name| name.parse::<NetworkMode>()))]
-    pub net: NetworkMode,
+    /// The network.
+    #[command(flatten)]
+    pub net: NetArgs,
     /// The most memory each copy may take of this host, MiB [default: its own RAM and 64 more]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=1 << 20))]
     pub memory_limit_mib: Option<u64>,
     /// The most processors each copy may use, e.g. 0.5 [default: no limit]
     #[arg(long, value_name = "F", value_parser = units::parse_cpus)]
     pub cpus: Option<f64>,
+    /// Their ports.
+    #[command(flatten)]
+    pub publish: PublishArgs,
+    /// Their time.
+    #[command(flatten)]
+    pub lifetime: LifetimeArgs,
     /// Leave the copies running and return
     #[arg(long)]
     pub detach: bool,
@@ -74,7 +81,7 @@ impl ForkArgs {
     pub fn request(
         &self,
         paths: &Paths,
-        variables: Variables,
+        (variables, network): (Variables, NetworkMode),
         started_ns: u64,
         look_at_prefetched: bool,
     ) -> ForkRequest {
@@ -85,11 +92,13 @@ impl ForkArgs {
             children: ChildrenSpec {
                 count: self.count,
                 variables,
-                network: self.net,
+                network,
                 limits: ResourceLimits { memory_mib: self.memory_limit_mib, cpus: self.cpus },
+                publish: self.publish.publish.clone(),
+                lifetime: self.lifetime.lifetime(),
                 reachable: true,
             },
-            request: self.child_request(),
+            request: child_request(self.eval.as_deref(), self.exec.then_some(&self.command)),
             eager: self.eager,
             cache: self.cache.options(),
             timeline: self.timeline.clone(),
@@ -98,18 +107,60 @@ impl ForkArgs {
         }
     }
 
-    /// What every child is asked.
-    fn child_request(&self) -> ChildRequest {
-        match (&self.eval, self.exec) {
-            (Some(code), _) => ChildRequest::Eval(code.clone()),
-            (None, true) => ChildRequest::Exec(self.command.clone()),
-            (None, false) => ChildRequest::Nothing,
-        }
-    }
-
     /// Whether the children are asked anything: those that are not stay.
     pub fn asks_anything(&self) -> bool {
         self.eval.is_some() || self.exec
+    }
+}
+
+/// `forkd branch`.
+#[derive(Debug, Args)]
+pub struct BranchArgs {
+    /// The child, as `forkd ps` names it
+    pub id: String,
+    /// How many branches
+    #[arg(short = 'n', long = "count", value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub count: u32,
+    /// Evaluate CODE in each branch's warm worker
+    #[arg(long, value_name = "CODE", conflicts_with = "exec")]
+    pub eval: Option<String>,
+    /// Run the command after `--` in each branch
+    #[arg(long, requires = "command")]
+    pub exec: bool,
+    /// The command for --exec
+    #[arg(last = true, value_name = "CMD", requires = "exec")]
+    pub command: Vec<String>,
+    /// NAME=VALUE for every branch: the warm worker and what is started there see it (repeatable)
+    #[arg(long, value_name = "NAME=VALUE", value_parser = variables::parse_variable)]
+    pub env: Vec<Variable>,
+    /// NAME=A,B,C: the first branch gets A, the second B, and after C comes A again (repeatable)
+    #[arg(long, value_name = "NAME=A,B,C", value_parser = variables::parse_varied)]
+    pub vary: Vec<VariedVariable>,
+    /// Leave the branches running and return
+    #[arg(long)]
+    pub detach: bool,
+}
+
+impl BranchArgs {
+    /// As the engine takes it.
+    pub fn branching(&self, started_ns: u64) -> Result<Branching, VariablesError> {
+        Ok(Branching {
+            child: self.id.clone(),
+            count: self.count,
+            variables: Variables::new(&self.env, &self.vary, self.count)?,
+            request: child_request(self.eval.as_deref(), self.exec.then_some(&self.command)),
+            started_ns,
+        })
+    }
+}
+
+/// What every child is asked.
+fn child_request(eval: Option<&str>, exec: Option<&Vec<String>>) -> ChildRequest {
+    match (eval, exec) {
+        (Some(code), _) => ChildRequest::Eval(code.to_owned()),
+        (None, Some(command)) => ChildRequest::Exec(command.clone()),
+        (None, None) => ChildRequest::Nothing,
     }
 }
 
@@ -155,25 +206,6 @@ impl WarmArgs {
 /// What people call what is named.
 fn shown_name(tag: Option<&str>, target: Option<&str>) -> String {
     tag.map_or_else(|| target::shown_name(target.unwrap_or_default()), str::to_owned)
-}
-
-/// `forkd exec`.
-#[derive(Debug, Args)]
-pub struct ExecArgs {
-    /// The child, as `forkd ps` names it
-    pub id: String,
-    /// NAME=VALUE for the command's environment
-    #[arg(long, short = 'e', value_name = "NAME=VALUE")]
-    pub env: Vec<String>,
-    /// The command's working directory in the guest
-    #[arg(long, value_name = "DIR")]
-    pub cwd: Option<String>,
-    /// Pass our stdin on
-    #[arg(long, short = 'i')]
-    pub interactive: bool,
-    /// The command
-    #[arg(last = true, required = true, value_name = "CMD")]
-    pub command: Vec<String>,
 }
 
 /// `forkd eval`.

@@ -6,19 +6,28 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
+use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 
 mod builds;
 mod copies;
+mod doors;
+mod network;
 mod packs;
+mod ports;
 mod shared;
 
-pub use builds::{BuildArgs, KernelBuildArgs, KernelVerb, RmiArgs, SnapshotArgs, TraceArgs};
-pub use copies::{EvalArgs, ExecArgs, ForkArgs, KillArgs, LogsArgs, WarmArgs};
-pub use packs::{
-    CacheGcArgs, CacheVerb, HubVerb, ImagesArgs, InspectArgs, MountArgs, PackArgs, PublishArgs, PullArgs,
-    RepackArgs, ServeArgs, UmountArgs, UnpackArgs,
+pub use builds::{
+    BuildArgs, KernelBuildArgs, KernelVerb, RecipeCheckArgs, RecipeVerb, RmiArgs, SnapshotArgs, TraceArgs,
 };
+pub use copies::{BranchArgs, EvalArgs, ForkArgs, KillArgs, LogsArgs, WarmArgs};
+pub use doors::{CommandArgs, CpArgs, ExecArgs, ShellArgs};
+pub use network::{NetArgs, NetworkArgs};
+pub use packs::{
+    CacheGcArgs, CacheVerb, HubVerb, ImagesArgs, InspectArgs, MountArgs, PackArgs, PageArgs, PublishArgs,
+    PullArgs, RepackArgs, ServeArgs, UmountArgs, UnpackArgs,
+};
+pub use ports::{ForwardArgs, PauseArgs};
 pub use shared::{CacheArgs, HubSource};
 
 /// A parsed command line.
@@ -59,6 +68,9 @@ pub enum Verb {
     Kernel(KernelVerb),
     /// Build a recipe: root disk, boot, warm up, probe, snapshot
     Build(BuildArgs),
+    /// Check a recipe without building it
+    #[command(subcommand)]
+    Recipe(RecipeVerb),
     /// Boot a root disk and snapshot it, without a recipe
     Snapshot(SnapshotArgs),
     /// List local snapshots
@@ -90,15 +102,29 @@ pub enum Verb {
     #[command(subcommand)]
     Cache(CacheVerb),
     /// Start copies of a snapshot
-    Fork(ForkArgs),
+    Fork(Box<ForkArgs>),
+    /// Start children that go on from where a running child is, which goes on itself
+    Branch(BranchArgs),
     /// Keep a snapshot's image in memory, so that forks of it start at once
     Warm(WarmArgs),
     /// List running children
     Ps,
     /// Run a command in a running child
     Exec(ExecArgs),
+    /// Open a shell in a running child
+    Shell(ShellArgs),
+    /// Copy files into a running child or out of it
+    Cp(CpArgs),
     /// Evaluate code in a running child's warm worker
     Eval(EvalArgs),
+    /// Show what a child of `--net nat` sent, received and was refused
+    Net(NetworkArgs),
+    /// Reach TCP ports of children from this host; they need no network for it
+    Forward(ForwardArgs),
+    /// Stop children where they stand: they keep their memory and take no processor time
+    Pause(PauseArgs),
+    /// Let paused children go on
+    Resume(PauseArgs),
     /// Print a child's console, or a snapshot's: what its machine printed while it was built
     Logs(LogsArgs),
     /// Stop running children
@@ -130,7 +156,25 @@ impl Stop {
 
 /// Parses a command line, the program's name first.
 pub fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Invocation, Stop> {
-    Invocation::try_parse_from(arguments).map_err(Stop)
+    let invocation = Invocation::try_parse_from(arguments).map_err(Stop)?;
+    match &invocation.verb {
+        Verb::Forward(forward) => match forward.lacks() {
+            Some(what) => Err(wrong_usage("forward", what)),
+            None => Ok(invocation),
+        },
+        _ => Ok(invocation),
+    }
+}
+
+/// What clap would say, had it seen what is missing.
+fn wrong_usage(verb: &str, what: &str) -> Stop {
+    let mut command = Invocation::command();
+    command.build();
+    let kind = ErrorKind::MissingRequiredArgument;
+    Stop(match command.find_subcommand_mut(verb) {
+        Some(verb) => verb.error(kind, what),
+        None => command.error(kind, what),
+    })
 }
 
 /// The completion script for a shell.
@@ -172,9 +216,34 @@ mod tests {
             &["kill", "--all", "a"],
             &["logs"],
             &["logs", "a-1", "--tag", "t"],
+            &["fork", "o/n", "--net", "nat", "--allow", "10.0.0.1/8"],
+            &["fork", "o/n", "--net", "nat", "--dns", "a"],
+            &["fork", "o/n", "--net", "nat", "--net-rate", "fast"],
+            &["net"],
+            &["fork", "o/n", "--publish", "53/udp"],
+            &["fork", "o/n", "--on-timeout", "pause"],
+            &["fork", "o/n", "--timeout", "5"],
+            &["forward", "a1b2c3-1"],
+            &["forward", "a1b2c3-1", "a1b2c3-2"],
+            &["forward", "80", "81"],
+            &["forward", "a1b2c3-1", "53/udp"],
+            &["pause"],
+            &["resume", "--all", "a1b2c3"],
         ] {
             assert!(parsed(bad).is_err(), "{bad:?} was taken");
         }
+    }
+
+    #[test]
+    fn forward_tells_children_from_ports() {
+        let Verb::Forward(forward) =
+            parsed(&["forward", "a1b2c3-1", "123456", "80", "5432:15432"]).unwrap().verb
+        else {
+            panic!("not forward")
+        };
+        assert_eq!(forward.names(), ["a1b2c3-1", "123456"]);
+        let ports: Vec<_> = forward.ports().iter().map(|map| (map.guest, map.local)).collect();
+        assert_eq!(ports, [(80, 0), (5432, 15432)]);
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
+use forkd_engine::hub::release::Repository;
 
 use super::shared::{CacheArgs, HubSource};
 use crate::units;
@@ -95,7 +96,12 @@ pub struct InspectArgs {
 #[derive(Debug, Subcommand)]
 pub enum HubVerb {
     /// Copy a pack into a hub folder and enter it in its registry.json
+    ///
+    /// With --github nothing is copied: the entry names the asset of a release, and the command that makes the release
+    /// and uploads the pack is printed, not run.
     Publish(PublishArgs),
+    /// Write what a hub offers as one HTML file for people
+    Page(PageArgs),
     /// Serve a hub folder over HTTP with byte ranges
     ///
     /// Only registry.json and packs are served. --rtt delays the first answer on a connection by one round trip for
@@ -120,6 +126,23 @@ pub struct PublishArgs {
     /// The recipe that produced it, for the record
     #[arg(long, value_name = "PATH")]
     pub recipe_path: Option<String>,
+    /// The repository on GitHub whose release will hold the pack; DIR is then where the repository's registry.json is
+    #[arg(long, value_name = "OWNER/REPO")]
+    pub github: Option<Repository>,
+}
+
+/// `forkd hub page`.
+#[derive(Debug, Args)]
+pub struct PageArgs {
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The file to write; it is replaced when it exists
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// The page's title
+    #[arg(long, value_name = "TEXT", default_value = "forkd hub")]
+    pub title: String,
 }
 
 /// `forkd hub serve`.

@@ -79,7 +79,8 @@ impl BuildCaller for Caller<'_> {
     fn on_step(&self, step: BuildStep) {
         let text = match step {
             BuildStep::Boot => "booting the guest",
-            BuildStep::Warm => "waiting until the warm command is ready",
+            BuildStep::Warm => "waiting until services and the warm command are ready",
+            BuildStep::Rehearse => "doing once what copies will do first",
             BuildStep::Probe => "probing the warm state",
             BuildStep::Save => "saving memory and state",
             BuildStep::Trace => "restoring it a few times to record what a fork touches",

@@ -28,6 +28,7 @@ use tokio::runtime::{Handle, Runtime};
 /// Runs the command.
 pub fn run(args: &ForkArgs, early: EarlyZygote, output: &Output) -> Result<ExitCode, CommandError> {
     let variables = Variables::new(&args.env, &args.vary, args.count)?;
+    let network = args.net.mode().map_err(|option| CommandError::NeedsGateway { option })?;
     let detached = match args.detach.then(split).transpose().map_err(CommandError::detaching("fork"))? {
         Some(Detached::Foreground(exit)) => return Ok(exit),
         Some(Detached::Background(handover)) => Some(handover),
@@ -40,7 +41,7 @@ pub fn run(args: &ForkArgs, early: EarlyZygote, output: &Output) -> Result<ExitC
         check_place(file)?;
     }
     let paths = environment::paths()?;
-    let request = args.request(&paths, variables, early.started_ns, output.is_json());
+    let request = args.request(&paths, (variables, network), early.started_ns, output.is_json());
     let caller = Caller { output, runtime: OnceLock::new(), supervisor: Arc::default() };
     let zygote = zygote?;
     let mut forked = fork(&paths, &zygote, request, &caller)?;

@@ -7,7 +7,7 @@ use crate::failure::CommandError;
 use crate::output::Output;
 use crate::runtime::runtime;
 use crate::units::show_size;
-use forkd_engine::hub::publish::{PackContents, PublishRequest, publish};
+use forkd_engine::hub::publish::{PackContents, PublishRequest, Published, publish};
 use forkd_engine::progress::{Amount, Progress};
 
 /// Reads what the pack is, then copies it in and enters it.
@@ -21,17 +21,23 @@ pub fn run(args: &PublishArgs, output: &Output) -> Result<ExitCode, CommandError
         package,
         version: args.version.clone(),
         recipe_path: args.recipe_path.clone(),
+        github: args.github.clone(),
     };
     let published = publish(&publication, &contents)?;
     drop(progress);
-    output.report(&published, |published| {
-        format!(
-            "published {}@{} ({}) as {}",
-            published.package,
-            published.version,
-            show_size(published.size_bytes),
-            published.file.display()
-        )
-    });
+    output.report(&published, show);
     Ok(ExitCode::SUCCESS)
+}
+
+fn show(published: &Published) -> String {
+    let Published { package, version, size_bytes, file, release, .. } = published;
+    let size = show_size(*size_bytes);
+    match release {
+        None => format!("published {package}@{version} ({size}) as {}", file.display()),
+        Some(release) => format!(
+            "entered {package}@{version} ({size}) as {}\nmake the release, then commit registry.json:\n{}",
+            release.url,
+            release.commands.join("\n")
+        ),
+    }
 }

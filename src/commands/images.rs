@@ -12,6 +12,7 @@ use crate::runtime::runtime;
 use crate::units::show_size;
 use forkd_engine::chain::plain;
 use forkd_engine::hub::client;
+use forkd_engine::hub::registry::PackageVersion;
 
 /// What `forkd images --hub --json` prints.
 #[derive(Debug, Serialize)]
@@ -28,6 +29,9 @@ struct Package {
     memory_mib: Option<u64>,
     size_bytes: Option<u64>,
     created_at: Option<String>,
+    /// Whether its pack can be had; otherwise it has to be built from its recipe.
+    hosted: bool,
+    recipe_path: Option<String>,
 }
 
 /// Lists.
@@ -42,8 +46,7 @@ pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError>
         &client::http_client(&paths),
     ))?;
     let packages = catalogue.registry().packages.iter().map(|(name, package)| {
-        let latest =
-            package.versions.get(forkd_engine::reference::LATEST).or(package.versions.values().next_back());
+        let latest = package.newest();
         Package {
             name: name.clone(),
             description: package.description.clone(),
@@ -51,6 +54,8 @@ pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError>
             memory_mib: latest.and_then(|version| version.memory_mib),
             size_bytes: latest.and_then(|version| version.size_bytes),
             created_at: latest.and_then(|version| version.created_at.clone()),
+            hosted: latest.is_some_and(PackageVersion::is_hosted),
+            recipe_path: latest.and_then(|version| version.recipe_path.clone()),
         }
     });
     let report = Report { hub: catalogue.location(), packages: packages.collect() };
@@ -70,8 +75,16 @@ fn show(report: &Report) -> String {
             plain(&package.versions.join(" ")),
             package.memory_mib.map_or_else(|| "-".to_owned(), |mib| format!("{mib} MiB")),
             package.size_bytes.map_or_else(|| "-".to_owned(), show_size),
-            plain(&package.description),
+            described(package),
         ]);
     }
     table(&rows)
+}
+
+/// What it is, and for what is hosted nowhere how to get it.
+fn described(package: &Package) -> String {
+    match package.recipe_path.as_ref().filter(|_| !package.hosted) {
+        Some(recipe) => format!("{} (build it: forkd build {})", plain(&package.description), plain(recipe)),
+        None => plain(&package.description),
+    }
 }

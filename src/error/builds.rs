@@ -19,14 +19,16 @@ fn recipe(error: &RecipeError) -> Row {
             Row::usage("read the recipe", "").hint("give a folder with a recipe.toml, such as recipes/python-numpy")
         }
         RecipeError::Syntax { .. } | RecipeError::Invalid { .. } => {
-            Row::usage("read the recipe", "").hint("recipes/python-numpy/recipe.toml is an example of every key")
+            Row::usage("read the recipe", "").hint("docs/RECIPES.md explains every key")
         }
         RecipeError::NotRoot => row.hint("run it with sudo, or give a root disk to `forkd snapshot --rootfs`"),
         RecipeError::Missing { packages } => row.hint(format!("as root: apt-get install {}", packages.join(" "))),
         RecipeError::NoAgent { .. } | RecipeError::BadAgent { .. } => row.hint(
             "build it with `make agent` (a static program for x86_64-unknown-linux-gnu), or name one in FORKD_AGENT",
         ),
-        RecipeError::Tool { .. } | RecipeError::File { .. } => row,
+        RecipeError::Lacks { .. } => row.hint("mend the recipe; what was finished before is kept"),
+        RecipeError::Tool { .. } => row.hint("what was finished before is kept: a second build goes on from there"),
+        RecipeError::File { .. } => row,
     }
 }
 
@@ -61,7 +63,8 @@ pub(super) fn build(error: &SnapshotBuildError) -> Row {
         SnapshotBuildError::RunDir(RunDirError::Paths(error)) => row::paths(error),
         SnapshotBuildError::RunDir(_) => row,
         SnapshotBuildError::Build { source, console, .. } => row.console(console).hint(match source {
-            BuildError::NotReady { .. } => "mend the recipe's warm command; nothing was kept",
+            BuildError::NotReady { .. } => "mend the recipe's service or warm command; nothing was kept",
+            BuildError::Rehearsal { .. } => "mend the recipe's [rehearse] or what it asks; nothing was kept",
             BuildError::Probe { .. } => "mend the recipe's probe or its warm command; nothing was kept",
             BuildError::Timeout { .. } => {
                 "raise the recipe's readiness timeout if the guest is merely slow; nothing was kept"

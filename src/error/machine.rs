@@ -3,7 +3,11 @@
 use super::packs;
 use super::row::{self, Row};
 use forkd_engine::cleanup::CleanupError;
+use forkd_engine::fork::agent::ClientError;
 use forkd_engine::fork::children::ChildrenError;
+use forkd_engine::fork::copy::{CopyError, UnpackError};
+use forkd_engine::fork::forward::ForwardError;
+use forkd_engine::fork::forward::publish::PublishError;
 use forkd_engine::fork::run::ForkError;
 use forkd_engine::fork::supervisor::StartError;
 use forkd_engine::fork::template::TemplateError;
@@ -20,6 +24,8 @@ const DOCTOR: &str = "run `forkd doctor`: it says what this host lacks";
 
 const END_SILENT: &str = "end it with `kill -9 PID` (`ss -xlp` shows whose socket it is); forks of its image go on. Then run `forkd cleanup`";
 
+const OUTDATED: &str = "build the machine again with this forkd, and fork that";
+
 pub(super) fn fork(error: &ForkError) -> Row {
     let row = Row::failed("fork", "");
     match error {
@@ -34,6 +40,8 @@ pub(super) fn fork(error: &ForkError) -> Row {
         }
         ForkError::Start(StartError::Paths(error)) => row::paths(error),
         ForkError::Start(StartError::Network(error)) => network(error),
+        ForkError::Start(StartError::Publish(PublishError::Listen(_))) => listen(),
+        ForkError::Start(StartError::Publish(PublishError::Thread(_))) => row::threads(),
         ForkError::Start(_) => row.hint("`forkd cleanup` removes what dead forks left"),
     }
 }
@@ -89,7 +97,7 @@ fn network(error: &NetworkError) -> Row {
     match error {
         NetworkError::Full { .. } => row,
         NetworkError::Io { .. } | NetworkError::Netlink(_) => {
-            row.hint("run as root, and load the kernel module `tun`; `--net none` does without")
+            row.hint("run as root, and load the kernel module `tun`; `--net nat` and `--net none` do without")
         }
     }
 }
@@ -128,18 +136,55 @@ pub(super) fn children(error: &ChildrenError) -> Row {
     let row = Row::failed("ask the child", "");
     match error {
         ChildrenError::RunDir(error) => row::run_dir(error),
+        ChildrenError::Paused { .. } => row.hint("`forkd resume ID` lets it go on"),
         ChildrenError::Memory { .. } => row.hint("looking into a child's process takes root"),
         ChildrenError::NoImage { .. } => {
             row.hint("was it started by another version of forkd? Look at it with that one")
         }
         ChildrenError::Console { .. } | ChildrenError::Code { .. } => row,
+        ChildrenError::NoGateway { .. } => Row::failed("look at the network", "")
+            .hint("`forkd ps --json` shows what network it has; fork with --net nat for a way out"),
         ChildrenError::NoConsole { .. } => Row::failed("show the console", "").hint(
             "only `forkd build` and `snapshot` of this version keep it; packs do not carry it: see the machine's own with `forkd logs ID`",
         ),
         ChildrenError::Snapshot(error) => packs::snapshot(error),
+        ChildrenError::Agent { source: ClientError::NotStarted { code, .. }, .. } => {
+            Row { exit: *code, ..Row::failed("run the command", "") }
+        }
+        ChildrenError::Agent { source: ClientError::Outdated, .. } => row.hint(OUTDATED),
+        ChildrenError::Agent { source: ClientError::Agent { .. }, .. } => row,
         ChildrenError::Agent { .. } => {
             row.hint("`forkd ps` says whether it is stalled, `forkd logs` shows its console")
         }
+    }
+}
+
+pub(super) fn forward(error: &ForwardError) -> Row {
+    match error {
+        ForwardError::Children(error) => children(error),
+        ForwardError::Listen(_) => listen(),
+        ForwardError::Process { .. } => {
+            Row::failed("watch", "").hint("`forkd ps` says whether the child lives")
+        }
+    }
+}
+
+/// A port of the host cannot be had.
+fn listen() -> Row {
+    Row::failed("listen", "").hint("name another LOCAL port, or none: then any free one is taken and printed")
+}
+
+pub(super) fn copy(error: &CopyError) -> Row {
+    let row = Row::failed("copy", "");
+    match error {
+        CopyError::Client(ClientError::Outdated) => row.hint(OUTDATED),
+        CopyError::Unpack(UnpackError::Name { .. } | UnpackError::Kind { .. }) => {
+            row.hint("what came before it was copied; `forkd cp ID:/PATH -` shows the archive as it is")
+        }
+        CopyError::Name { .. } => {
+            row.hint("give the directory that it is in, or the archive: `tar -c NAME | forkd cp - ID:/DIR`")
+        }
+        _ => row,
     }
 }
 

@@ -25,6 +25,7 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Paths(error) => row::paths(error),
         CommandError::Kernel(error) => builds::kernel(error),
         CommandError::Children(error) => machine::children(error),
+        CommandError::Forward(error) => machine::forward(error),
         CommandError::RunDir(error) => row::run_dir(error),
         CommandError::Build(error) => builds::build(error),
         CommandError::Fork(error) => machine::fork(error),
@@ -34,6 +35,17 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Registry(error) => packs::registry(error),
         CommandError::Inspect(error) => packs::inspect(error),
         CommandError::Environment { .. } => Row::usage("run the command", ""),
+        CommandError::NeedsGateway { .. } => Row::usage("fork", "").hint("add --net nat"),
+        CommandError::TimedOut { .. } => {
+            Row { exit: row::TIMED_OUT, ..Row::failed("wait for the command", "") }
+        }
+        CommandError::NoTerminal { .. } => {
+            Row::usage("give the command a terminal", "").hint("without `-t` it reads and writes pipes")
+        }
+        CommandError::Terminal(_) => Row::failed("use the terminal", ""),
+        CommandError::Copy(error) => machine::copy(error),
+        CommandError::CopyUsage { .. } => Row::usage("copy", "")
+            .hint("`forkd cp ID:/path DEST` copies out of a child, `forkd cp SRC ID:/path` into it"),
         CommandError::Serve(error) => packs::serve(error),
         CommandError::Publish(error) => packs::publish(error),
         CommandError::Pack(error) => packs::pack(error),
@@ -42,6 +54,7 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Repack(error) => packs::repack(error),
         CommandError::Trace(error) => builds::trace(error),
         CommandError::Picture(_) => row::picture(),
+        CommandError::Page(_) => Row::failed("write the page", ""),
         CommandError::Mount(error) => packs::mount(error),
         CommandError::Mounts(error) => packs::mounts(error),
         CommandError::MountDaemon { .. } => Row::failed("mount the hub", ""),

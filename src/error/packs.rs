@@ -11,10 +11,12 @@ use forkd_engine::build::pack::PackError;
 use forkd_engine::build::pull::PullError;
 use forkd_engine::build::repack::RepackError;
 use forkd_engine::build::unpack::UnpackPackError;
+use forkd_engine::chain::plain;
 use forkd_engine::hub::download::DownloadError;
 use forkd_engine::hub::mount::MountHubError;
 use forkd_engine::hub::publish::PublishError;
 use forkd_engine::hub::registry::RegistryError;
+use forkd_engine::hub::release::ReleaseError;
 use forkd_engine::hub::serve::ServeError;
 use forkd_engine::inspect::pack::InspectError;
 use forkd_engine::local::mounts::MountsError;
@@ -68,6 +70,10 @@ pub(super) fn registry(error: &RegistryError) -> Row {
         RegistryError::UnknownVersion { versions, .. } => {
             row.hint(format!("there is {}", versions.join(", ")))
         }
+        RegistryError::NotHosted { recipe: Some(recipe), .. } => {
+            row.hint(format!("build it: forkd build {}", plain(recipe)))
+        }
+        RegistryError::NotHosted { recipe: None, .. } => row.hint("the publisher has to name where it is"),
         RegistryError::Entry { .. } => row.hint("the publisher has to mend the registry"),
     }
 }
@@ -173,6 +179,13 @@ pub(super) fn publish(error: &PublishError) -> Row {
         PublishError::Version { .. } => {
             Row::usage("publish the pack", "").hint("`latest` moves by itself; use v1, v2 or the like")
         }
+        PublishError::Release(ReleaseError::AssetName { .. }) => {
+            row.hint("rename it: letters, digits, `.`, `_` and `-`")
+        }
+        PublishError::Release(ReleaseError::AssetSize { .. }) => {
+            row.hint("host it elsewhere: `forkd hub publish` without --github copies it into a folder")
+        }
+        PublishError::Release(ReleaseError::Quote { .. }) => row,
         PublishError::Exists { .. } => row.hint("leave --version out to take the next one"),
         PublishError::Open(error) => open(error),
         PublishError::Read(error) => read(error),

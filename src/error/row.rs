@@ -8,6 +8,8 @@ use forkd_engine::local::run_dir::RunDirError;
 
 /// Exit code for a command line that makes no sense (clap's own is the same).
 pub(super) const USAGE: u8 = 2;
+/// Exit code for a command that took too long, as timeout(1) has it.
+pub(super) const TIMED_OUT: u8 = 124;
 /// Exit code for everything else that failed.
 const FAILED: u8 = 1;
 
@@ -105,10 +107,17 @@ pub(super) fn run_dir(error: &RunDirError) -> Row {
     let row = Row::failed("look at running children", "");
     match error {
         RunDirError::Paths(error) => paths(error),
+        RunDirError::UnknownFork { .. } => {
+            Row::failed("find the fork", "").hint("`forkd ps` lists those that run")
+        }
+        RunDirError::OtherVersion { .. } => {
+            row.hint("ask it with the forkd that started it; `forkd kill` ends it")
+        }
         RunDirError::UnknownChild { .. } => {
             Row::failed("find the child", "").hint("`forkd ps` lists those that run")
         }
         RunDirError::Dead { .. } => row.hint("`forkd cleanup` removes what it left"),
+        RunDirError::Refused { .. } => Row::failed("branch the child", ""),
         RunDirError::File { .. } | RunDirError::Malformed { .. } | RunDirError::Cgroup(_) => row,
     }
 }

@@ -82,6 +82,11 @@ fn usage(failures: &mut Failures) {
         ("usage-variable", &["fork", "o/n", "--env", "A"]),
         ("usage-network", &["fork", "o/n", "--net", "everything"]),
         ("usage-cpus", &["fork", "o/n", "--cpus", "none"]),
+        ("usage-publish", &["fork", "o/n", "--publish", "53/udp"]),
+        ("usage-timeout", &["fork", "o/n", "--timeout", "5"]),
+        ("usage-on-timeout", &["fork", "o/n", "--on-timeout", "pause"]),
+        ("usage-forward", &["forward", "a1b2c3-1", "80:none"]),
+        ("usage-forward-no-port", &["forward", "a1b2c3-1", "a1b2c3-2"]),
         ("usage-size", &["cache", "gc", "--cache-size", "much"]),
         ("usage-duration", &["mount", "x", "--deadline", "soon"]),
         ("usage-rate", &["hub", "serve", "x", "--bandwidth", "fast"]),
@@ -141,6 +146,10 @@ fn children(failures: &mut Failures) {
     failures.fail("child-unknown-exec", &["exec", "abc-1", "--", "ls"]);
     failures.fail("child-unknown-logs", &["logs", "abc-1"]);
     failures.fail("child-unknown-kill", &["kill", "abc-1"]);
+    failures.fail("child-unknown-forward", &["forward", "abc-1", "80"]);
+    failures.fail("child-unknown-branch", &["branch", "abc-1"]);
+    failures.fail("child-unknown-pause", &["pause", "abc-1"]);
+    failures.fail("fork-unknown-resume", &["resume", "abcdef"]);
     failures.fail("child-unknown-inspect", &["inspect", "--child", "abc-1"]);
     failures.fail("exec-environment", &["exec", "abc-1", "-e", "A", "--", "ls"]);
     failures.fail("warm-stop-unknown", &["warm", "--stop", "--tag", "demo"]);
@@ -172,6 +181,14 @@ fn hubs(failures: &mut Failures, pack: &str) {
     failures.fail("publish-existing", &[&publish[..], &["lab/demo", "--version", "v1"]].concat());
     failures.fail("publish-latest", &[&publish[..], &["lab/demo", "--version", "latest"]].concat());
     failures.fail("publish-malformed-name", &[&publish[..], &["demo"]].concat());
+    let release = ["--name", "lab/demo", "--github", "acme/packs"];
+    let renamed = failures.lab.path("my pack");
+    std::fs::copy(pack, &renamed).unwrap();
+    failures.fail(
+        "publish-asset-name",
+        &[&["hub", "publish", text(&renamed), "--hub", &hub], &release[..]].concat(),
+    );
+    failures.fail("page-without-place", &["hub", "page", "--hub", &hub, "--out", "/nonexistent/page.html"]);
     failures.fail("reference-malformed", &["pull", "demo", "--hub", &hub]);
     failures.fail("package-nearly-known", &["pull", "lab/demmo", "--hub", &hub]);
     failures.fail("package-unknown", &["inspect", "other/thing", "--hub", &hub]);

@@ -81,6 +81,8 @@ impl Stage {
             ("warm-list-empty", &["warm", "--list"]),
             ("warm-stop-all-empty", &["warm", "--stop", "--all"]),
             ("kill-all-empty", &["kill", "--all"]),
+            ("pause-all-empty", &["pause", "--all"]),
+            ("resume-all-empty", &["resume", "--all"]),
             ("cleanup-empty", &["cleanup"]),
         ] {
             self.say(name, args);
@@ -130,6 +132,13 @@ impl Stage {
         let more = ["--version", "v9", "--recipe-path", "recipes/demo"];
         self.say("hub-publish-version", &[&publish[..], &more].concat());
         self.files.push(("registry.json", fs::read_to_string(hub.join("registry.json")).unwrap()));
+        let page = self.lab.path("page.html");
+        self.say("hub-page", &["hub", "page", "--hub", text(&hub), "--out", text(&page)]);
+        // Into a folder of its own: an entry of a release that is never made leads nowhere.
+        let checkout = self.lab.path("checkout");
+        let release = ["--name", "lab/demo", "--github", "acme/packs"];
+        let publish = [&["hub", "publish", pack, "--hub", text(&checkout)], &release[..]].concat();
+        self.say("hub-publish-github", &publish);
     }
 
     /// `forkd hub serve`: what it prints when it listens.

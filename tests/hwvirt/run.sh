@@ -14,8 +14,8 @@ stages=("$@")
 
 # A layer 1 that says nothing for this long has hung, seconds. Its heartbeat comes every 3.
 SILENCE=40
-# No stage takes a third of this, seconds: a guest that hangs in a living layer 1 ends here.
-STAGE_LIMIT=240
+# No stage takes a third of this on a host at rest, seconds: a guest that hangs in a living layer 1 ends here.
+STAGE_LIMIT=480
 TRIES=3
 LAYER1_MIB=2560
 cpu=0

@@ -8,12 +8,12 @@
 pub mod filter;
 mod program;
 
-use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
 use crate::kvm::{Hypervisor, KvmError, KvmKind};
 use crate::sys::{self, ForkError, Forked, Lifetime};
 use crate::uffd::{Uffd, UffdDevice, UffdError};
 use filter::{Filter, FilterError};
+use forkd_abi::chain::chain;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
@@ -143,8 +143,19 @@ pub struct JailOptions {
     pub number: u32,
     /// Largest file that its process may write, bytes; [`FILE_BYTES`] unless it has a disk to write to.
     pub file_bytes: u64,
+    /// What it has a userfaultfd for.
+    pub uffd: UffdUse,
+}
+
+/// What a machine's process has a userfaultfd for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UffdUse {
+    /// It has none.
+    None,
+    /// Its owner may want to know what it writes to. It goes on without where there is none to be had.
+    Tracking,
     /// Its memory is filled on demand.
-    pub lazy: bool,
+    Filling,
 }
 
 /// What was opened for a machine before its process lost the means to.
@@ -152,7 +163,7 @@ pub struct JailOptions {
 pub struct JailDevices {
     /// /dev/kvm.
     pub hypervisor: Hypervisor,
-    /// For [`JailOptions::lazy`] machines.
+    /// As [`JailOptions::uffd`] says.
     pub uffd: Option<Uffd>,
 }
 
@@ -208,7 +219,12 @@ impl Jail {
     ) -> Result<(JailDevices, Filter), JailError> {
         let Jail { isolation, users, zygote, hypervisor, uffd: device, filter } = self;
         // Without the device only a capability gives a userfaultfd, so it comes before they go.
-        let uffd = options.lazy.then(|| Uffd::from_device(&device?)).transpose()?;
+        let open = || Uffd::from_device(&device?);
+        let uffd = match options.uffd {
+            UffdUse::None => None,
+            UffdUse::Tracking => open().ok(),
+            UffdUse::Filling => Some(open()?),
+        };
         if isolation != Isolation::None {
             sys::unshare(PER_MACHINE).map_err(step("leaving namespaces"))?;
         }

@@ -8,7 +8,6 @@ pub mod acpi;
 pub mod arch;
 pub mod boot;
 pub mod cgroup;
-mod chain;
 pub mod channel;
 pub mod cpuid;
 pub mod devices;

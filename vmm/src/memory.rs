@@ -4,16 +4,20 @@
 //! is being built) or private (a fork: its writes stay its own). The [`MemoryLayout`] says which part of which image
 //! appears at which guest-physical address.
 
+mod delta;
 mod error;
 mod layout;
+mod page_scan;
 
+pub use delta::{DELTA_RUNS_MAX, Delta, DeltaDraft};
 pub use error::MemoryError;
 pub use layout::{
     HIGH_RAM_START, ImageId, LINUX_MEMORY_MIB_MIN, LOW_RAM_END, MEMORY_MIB_MAX, MEMORY_MIB_MIN, MemoryLayout,
     MemorySlot, PAGE_BYTES, PMEM_ALIGN, ROOT_DISK_MAX,
 };
+pub use page_scan::PageScan;
 
-use rustix::fd::{AsFd, OwnedFd};
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::MemfdFlags;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use std::ops::Range;
@@ -101,18 +105,25 @@ impl Mapping {
     /// Replaces ranges that are known to be zero by anonymous memory: no fault ever leaves this process for them, and
     /// a write costs one page instead of an image page and its copy.
     pub fn overlay_zero(&self, runs: &[Range<u64>]) -> Result<(), MemoryError> {
+        self.overlay(None, runs)
+    }
+
+    /// Replaces ranges by those of a file at the same offsets, or by anonymous memory, mapped privately.
+    fn overlay(&self, file: Option<BorrowedFd<'_>>, runs: &[Range<u64>]) -> Result<(), MemoryError> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
         for run in runs {
             let bytes = run.end.saturating_sub(run.start);
-            let address = self.range(run.start, bytes);
+            let address = self.range(run.start, bytes) as *mut c_void;
             // SAFETY: MAP_FIXED replaces pages inside this mapping only (`range` checked it), and nobody holds
             // references into it.
             let mapped = unsafe {
-                rustix::mm::mmap_anonymous(
-                    address as *mut c_void,
-                    bytes as usize,
-                    ProtFlags::READ | ProtFlags::WRITE,
-                    MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
-                )
+                match file {
+                    Some(file) => {
+                        rustix::mm::mmap(address, bytes as usize, protection, flags, file, run.start)
+                    }
+                    None => rustix::mm::mmap_anonymous(address, bytes as usize, protection, flags),
+                }
             };
             mapped.map_err(|source| MemoryError::Map { bytes, source })?;
         }
@@ -196,6 +207,14 @@ impl GuestMemory {
     /// The mapping of an image, if the machine has it.
     pub fn mapping(&self, image: ImageId) -> Option<&Mapping> {
         self.mappings.get(image.index())
+    }
+}
+
+/// Adds a run to sorted ones, to the last of them where they touch. It begins behind the start of the last.
+pub fn add_run(runs: &mut Vec<Range<u64>>, run: Range<u64>) {
+    match runs.last_mut() {
+        Some(last) if last.end >= run.start => last.end = last.end.max(run.end),
+        _ => runs.push(run),
     }
 }
 

@@ -21,7 +21,7 @@ pub use image::ImageShape;
 pub use source::{ChunkContent, ClientId, ImageChunk, PageSource, SourceFailure};
 
 use crate::memory::ImageId;
-use crate::uffd::{Uffd, UffdReads};
+use crate::uffd::{Uffd, UffdError, UffdReads};
 use client::Client;
 use faults::STOP_EVENT;
 use image::Image;
@@ -117,14 +117,15 @@ impl Pager {
     }
 
     /// Serves a machine from now on: its userfaultfd, and where it mapped each image (in order). Both come from its
-    /// process and are checked. A machine is attached once.
-    pub fn attach(&self, id: ClientId, uffd: OwnedFd, bases: Vec<u64>) -> Result<(), PagerError> {
+    /// process and are checked. A machine is attached once. Returns the userfaultfd.
+    pub fn attach(&self, id: ClientId, uffd: OwnedFd, bases: Vec<u64>) -> Result<Arc<Uffd>, PagerError> {
         let client = Client::new(uffd, bases, &self.shared.images)?;
+        let uffd = Arc::clone(&client.uffd);
         let mut state = self.shared.lock();
         if state.complete {
             // Nothing can be missing: leave the machine without any watch.
             self.shared.unregister(&client);
-            return Ok(());
+            return Ok(uffd);
         }
         if state.clients.contains_key(&id) {
             // The one that is known keeps its descriptor: closing it could end a watch.
@@ -132,7 +133,15 @@ impl Pager {
         }
         self.shared.watch(id, &client.uffd)?;
         state.clients.insert(id, client);
-        Ok(())
+        Ok(uffd)
+    }
+
+    /// Has the kernel note from now on which pages of a machine's memory are written to: ranges (address and bytes) where it
+    /// has images mapped. `uffd` is the one that it is attached with.
+    pub fn track_writes(&self, uffd: &Uffd, images: &[(u64, u64)]) -> Result<(), UffdError> {
+        // Were the watch ended at the same time, it would be taken up again, and nobody would serve it.
+        let state = self.shared.lock();
+        images.iter().try_for_each(|(address, bytes)| uffd.track_writes(*address, *bytes, !state.complete))
     }
 
     /// Notes that a machine's process has ended. What it waits for is still loaded.

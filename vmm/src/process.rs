@@ -8,7 +8,6 @@ pub use files::{Files, MachineFiles};
 
 use crate::boot::BootFiles;
 use crate::cgroup::Limits;
-use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
 use crate::devices::bus::Peripherals;
 use crate::devices::doorbell::Ring;
@@ -18,13 +17,16 @@ use crate::jail::filter::Filter;
 use crate::jail::{Jail, JailDevices, JailError, JailOptions};
 use crate::kvm::KvmKind;
 use crate::machine::{AfterRing, Machine, MachineError, MachineShape, StopReason};
-use crate::memory::{GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
+use crate::memory::{Delta, GuestMemory, ImageId, Mapping, MemoryError, MemoryLayout, Sharing, create_image};
 use crate::pvm;
 use crate::sys;
 use crate::uffd::{Uffd, UffdError};
 use crate::vmstate::{BODY_MAX, MachineState, VmstateError};
 use files::Expected;
+use forkd_abi::chain::chain;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::{AsFd, OwnedFd};
+use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{self, Write};
@@ -52,6 +54,8 @@ pub enum MachineStart {
         lazy: bool,
         /// Per image, ranges (start and end, bytes) known to be zero.
         zero_runs: Vec<Vec<(u64, u64)>>,
+        /// Ranges of RAM that a file of its own has instead of the image ([`crate::memory::Delta`]); 0 without one.
+        delta_runs: usize,
     },
 }
 
@@ -64,7 +68,7 @@ pub struct MachineSpec {
     pub limits: Limits,
     /// What the guest reads at its doorbell.
     pub record: Vec<u8>,
-    /// The Ethernet address of its end of the tap that comes with it; none, and it has no link.
+    /// The Ethernet address of its end of the wire that comes with it; none, and it has no link.
     pub mac: Option<[u8; 6]>,
     /// How it starts.
     pub start: MachineStart,
@@ -85,7 +89,8 @@ impl MachineSpec {
             images: self.images().count(),
             scratch: self.scratch_bytes > 0,
             initrd: matches!(self.start, MachineStart::Boot { initrd: true, .. }),
-            tap: self.mac.is_some(),
+            wire: self.mac.is_some(),
+            delta: matches!(self.start, MachineStart::Restore { delta_runs: 1.., .. }),
         }
     }
 }
@@ -94,7 +99,7 @@ impl MachineSpec {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MachineReport {
-    /// Its userfaultfd (with the message) and where it mapped each image.
+    /// Its userfaultfd (with the message), if it has one, and where it mapped each image.
     Attached {
         /// Addresses in its address space.
         bases: Vec<u64>,
@@ -137,10 +142,31 @@ pub struct MachineProcess {
 }
 
 impl MachineProcess {
-    /// Ends the machine at once.
+    /// Ends the machine at once, stopped or not.
     pub fn kill(&self) {
+        self.signal(Signal::KILL);
+    }
+
+    /// Stops all threads of the machine: it takes no processor time until [`MachineProcess::resume`]. Its memory stays, and
+    /// can be filled meanwhile.
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets a stopped machine go on.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    /// Whether it has not ended: its id is its own.
+    pub fn is_alive(&self) -> bool {
+        let mut polled = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        matches!(rustix::event::poll(&mut polled, Some(&Timespec::default())), Ok(0))
+    }
+
+    fn signal(&self, signal: Signal) {
         // It may have ended by itself.
-        let _ = rustix::process::pidfd_send_signal(&self.pidfd, rustix::process::Signal::KILL);
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, signal);
     }
 }
 
@@ -218,7 +244,13 @@ impl MachineRun {
     ) -> Result<MachineRun, ProcessError> {
         let files = Files::decode(spec.expected_files(), fds).ok_or(ProcessError::Files)?;
         let JailDevices { hypervisor, uffd } = opened;
-        let mappings = map_images(&spec, files.images, uffd.as_ref())?;
+        let filling = matches!(spec.start, MachineStart::Restore { lazy: true, .. });
+        let mappings = map_images(&spec, files.images, uffd.as_ref().filter(|_| filling))?;
+        if let (Some(file), MachineStart::Restore { delta_runs, .. }, Some(ram)) =
+            (files.delta, &spec.start, mappings.get(ImageId::Ram.index()))
+        {
+            Delta::from_file(file, ram.bytes(), *delta_runs)?.overlay(ram)?;
+        }
         if hypervisor.kind() == KvmKind::Pvm {
             pvm::lengthen_turns();
         }
@@ -231,7 +263,7 @@ impl MachineRun {
         let memory = GuestMemory::new(&spec.layout, mappings)?;
         let second_console = matches!(spec.start, MachineStart::Boot { second_console: true, .. });
         let (console, record) = (Some(File::from(files.console)), spec.record);
-        let link = spec.mac.zip(files.tap).map(|(mac, tap)| Link { tap, mac });
+        let link = spec.mac.zip(files.wire).map(|(mac, wire)| Link { wire, mac });
         let scratch =
             files.scratch.map(|file| ScratchDisk { file: File::from(file), bytes: spec.scratch_bytes });
         let peripherals = Peripherals { console, record, scratch, link, second_console };

@@ -1,14 +1,19 @@
 //! The few process primitives that safe crates do not offer.
 
+use crate::memory::Mapping;
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal};
 use rustix::thread::UnshareFlags;
 use std::io;
+use std::ops::Range;
 use std::os::fd::FromRawFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
+
+/// Most ranges of one process_vm_readv(2): `UIO_MAXIOV` of linux/uio.h.
+const IOV_MAX: usize = 1024;
 
 /// Which side of [`fork_process`] the caller is on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +88,52 @@ pub fn start_elsewhere(process: Pid) {
     if others.count() > 0 && rustix::thread::sched_setaffinity(Some(process), &others).is_ok() {
         let _ = rustix::thread::sched_setaffinity(Some(process), &allowed);
     }
+}
+
+/// Copies ranges of what the process `pid` has at `address` to the same offsets of `into`.
+///
+/// # Errors
+/// That of process_vm_readv(2); [`io::ErrorKind::UnexpectedEof`] when not all of it is there.
+pub fn read_memory(pid: i32, address: u64, into: &Mapping, runs: &[Range<u64>]) -> io::Result<()> {
+    let part = |base: u64, run: &Range<u64>| libc::iovec {
+        iov_base: base.wrapping_add(run.start) as *mut libc::c_void,
+        iov_len: (run.end - run.start) as usize,
+    };
+    let pieces: Vec<Range<u64>> = runs.iter().flat_map(pieces).collect();
+    for runs in pieces.chunks(IOV_MAX) {
+        let wanted: u64 = runs.iter().map(|run| run.end - run.start).sum();
+        for run in runs {
+            // Panics when it does not lie within.
+            into.range(run.start, run.end - run.start);
+        }
+        let ours: Vec<_> = runs.iter().map(|run| part(into.address(), run)).collect();
+        let theirs: Vec<_> = runs.iter().map(|run| part(address, run)).collect();
+        // SAFETY: every range lies in the live, writable mapping `into`, which was checked above and whose memory nobody
+        // has references into; the other process's addresses are the kernel's to check.
+        let read = unsafe {
+            libc::process_vm_readv(
+                pid,
+                ours.as_ptr(),
+                ours.len() as libc::c_ulong,
+                theirs.as_ptr(),
+                theirs.len() as libc::c_ulong,
+                0,
+            )
+        };
+        match u64::try_from(read) {
+            Ok(read) if read == wanted => {}
+            Ok(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(_) => return Err(io::Error::last_os_error()),
+        }
+    }
+    Ok(())
+}
+
+/// A call copies 2 GiB at most.
+fn pieces(run: &Range<u64>) -> impl Iterator<Item = Range<u64>> + use<> {
+    const PIECE: u64 = 1 << 20;
+    let Range { start, end } = *run;
+    (start..end).step_by(PIECE as usize).map(move |at| at..end.min(at.saturating_add(PIECE)))
 }
 
 /// Ends this process at once, without destructors or exit handlers: closing a VM costs tens of milliseconds

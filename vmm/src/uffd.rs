@@ -20,6 +20,9 @@ const EVENT_PAGEFAULT: u8 = 0x12;
 const FEATURE_INITIALIZED: u64 = 1 << 31;
 /// `UFFD_FEATURE_EVENT_{FORK,REMAP,REMOVE,UNMAP}`.
 const FEATURES_EVENTS: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6;
+/// What is needed to have the kernel note which pages are written to: `UFFD_FEATURE_{PAGEFAULT_FLAG_WP,
+/// WP_HUGETLBFS_SHMEM, WP_ASYNC}` (Linux 6.7). None of them tells of anything.
+const FEATURES_TRACKING: u64 = 1 << 0 | 1 << 12 | 1 << 15;
 /// How often filling is tried again while the kernel says that the address space is changing, and the pause between.
 const CHANGING_TRIES: u32 = 5000;
 const CHANGING_PAUSE: Duration = Duration::from_micros(200);
@@ -144,12 +147,13 @@ impl Uffd {
         }
         // SAFETY: the kernel has just made this descriptor, and nobody else owns it.
         let inner = unsafe { userfaultfd::Uffd::from_raw_fd(raw) };
-        let mut api = Handshake { api: UFFD_API, features: 0, ioctls: 0 };
-        // SAFETY: UFFDIO_API reads and writes this struct, which has the kernel's layout, and nothing else.
-        if unsafe { libc::ioctl(raw, UFFDIO_API, &raw mut api) } < 0 {
-            return Err(UffdError::Refused(io::Error::last_os_error()));
-        }
-        Ok(Uffd { inner })
+        // A kernel that does not know a feature says so, and then takes another offer.
+        let agreed = [FEATURES_TRACKING, 0].into_iter().any(|features| {
+            let mut api = Handshake { api: UFFD_API, features, ioctls: 0 };
+            // SAFETY: UFFDIO_API reads and writes this struct, which has the kernel's layout, and nothing else.
+            unsafe { libc::ioctl(raw, UFFDIO_API, &raw mut api) >= 0 }
+        });
+        if agreed { Ok(Uffd { inner }) } else { Err(UffdError::Refused(io::Error::last_os_error())) }
     }
 
     /// A descriptor received from the process it watches.
@@ -169,6 +173,16 @@ impl Uffd {
             )
             .map(|_| ())
             .map_err(|source| UffdError::Operation { operation: "registering a mapping", source })
+    }
+
+    /// Has the kernel note from now on which pages of a range are written to, without an event. A range in which missing
+    /// pages are watched for must be named as such, or that watch ends.
+    pub fn track_writes(&self, address: u64, bytes: u64, missing: bool) -> Result<(), UffdError> {
+        let mode = RegisterMode::WRITE_PROTECT;
+        let mode = if missing { mode | RegisterMode::MISSING } else { mode };
+        let tracked = self.inner.register_with_mode(address as *mut c_void, bytes as usize, mode);
+        let failed = |source| UffdError::Operation { operation: "tracking writes to a mapping", source };
+        tracked.map(drop).map_err(failed)
     }
 
     /// Ends the watch over a range, waking whoever waits in it.

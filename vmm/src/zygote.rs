@@ -5,13 +5,13 @@
 //! If it is killed itself, the kernel kills the machines.
 
 use crate::cgroup::{CgroupError, Group, Groups};
-use crate::chain::chain;
 use crate::channel::{Channel, ChannelError};
-use crate::jail::{FILE_BYTES, Jail, JailOptions};
+use crate::jail::{FILE_BYTES, Jail, JailOptions, UffdUse};
 use crate::process::{
     MachineFiles, MachineProcess, MachineReport, MachineSpec, MachineStart, run_machine, take_channel,
 };
 use crate::sys::{self, ConfinedFork, ForkError, Forked, Lifetime};
+use forkd_abi::chain::chain;
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::fd::{AsFd, OwnedFd};
 use rustix::fs::{Mode, OFlags};
@@ -20,7 +20,7 @@ use rustix::process::{Signal, WaitId, WaitIdOptions};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Epoll token of the owner's channel; machines count up from the next.
 const OWNER: u64 = 0;
@@ -42,12 +42,12 @@ pub enum SpawnError {
     },
 }
 
-/// The process that forks machines.
-#[derive(Debug)]
+/// The process that forks machines. It ends with the last copy of this.
+#[derive(Debug, Clone)]
 pub struct Zygote {
     /// Requests and answers alternate on it.
-    channel: Mutex<Channel>,
-    cgroups: Result<Cgroups, CgroupError>,
+    channel: Arc<Mutex<Channel>>,
+    cgroups: Arc<Result<Cgroups, CgroupError>>,
 }
 
 /// Where machines' limits are set, and which there are.
@@ -78,7 +78,7 @@ impl Zygote {
                     path: groups.path().to_owned(),
                     controllers: groups.controllers().to_vec(),
                 });
-                Ok(Zygote { channel: Mutex::new(ours), cgroups })
+                Ok(Zygote { channel: Arc::new(Mutex::new(ours)), cgroups: Arc::new(cgroups) })
             }
             Forked::Child => {
                 drop(ours);
@@ -105,7 +105,7 @@ impl Zygote {
 
     /// The machines' cgroups, or why this host lets this user have none.
     pub fn cgroups(&self) -> Result<&Cgroups, &CgroupError> {
-        self.cgroups.as_ref()
+        Result::as_ref(&self.cgroups)
     }
 }
 
@@ -222,7 +222,11 @@ impl ZygoteServer {
                 let options = JailOptions {
                     number: self.next_token as u32,
                     file_bytes: FILE_BYTES.max(spec.scratch_bytes),
-                    lazy: matches!(spec.start, MachineStart::Restore { lazy: true, .. }),
+                    uffd: match spec.start {
+                        MachineStart::Boot { .. } => UffdUse::None,
+                        MachineStart::Restore { lazy: false, .. } => UffdUse::Tracking,
+                        MachineStart::Restore { lazy: true, .. } => UffdUse::Filling,
+                    },
                 };
                 Some(NewMachine { spec, fds, options })
             }

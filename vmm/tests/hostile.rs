@@ -214,16 +214,13 @@ proptest! {
         let (ours, host) = UnixDatagram::pair().unwrap();
         ours.set_nonblocking(true).unwrap();
         host.set_nonblocking(true).unwrap();
-        let device = Net::new(Some(Link { tap: ours.into(), mac: [2; 6] }));
+        let device = Net::new(Some(Link { wire: ours.into(), mac: [2; 6] }));
         let (mut turn, mut frame) = (0, vec![0; 2 * FRAME_MAX]);
         attack_beside(device, &ram(), &acts, |transport| {
             turn += 1;
             // One that fits, one that does not; the socket may be full.
             let _ = host.send(&frame[..[60, 9000][turn % 2]]);
-            transport.with_device(|device, queues, ram| {
-                device.set_readable();
-                ((), device.pump(queues, ram))
-            });
+            transport.with_device(|device, queues, ram| ((), device.on_wire_ready(queues, ram)));
             while let Ok(length) = host.recv(&mut frame) {
                 assert!((1..=FRAME_MAX - HEADER).contains(&length), "the guest sent {length} bytes");
             }

@@ -159,7 +159,7 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
         layout: layout(),
         limits: Limits::of(format!("killed{}-{number}", std::process::id()), &layout()),
         record: Vec::new(),
-        start: MachineStart::Restore { lazy: true, zero_runs: Vec::new() },
+        start: MachineStart::Restore { lazy: true, zero_runs: Vec::new(), delta_runs: 0 },
         scratch_bytes: 0,
         waits_at_first_instruction: false,
         mac: None,
@@ -171,7 +171,8 @@ fn spawn(zygote: &Zygote, pager: &Pager, state: &MachineState, dir: &std::path::
         vsock: vsock.as_fd(),
         scratch: None,
         initrd: None,
-        tap: None,
+        wire: None,
+        delta: None,
     };
     let process = zygote.spawn(&spec, &files).unwrap();
     Child { process, console, killed: false, ready: false, over: false }
@@ -182,7 +183,7 @@ fn follow(child: &mut Child, pager: &Pager, id: ClientId) {
     match child.process.channel.receive_until::<MachineReport>(soon) {
         Ok(None) => {}
         Ok(Some((MachineReport::Attached { bases }, mut fds))) => {
-            pager.attach(id, fds.remove(0), bases).unwrap()
+            pager.attach(id, fds.remove(0), bases).unwrap();
         }
         Ok(Some((MachineReport::Rang { ring, .. }, _))) => child.ready |= ring == Ring::Ready,
         Ok(Some((report, _))) => panic!("a machine says {report:?}"),

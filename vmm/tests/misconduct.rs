@@ -69,7 +69,7 @@ impl Bed {
 
     fn attach(&self, client: u64, uffd: &Uffd, base: u64) -> Result<(), PagerError> {
         let handed_over = uffd.as_fd().try_clone_to_owned().unwrap();
-        self.pager.attach(ClientId(client), handed_over, vec![base])
+        self.pager.attach(ClientId(client), handed_over, vec![base]).map(drop)
     }
 
     /// An honest machine, running in a thread of its own.

@@ -1,5 +1,5 @@
 //! Frames between a guest driver and the host's end, without a guest: the driver's rings are written by the test, and a
-//! pair of datagram sockets stands where a tap is, which keeps frames apart in the same way. `tests/linux_net.rs` of the
+//! pair of datagram sockets stands where a wire is, which keeps frames apart in the same way. `tests/linux_net.rs` of the
 //! root crate goes through real taps.
 
 use forkd_vmm::devices::virtio::mmio::{Transport, Window};
@@ -9,6 +9,7 @@ use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_mmio as reg;
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -22,7 +23,7 @@ fn linked() -> (Net, UnixDatagram) {
     let (ours, theirs) = UnixDatagram::pair().unwrap();
     ours.set_nonblocking(true).unwrap();
     theirs.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
-    (Net::new(Some(Link { tap: ours.into(), mac: MAC })), theirs)
+    (Net::new(Some(Link { wire: ours.into(), mac: MAC })), theirs)
 }
 
 /// A driver that has not given the device any buffer yet.
@@ -36,11 +37,17 @@ struct Driver {
 
 impl Driver {
     fn new(device: Net) -> Driver {
+        Driver::agreeing(device, 0)
+    }
+
+    /// A driver that accepts these of the first 32 features.
+    fn agreeing(device: Net, features: u32) -> Driver {
         let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let interrupt = EventFd::new(rustix::fs::OFlags::NONBLOCK.bits() as i32).unwrap();
         let device = Transport::new(device, ram.clone(), interrupt.try_clone().unwrap());
         let driver =
             Driver { device: Arc::new(Mutex::new(device)), ram, interrupt, available: [0; 2], used: [0; 2] };
+        driver.write(reg::VIRTIO_MMIO_DRIVER_FEATURES, features);
         for queue in 0..2_u32 {
             let base = 0x1000 + queue * 0x1000;
             driver.write(reg::VIRTIO_MMIO_QUEUE_SEL, queue);
@@ -101,7 +108,11 @@ impl Driver {
     }
 
     fn send(&mut self, frame: &[u8], cuts: &[u32]) {
-        let bytes = [&[0; HEADER][..], frame].concat();
+        self.send_behind(&[0; HEADER], frame, cuts);
+    }
+
+    fn send_behind(&mut self, header: &[u8; HEADER], frame: &[u8], cuts: &[u32]) {
+        let bytes = [&header[..], frame].concat();
         self.ram.write_slice(&bytes, GuestAddress(0x8_0000)).unwrap();
         let rest = bytes.len() as u32 - cuts.iter().sum::<u32>();
         self.add(TX, 0x8_0000, &[cuts, &[rest]].concat());
@@ -116,7 +127,10 @@ impl Driver {
 }
 
 fn served(device: Net) -> Driver {
-    let driver = Driver::new(device);
+    serve(Driver::new(device))
+}
+
+fn serve(driver: Driver) -> Driver {
     let backend = Backend::new(&driver.device).unwrap().expect("there is a link");
     std::thread::spawn(move || backend.run());
     driver
@@ -167,6 +181,85 @@ fn frames_that_do_not_fit_are_lost_and_nothing_else_is() {
     driver.add(RX, 0x2_0000, &[2048]);
     assert_eq!(driver.wait_used(RX), 1012);
     assert_eq!(driver.bytes(0x2_0000 + HEADER as u64, 1000), [4; 1000]);
+}
+
+#[test]
+fn a_long_frame_waits_for_the_buffers_that_it_takes_and_is_there_at_once() {
+    let (device, host) = linked();
+    let mut driver = serve(Driver::agreeing(device, 1 << VIRTIO_NET_F_MRG_RXBUF));
+    let frame: Vec<u8> = (0..2500).map(|at| (at % 251) as u8).collect();
+    host.send(&frame).unwrap();
+    host.send(&frame[..100]).unwrap();
+    for (at, parts) in [(0x1_0000, &[1000][..]), (0x2_0000, &[20, 980])] {
+        driver.add(RX, at, parts);
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(
+            driver.ram.read_obj::<u16>(GuestAddress(0x1802)).unwrap(),
+            0,
+            "a part of a frame was used"
+        );
+    }
+    driver.add(RX, 0x3_0000, &[1000]);
+    assert_eq!([(); 3].map(|()| driver.wait_used(RX)), [1000, 1000, 512]);
+    let header = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0];
+    let parts = [(0x1_0000, 1000), (0x2_0000, 1000), (0x3_0000, 512)];
+    let received = parts.map(|(at, length)| driver.bytes(at, length)).concat();
+    assert_eq!(received, [&header[..], &frame].concat());
+    driver.add(RX, 0x4_0000, &[1000]);
+    assert_eq!(driver.wait_used(RX), 112);
+    assert_eq!(driver.bytes(0x4_0000 + 10, 2), [1, 0]);
+}
+
+#[test]
+fn a_frame_that_the_whole_queue_does_not_hold_is_lost_and_the_next_is_not() {
+    let (device, host) = linked();
+    let mut driver = serve(Driver::agreeing(device, 1 << VIRTIO_NET_F_MRG_RXBUF));
+    host.send(&[5; 2000]).unwrap();
+    host.send(&[6; 50]).unwrap();
+    for at in 0..16 {
+        driver.add(RX, 0x1_0000 + at * 0x1000, &[100]);
+    }
+    assert_eq!([(); 16].map(|()| driver.wait_used(RX)), [0; 16]);
+    driver.add(RX, 0x4_0000, &[100]);
+    assert_eq!(driver.wait_used(RX), 62);
+}
+
+#[test]
+fn checksums_are_completed_and_checked_for_a_driver_that_leaves_them_to_the_device() {
+    let (device, host) = linked();
+    let mut driver = serve(Driver::agreeing(device, 1 << VIRTIO_NET_F_CSUM | 1 << VIRTIO_NET_F_GUEST_CSUM));
+    // A datagram of IPv4 with one byte, by RFC 768: from 10.0.0.1:1 to 10.0.0.2:2.
+    let mut frame = vec![0; 14];
+    frame[12] = 8;
+    frame.extend([0x45, 0, 0, 29, 0, 0, 0, 0, 64, 17, 0, 0, 10, 0, 0, 1, 10, 0, 0, 2]);
+    // The sum of the pseudo header: 0a00 + 0001 + 0a00 + 0002 + 17 + 9.
+    frame.extend([0, 1, 0, 2, 0, 9, 0x14, 0x1d, 7]);
+    let needs_checksum = [1, 0, 0, 0, 0, 0, 34, 0, 6, 0, 0, 0];
+    driver.send_behind(&needs_checksum, &frame, &[]);
+    let mut completed = vec![0; 43];
+    assert_eq!(host.recv(&mut completed).unwrap(), 43);
+    // !(141d + 1 + 2 + 9 + 0700)
+    assert_eq!(completed[40..42], [0xe4, 0xd6]);
+    for (frame, flags) in [(&completed, 2), (&frame, 0)] {
+        host.send(frame).unwrap();
+        driver.add(RX, 0x1_0000, &[2048]);
+        assert_eq!(driver.wait_used(RX), 55);
+        assert_eq!(driver.bytes(0x1_0000, 1), [flags]);
+    }
+}
+
+#[test]
+fn a_driver_that_wants_no_interrupt_gets_none() {
+    let (device, host) = linked();
+    let mut driver = served(device);
+    for (quiet, interrupted) in [(1_u16, false), (0, true)] {
+        driver.ram.write_obj(quiet, GuestAddress(0x1400)).unwrap();
+        host.send(&[1; 100]).unwrap();
+        driver.add(RX, 0x1_0000, &[2048]);
+        assert_eq!(driver.wait_used(RX), 112);
+        std::thread::sleep(Duration::from_millis(20));
+        assert_eq!(driver.interrupt.read().is_ok(), interrupted);
+    }
 }
 
 #[test]

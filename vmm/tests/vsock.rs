@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 const RX: u64 = 0;
 const TX: u64 = 1;
+const EVENT: u64 = 2;
 const REQUEST: u16 = 1;
 const RESPONSE: u16 = 2;
 const RST: u16 = 3;
@@ -129,6 +130,54 @@ impl Driver {
         self.ram.write_obj(self.sent, GuestAddress(0x2402)).unwrap();
         self.notify(TX);
     }
+}
+
+impl Driver {
+    /// A buffer for an event, the `number`th.
+    fn offer_event_buffer(&self, number: u16) {
+        self.ram.write_obj(0x2_8000_u64, GuestAddress(0x3000)).unwrap();
+        self.ram.write_obj(4_u32, GuestAddress(0x3008)).unwrap();
+        self.ram.write_obj(2_u16, GuestAddress(0x300c)).unwrap();
+        self.ram.write_obj(0_u16, GuestAddress(0x3404 + u64::from((number - 1) % 16) * 2)).unwrap();
+        self.ram.write_obj(number, GuestAddress(0x3402)).unwrap();
+        self.notify(EVENT);
+    }
+
+    fn events(&self) -> u16 {
+        self.ram.read_obj(GuestAddress(0x3802)).unwrap()
+    }
+
+    fn packets(&self) -> u16 {
+        self.ram.read_obj(GuestAddress(0x1802)).unwrap()
+    }
+}
+
+#[test]
+fn a_copy_is_asked_for_streams_once_it_has_ended_those_of_the_original() {
+    // The original's client stays: its device would go on to write into this memory.
+    let (mut driver, _original, _) = connected();
+    driver.offer_event_buffer(1);
+    let saved = driver.device.lock().unwrap().save();
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("vsock");
+    let interrupt = EventFd::new(rustix::fs::OFlags::NONBLOCK.bits() as i32).unwrap();
+    let mut transport = Transport::new(Vsock::default(), driver.ram.clone(), interrupt);
+    transport.restore(&saved).unwrap();
+    driver.device = Arc::new(Mutex::new(transport));
+    let backend = Backend::new(UnixListener::bind(&socket).unwrap(), driver.device.clone()).unwrap();
+    std::thread::spawn(move || backend.run());
+    driver.device.lock().unwrap().resume();
+    assert_eq!(driver.events(), 1, "the copy does not hear that its streams have ended");
+    // It ends all streams that it has, when it comes to it: a new one would be among them.
+    let before = driver.packets();
+    let mut client = UnixStream::connect(&socket).unwrap();
+    client.write_all(b"CONNECT 5252\n").unwrap();
+    std::thread::sleep(Duration::from_millis(100));
+    driver.notify(EVENT);
+    assert_eq!(driver.packets(), before, "it is asked for a stream that it is about to end");
+    driver.offer_event_buffer(2);
+    driver.received = before;
+    assert_eq!(driver.receive().op, REQUEST);
 }
 
 /// A driver, and a client that has reached port 5252 of it, with the stream's host port.

@@ -1,7 +1,7 @@
 //! Makes a snapshot: boots a kernel on a root disk, waits until the machine is warm, probes it, saves it, and restores
 //! the result four times to record which pages a fork touches ([`recording`]).
 
-use crate::build::recipe::Probe;
+use crate::build::recipe::{Probe, Rehearse};
 use crate::fork::agent::ClientError;
 use crate::fork::scratch::Scratch;
 use crate::interrupt::Interrupt;
@@ -20,8 +20,11 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
+mod asking;
 mod console;
 mod error;
 pub mod recording;
@@ -30,7 +33,7 @@ mod rig;
 pub use error::{BuildError, BuildFailure};
 use recording::TrialOptions;
 pub use rig::Machines;
-use rig::{BuildMachine, PAGE, REQUEST_TIMEOUT, open, run_probe};
+use rig::{BuildMachine, INTERRUPT_CHECK, PAGE, REQUEST_TIMEOUT, open};
 
 /// How long a kernel may take from its first instruction to the agent. kvm_pvm needs 15 s when it is alone.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
@@ -49,10 +52,12 @@ pub struct MachineRequest<'a> {
     pub vcpus: u8,
     /// Warm command instead of the root disk's own.
     pub warm: Option<&'a WarmCommand>,
-    /// How long the warm worker may take to be ready.
+    /// How long services and the warm worker may take to be ready.
     pub ready_timeout: Duration,
-    /// Code whose answer proves the warm state.
-    pub probe: Option<&'a Probe>,
+    /// What is done before the machine is asked.
+    pub rehearse: &'a Rehearse,
+    /// What proves the warm state. While the trace is recorded, the first is asked.
+    pub probes: &'a [Probe],
     /// forkd's directories.
     pub paths: &'a Paths,
     /// Scratch disk.
@@ -68,8 +73,10 @@ pub struct MachineRequest<'a> {
 pub enum BuildStep {
     /// The kernel boots.
     Boot,
-    /// The warm command starts.
+    /// Services and the warm command start.
     Warm,
+    /// What copies will do first is done.
+    Rehearse,
     /// The probe runs.
     Probe,
     /// Memory and state are saved.
@@ -104,7 +111,8 @@ pub fn build(
     save(into, &configuration, &File::from(vmstate), &File::from(ram))?;
 
     step(BuildStep::Trace);
-    let MachineRequest { probe, paths, interrupt, .. } = *request;
+    let MachineRequest { probes, paths, interrupt, .. } = *request;
+    let probe = probes.first();
     recording::record(machines, &configuration, into, into, &TrialOptions { probe, paths, interrupt })?;
     Ok(configuration)
 }
@@ -148,9 +156,13 @@ fn warm_up(
     machine.wait_for_ring("booting", BOOT_TIMEOUT, Ring::Booted)?;
     step(BuildStep::Warm);
     wait_until_warm(machine, request.ready_timeout)?;
-    if let Some(probe) = request.probe {
+    if *request.rehearse != Rehearse::default() {
+        step(BuildStep::Rehearse);
+        asking::rehearse(machine, request.rehearse)?;
+    }
+    if !request.probes.is_empty() {
         step(BuildStep::Probe);
-        run_probe(machine.agent("probing")?, probe)?;
+        request.probes.iter().try_for_each(|probe| asking::prove(machine, probe))?;
     }
     step(BuildStep::Save);
     let asked = machine.agent("taking the snapshot")?.snapshot(REQUEST_TIMEOUT);
@@ -178,18 +190,31 @@ fn images<'a>(layout: &MemoryLayout, ram: &'a OwnedFd, root_disk: &'a OwnedFd) -
     all.filter(|(_, id)| layout.image_bytes(*id) > 0).map(|(fd, _)| fd).collect()
 }
 
-/// Asks again every second, so that Ctrl-C is noticed while a worker takes long.
+/// Asks once, and looks for Ctrl-C meanwhile. Each connection costs a guest whose kernel is emulated half a second: asked every
+/// second, one that gets little of a processor does nothing but accept connections.
 fn wait_until_warm(machine: &BuildMachine<'_>, timeout: Duration) -> Result<(), BuildError> {
     let doing = "warming up";
     let deadline = Instant::now() + timeout;
     loop {
-        machine.interrupt.check()?;
-        match machine.agent(doing)?.status(true, Duration::from_secs(1)) {
+        let agent = machine.agent(doing)?;
+        let left = deadline.saturating_duration_since(Instant::now());
+        let (tell, told) = mpsc::channel();
+        // It ends with the connection, which ends with the machine at the latest.
+        thread::spawn(move || tell.send(agent.status(true, left)));
+        let answer = loop {
+            machine.interrupt.check()?;
+            match told.recv_timeout(INTERRUPT_CHECK) {
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => break Err(ClientError::Timeout { after: left }),
+                Ok(answer) => break answer,
+            }
+        };
+        match answer {
             Ok(Status { worker: WorkerState::Failed { reason, stderr, .. }, .. }) => {
                 return Err(BuildError::NotReady { reason, stderr });
             }
             Ok(Status { worker: WorkerState::Ready | WorkerState::None, .. }) => return Ok(()),
-            Ok(_) | Err(ClientError::Timeout { .. }) if Instant::now() < deadline => {}
+            Ok(_) if Instant::now() < deadline => {}
             Ok(_) | Err(ClientError::Timeout { .. }) => {
                 return Err(BuildError::Timeout { doing, after: timeout });
             }

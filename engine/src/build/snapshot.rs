@@ -2,7 +2,7 @@
 
 use crate::build::kernel::{self, KernelError};
 use crate::build::machine::{self, BuildError, BuildFailure, BuildStep, MachineRequest, Machines};
-use crate::build::recipe::{self, Probe, Recipe, RecipeError};
+use crate::build::recipe::{self, Probe, Recipe, RecipeError, Rehearse};
 use crate::build::tools;
 use crate::fork::scratch::Scratch;
 use crate::interrupt::Interrupt;
@@ -173,14 +173,15 @@ pub fn build_recipe(
         vcpus,
         warm: None,
         ready_timeout: recipe.ready_timeout(),
-        probe: recipe.probe.as_ref(),
+        rehearse: &recipe.rehearse,
+        probes: &recipe.probe,
         paths,
         scratch: Scratch { dir: &paths.cache, mib: recipe.scratch_mib },
         second_console: recipe.second_console,
         interrupt: &interrupt,
     };
-    let base_image = format!("debian:{}", recipe.base.suite);
-    let probe = recipe.probe.as_ref();
+    let base_image = format!("debian:{}", recipe.suite());
+    let probe = recipe.probe.first();
     let about =
         About { tag, description: &recipe.description, base_image: &base_image, kernel: &kernel, probe };
     finish(&machines, &request, draft, &about, wanted.force, (started, caller))
@@ -210,7 +211,8 @@ pub fn build_root_disk(
         vcpus,
         warm: warm.as_ref(),
         ready_timeout: READY_TIMEOUT,
-        probe: None,
+        rehearse: &Rehearse::default(),
+        probes: &[],
         paths,
         scratch: Scratch { dir: &paths.cache, mib: wanted.scratch_mib },
         second_console: wanted.second_console,
@@ -283,13 +285,17 @@ fn write_manifest(
             cpu_vendor: cpu.vendor,
         },
         files: Vec::new(),
-        probe: about
-            .probe
-            .filter(|probe| probe.code.len().max(probe.expect.as_ref().map_or(0, String::len)) <= PROBE_MAX)
-            .map(|probe| ManifestProbe { code: probe.code.clone(), expect: probe.expect.clone() }),
+        probe: about.probe.and_then(manifest_probe),
     };
     let path = dir.join(snapshots::MANIFEST);
     Ok(std::fs::write(&path, manifest.to_toml()).map_err(file_error("writing", &path))?)
+}
+
+/// What the manifest can say of a probe: code of a bounded length.
+fn manifest_probe(probe: &Probe) -> Option<ManifestProbe> {
+    let code = probe.eval.as_ref()?;
+    let longest = code.len().max(probe.expect.as_ref().map_or(0, String::len));
+    (longest <= PROBE_MAX).then(|| ManifestProbe { code: code.clone(), expect: probe.expect.clone() })
 }
 
 /// The kernel's digest: a host path has no business in a pack.

@@ -286,6 +286,13 @@ fn read_lines(mut reader: impl BufRead, mut each: impl FnMut(String) -> bool) {
     }
 }
 
+/// The variables that say how programs get out of here, for one whose environment is not ours.
+pub fn proxies() -> Vec<(String, String)> {
+    let names = ["http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY"];
+    let set = |name: &str| Some((name.to_owned(), std::env::var_os(name)?.into_string().ok()?));
+    names.into_iter().filter_map(set).collect()
+}
+
 /// Where `program` is in PATH.
 pub fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;

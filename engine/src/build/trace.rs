@@ -256,14 +256,17 @@ fn take_apart(
 /// What the trial restores are asked: what the user says, what a recipe says, what was asked when it was built.
 fn probe(request: &RetraceRequest, manifest: &Manifest) -> Result<Probe, RetraceError> {
     if let Some(code) = &request.eval {
-        return Ok(Probe { code: code.clone(), expect: None });
+        return Ok(Probe { eval: Some(code.clone()), ..Probe::default() });
     }
     if let Some(path) = &request.recipe {
         let recipe = Recipe::load(path).map_err(SnapshotBuildError::from)?;
-        return recipe.probe.ok_or_else(|| RetraceError::RecipeWithoutProbe { path: path.clone() });
+        let first = recipe.probe.into_iter().next();
+        return first.ok_or_else(|| RetraceError::RecipeWithoutProbe { path: path.clone() });
     }
     match &manifest.probe {
-        Some(ManifestProbe { code, expect }) => Ok(Probe { code: code.clone(), expect: expect.clone() }),
+        Some(ManifestProbe { code, expect }) => {
+            Ok(Probe { eval: Some(code.clone()), expect: expect.clone(), ..Probe::default() })
+        }
         None => Err(RetraceError::NoProbe { name: request.name.clone() }),
     }
 }

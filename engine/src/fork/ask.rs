@@ -135,15 +135,16 @@ fn may_be_asked(
         && (after_ready.is_none() || child.ready.is_some())
 }
 
-/// The outcome of a child that is over without an answer.
+/// The outcome of a child that is over without an answer, or is paused because its time is.
 fn over(supervisor: &Supervisor, at: usize) -> Option<ChildOutcome> {
     let error = {
         let children = supervisor.children();
         let child = &children[at];
-        child
+        let over = child
             .state
             .is_over()
-            .then(|| child.error.clone().unwrap_or_else(|| "it ended before it answered".to_owned()))
+            .then(|| child.error.clone().unwrap_or_else(|| "it ended before it answered".to_owned()));
+        over.or_else(|| child.overdue.as_ref().map(|why| format!("{why}, it is paused")))
     };
     error.map(|error| failed(supervisor, error))
 }
@@ -158,52 +159,70 @@ fn failed(supervisor: &Supervisor, error: String) -> ChildOutcome {
 
 fn ask(supervisor: &Supervisor, at: usize, request: &ChildRequest) -> ChildOutcome {
     let socket = supervisor.children()[at].socket.clone();
-    let asked = match request {
-        ChildRequest::Nothing => return failed(supervisor, "it was asked nothing".to_owned()),
-        ChildRequest::Ping => ping(supervisor, &socket),
-        ChildRequest::Eval(code) => eval(supervisor, &socket, code),
-        ChildRequest::Exec(command) => exec(supervisor, &socket, command),
-    };
-    asked.unwrap_or_else(|error| {
-        // When its machine failed, that is why it does not answer; the report of that may be a moment behind.
-        for _ in 0..FAILURE_POLLS {
-            if let Some(outcome) = over(supervisor, at) {
-                return outcome;
-            }
-            std::thread::sleep(POLL);
+    match ask_one(&socket, request) {
+        Ok(ChildReply { answer, value, error, exit_code }) => {
+            ChildOutcome { answer, value, error, exit_code, ..ChildOutcome::answered(now(supervisor)) }
         }
-        failed(supervisor, chain(&error))
-    })
+        Err(error) => {
+            // When its machine failed, that is why it does not answer; the report of that may be a moment behind.
+            for _ in 0..FAILURE_POLLS {
+                if let Some(outcome) = over(supervisor, at) {
+                    return outcome;
+                }
+                std::thread::sleep(POLL);
+            }
+            failed(supervisor, chain(&error))
+        }
+    }
 }
 
-fn ping(supervisor: &Supervisor, socket: &Path) -> Result<ChildOutcome, ClientError> {
-    AgentClient::connect(socket, ANSWER_TIMEOUT)?.ping(ANSWER_TIMEOUT)?;
-    Ok(ChildOutcome::answered(now(supervisor)))
+/// What a child says to a request; [`ChildOutcome`] says what the fields mean.
+#[derive(Debug, Default)]
+pub struct ChildReply {
+    /// What it answered.
+    pub answer: Option<String>,
+    /// The value alone, of code.
+    pub value: Option<String>,
+    /// Why the code failed.
+    pub error: Option<String>,
+    /// Exit code of a program.
+    pub exit_code: Option<i32>,
 }
 
-fn eval(supervisor: &Supervisor, socket: &Path, code: &str) -> Result<ChildOutcome, ClientError> {
-    let Answer { answer, error, output } =
-        AgentClient::connect(socket, ANSWER_TIMEOUT)?.eval(code, ANSWER_TIMEOUT)?;
-    let at = now(supervisor);
+/// Asks the child whose agent listens at `socket`.
+///
+/// # Errors
+/// [`ClientError`] as its variants say.
+pub fn ask_one(socket: &Path, request: &ChildRequest) -> Result<ChildReply, ClientError> {
+    let agent = || AgentClient::connect(socket, ANSWER_TIMEOUT);
+    match request {
+        ChildRequest::Nothing => Ok(ChildReply::default()),
+        ChildRequest::Ping => agent()?.ping(ANSWER_TIMEOUT).map(|()| ChildReply::default()),
+        ChildRequest::Eval(code) => eval(agent()?, code),
+        ChildRequest::Exec(command) => exec(agent()?, command),
+    }
+}
+
+fn eval(agent: AgentClient, code: &str) -> Result<ChildReply, ClientError> {
+    let Answer { answer, error, output } = agent.eval(code, ANSWER_TIMEOUT)?;
     let printed = output.filter(|output| !output.is_empty());
     let value = answer.clone();
     let answer = match (printed, answer) {
         (Some(printed), Some(answer)) => Some(format!("{printed}{answer}")),
         (printed, answer) => printed.or(answer),
     };
-    Ok(ChildOutcome { answer, value, error, ..ChildOutcome::answered(at) })
+    Ok(ChildReply { answer, value, error, exit_code: None })
 }
 
-fn exec(supervisor: &Supervisor, socket: &Path, command: &[String]) -> Result<ChildOutcome, ClientError> {
+fn exec(agent: AgentClient, command: &[String]) -> Result<ChildReply, ClientError> {
     let request = ExecRequest { argv: command.to_vec(), ..ExecRequest::default() };
     let (mut stdout, mut stderr) = (Capped::default(), Capped::default());
-    let client = AgentClient::connect(socket, ANSWER_TIMEOUT)?;
-    let Exit { code, signal } = client.exec(request, None, &mut stdout, &mut stderr, Some(ANSWER_TIMEOUT))?;
+    let Exit { code, signal } = agent.exec(request, None, &mut stdout, &mut stderr, Some(ANSWER_TIMEOUT))?;
     let text = [stdout.0, stderr.0].concat();
-    Ok(ChildOutcome {
+    Ok(ChildReply {
         answer: Some(String::from_utf8_lossy(&text).into_owned()),
         exit_code: code.or(signal.map(|signal| 128 + signal)),
-        ..ChildOutcome::answered(now(supervisor))
+        ..ChildReply::default()
     })
 }
 

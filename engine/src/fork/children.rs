@@ -5,7 +5,8 @@ use crate::fork::agent::{AgentClient, ClientError};
 use crate::local::paths::Paths;
 use crate::local::run_dir::{ForkDir, ForkStatus, RunDirError};
 use crate::local::snapshots::{CONSOLE, LockedSnapshot, SnapshotError};
-use forkd_abi::protocol::Answer;
+use crate::network::wire::GatewayStatus;
+use forkd_abi::protocol::{Answer, ExecRequest};
 use serde::Serialize;
 use std::fs::File;
 use std::io;
@@ -30,6 +31,12 @@ pub enum ChildrenError {
         /// Why.
         #[source]
         source: ClientError,
+    },
+    /// It is paused, and answers nobody.
+    #[error("{id} is paused")]
+    Paused {
+        /// The child.
+        id: String,
     },
     /// The code failed in the guest.
     #[error("{id}: the code failed: {error}")]
@@ -71,6 +78,12 @@ pub enum ChildrenError {
         /// The tag.
         tag: String,
     },
+    /// A child without a way out.
+    #[error("{id} has no way out: it was not forked with --net nat")]
+    NoGateway {
+        /// The child.
+        id: String,
+    },
     /// A snapshot whose console is asked for.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
@@ -100,9 +113,77 @@ pub fn list(paths: &Paths) -> Result<Vec<RunningFork>, RunDirError> {
     Ok(forks)
 }
 
+/// A child that lives.
+#[derive(Debug)]
+pub struct RunningChild {
+    /// Its name.
+    pub id: String,
+    /// Process id of its machine.
+    pub pid: i32,
+    /// Its fork.
+    pub fork: ForkDir,
+}
+
+/// The children that `name` means and that live: one, or all of a fork, of which there is one at least.
+pub fn find(paths: &Paths, name: &str) -> Result<Vec<RunningChild>, ChildrenError> {
+    let (fork, one) = fork_of(paths, name)?;
+    let unknown = |_| match one {
+        Some(id) => RunDirError::UnknownChild { id: id.to_owned() },
+        None => RunDirError::UnknownFork { id: name.to_owned() },
+    };
+    let children = fork.status()?.children.into_iter();
+    let meant = children.filter(|child| one.is_none_or(|id| id == child.id) && !child.state.is_over());
+    let found = meant.map(|child| RunningChild { id: child.id, pid: child.pid, fork: fork.clone() });
+    let found: Vec<_> = found.collect();
+    if found.is_empty() { Err(unknown(()).into()) } else { Ok(found) }
+}
+
+/// The fork that `name` means, and the child of it, unless it means all.
+fn fork_of<'a>(paths: &Paths, name: &'a str) -> Result<(ForkDir, Option<&'a str>), RunDirError> {
+    match name.contains('-') {
+        true => Ok((ForkDir::of_child(paths, name)?, Some(name))),
+        false => Ok((ForkDir::named(paths, name)?, None)),
+    }
+}
+
+/// Stops the child `name`, or all of a fork: they take no processor time until they are resumed. Returns how many live.
+pub fn pause(paths: &Paths, name: &str) -> Result<usize, RunDirError> {
+    let (fork, one) = fork_of(paths, name)?;
+    some_live(fork.pause(one)?, name, one)
+}
+
+/// Lets the child `name` go on, or all of a fork. Returns how many live.
+pub fn resume(paths: &Paths, name: &str) -> Result<usize, RunDirError> {
+    let (fork, one) = fork_of(paths, name)?;
+    some_live(fork.resume(one)?, name, one)
+}
+
+fn some_live(count: usize, name: &str, one: Option<&str>) -> Result<usize, RunDirError> {
+    let id = name.to_owned();
+    match (count, one) {
+        (0, Some(_)) => Err(RunDirError::UnknownChild { id }),
+        (0, None) => Err(RunDirError::UnknownFork { id }),
+        (count, _) => Ok(count),
+    }
+}
+
+/// Stops all children of all forks. Returns how many live.
+pub fn pause_all(paths: &Paths) -> Result<usize, RunDirError> {
+    of_all(paths, |fork| fork.pause(None))
+}
+
+/// Lets all children of all forks go on. Returns how many live.
+pub fn resume_all(paths: &Paths) -> Result<usize, RunDirError> {
+    of_all(paths, |fork| fork.resume(None))
+}
+
 /// A connection to the agent of the child `id`, for one request.
 pub fn connect(paths: &Paths, id: &str) -> Result<AgentClient, ChildrenError> {
     let fork = ForkDir::of_child(paths, id)?;
+    // It would not answer before it goes on, which may be never.
+    if fork.paused(id).exists() {
+        return Err(ChildrenError::Paused { id: id.to_owned() });
+    }
     AgentClient::connect(&fork.socket(id), CONNECT_TIMEOUT).map_err(agent_error(id))
 }
 
@@ -112,6 +193,11 @@ pub fn agent_error(id: &str) -> impl FnOnce(ClientError) -> ChildrenError {
     move |source| ChildrenError::Agent { id, source }
 }
 
+/// Starts a program in the child `id` that nobody waits for, and returns its process id there.
+pub fn start(paths: &Paths, id: &str, request: ExecRequest) -> Result<u32, ChildrenError> {
+    connect(paths, id)?.start(request, CONNECT_TIMEOUT).map_err(agent_error(id))
+}
+
 /// Has the warm worker of the child `id` evaluate `code`.
 pub fn eval(paths: &Paths, id: &str, code: &str) -> Result<Answer, ChildrenError> {
     let answer = connect(paths, id)?.eval(code, EVAL_TIMEOUT).map_err(agent_error(id))?;
@@ -119,6 +205,12 @@ pub fn eval(paths: &Paths, id: &str, code: &str) -> Result<Answer, ChildrenError
         Some(error) => Err(ChildrenError::Code { id: id.to_owned(), error: error.clone() }),
         None => Ok(answer),
     }
+}
+
+/// The way out of the child `id`.
+pub fn gateway(paths: &Paths, id: &str) -> Result<GatewayStatus, ChildrenError> {
+    let status = ForkDir::of_child(paths, id)?.gateway(id)?;
+    status.ok_or_else(|| ChildrenError::NoGateway { id: id.to_owned() })
 }
 
 /// The console of the child `id`.
@@ -138,16 +230,20 @@ pub fn console_of_snapshot(paths: &Paths, tag: &str) -> Result<File, ChildrenErr
 
 /// Ends all children of all forks. Returns how many lived.
 pub fn kill_all(paths: &Paths) -> Result<usize, RunDirError> {
-    let (mut killed, mut failure) = (0, None);
+    of_all(paths, |fork| fork.kill(None))
+}
+
+/// Asks all forks the same, and sums up. The others are asked all the same where one fails.
+fn of_all(paths: &Paths, ask: impl Fn(&ForkDir) -> Result<usize, RunDirError>) -> Result<usize, RunDirError> {
+    let (mut sum, mut failure) = (0, None);
     for fork in ForkDir::all(paths)? {
-        match fork.kill(None) {
-            Ok(count) => killed += count,
+        match ask(&fork) {
+            Ok(count) => sum += count,
             Err(RunDirError::Dead { .. }) => {}
-            // The others are to be ended all the same.
             Err(error) => failure = Some(error),
         }
     }
-    failure.map_or(Ok(killed), Err)
+    failure.map_or(Ok(sum), Err)
 }
 
 /// Ends the child `id`. Returns whether it lived.

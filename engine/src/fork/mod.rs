@@ -2,7 +2,10 @@
 
 pub mod agent;
 pub mod ask;
+pub mod branch;
 pub mod children;
+pub mod copy;
+pub mod forward;
 pub mod identity;
 pub mod opening;
 pub mod pagemap;

@@ -3,6 +3,7 @@
 //! What is *mapped* can be more than what was touched: on a fault the kernel also maps pages around it that happen to be
 //! there (64 KiB by default). What is *private* was written to.
 
+use forkd_vmm::memory::{ImageId, add_run};
 use std::fs::{File, Metadata};
 use std::io::{self, Read};
 use std::ops::Range;
@@ -32,6 +33,8 @@ pub enum PageState {
     Mapped,
     /// A copy of its own: it was written to.
     Private,
+    /// No file's, and not its alone: the zero page, which costs nothing.
+    Zero,
 }
 
 impl PageState {
@@ -39,8 +42,8 @@ impl PageState {
         let (present, of_file) = (entry & PRESENT != 0, entry & OF_FILE != 0);
         match (present, of_file) {
             (true, true) => PageState::Mapped,
-            // The zero page, which costs nothing, is nobody's in particular.
             (true, false) if entry & EXCLUSIVE != 0 => PageState::Private,
+            (true, false) => PageState::Zero,
             (false, false) if entry & SWAPPED != 0 => PageState::Private,
             _ => PageState::Absent,
         }
@@ -82,6 +85,12 @@ impl MappedFile {
         })
     }
 
+    /// Whether it is a part of an image: of a file in memory, or of a local snapshot's, which is called `in_snapshot`.
+    pub fn is_image(&self, id: ImageId, in_snapshot: &str) -> bool {
+        let path = self.path.trim_end_matches(" (deleted)");
+        path.strip_prefix("/memfd:") == Some(id.file_name()) || path.rsplit('/').next() == Some(in_snapshot)
+    }
+
     /// Where the file's first byte is, or would be.
     pub fn base(&self) -> Option<u64> {
         self.addresses.start.checked_sub(self.offset)
@@ -101,6 +110,40 @@ pub fn file_behind(pid: i32, mapping: &MappedFile) -> io::Result<Metadata> {
     std::fs::metadata(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
 }
 
+/// Where a process has an image, and in which parts: between them lies memory that took the image's place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageMapping {
+    /// Address of the first byte.
+    pub address: u64,
+    /// Address and length of what is mapped of it.
+    pub parts: Vec<(u64, u64)>,
+}
+
+/// Where a process has an image: a file in memory, or that of a local snapshot, which is called `in_snapshot`.
+pub fn image_mapping(pid: i32, id: ImageId, in_snapshot: &str) -> io::Result<ImageMapping> {
+    let mappings = mapped_files(pid)?;
+    let own: Vec<_> = mappings.iter().filter(|mapping| mapping.is_image(id, in_snapshot)).collect();
+    let address = own.first().and_then(|mapping| mapping.base()).ok_or(io::ErrorKind::NotFound)?;
+    let part =
+        |mapping: &&MappedFile| (mapping.addresses.start, mapping.addresses.end - mapping.addresses.start);
+    Ok(ImageMapping { address, parts: own.iter().map(part).collect() })
+}
+
+impl ImageMapping {
+    /// Address and length of what lies between the parts, in `bytes` from its first byte.
+    pub fn gaps(&self, bytes: u64) -> Vec<(u64, u64)> {
+        let (mut at, mut gaps) = (self.address, Vec::new());
+        let end = self.address.saturating_add(bytes);
+        for (start, length) in self.parts.iter().copied().chain([(end, 0)]) {
+            if start > at {
+                gaps.push((at, start - at));
+            }
+            at = at.max(start.saturating_add(length));
+        }
+        gaps
+    }
+}
+
 /// What a process has of its pages, by address.
 #[derive(Debug)]
 pub struct Pagemap(File);
@@ -109,6 +152,19 @@ impl Pagemap {
     /// Of the process `pid`.
     pub fn open(pid: i32) -> io::Result<Pagemap> {
         File::open(format!("/proc/{pid}/pagemap")).map(Pagemap)
+    }
+
+    /// The ranges of `bytes` at `base` that are not the file's, in bytes from there: whatever their content is, it is not to
+    /// be had elsewhere.
+    pub fn own(&self, base: u64, bytes: u64) -> io::Result<Vec<Range<u64>>> {
+        let mut runs: Vec<Range<u64>> = Vec::new();
+        self.visit(base, 0..bytes / PAGE, |page, state| {
+            if matches!(state, PageState::Private | PageState::Zero) {
+                let start = page * PAGE;
+                add_run(&mut runs, start..start + PAGE);
+            }
+        })?;
+        Ok(runs)
     }
 
     /// Tells `visit` the state of each of `pages` of what lies at `base`, in order, as far as the address space goes.
@@ -161,6 +217,13 @@ mod tests {
     }
 
     #[test]
+    fn what_lies_between_the_parts_of_an_image_is_known() {
+        let mapping = ImageMapping { address: 100, parts: vec![(110, 10), (120, 5), (140, 10)] };
+        assert_eq!(mapping.gaps(60), [(100, 10), (125, 15), (150, 10)]);
+        assert_eq!(ImageMapping { address: 100, parts: vec![(100, 10)] }.gaps(10), []);
+    }
+
+    #[test]
     fn states_are_told_apart() {
         for (entry, state) in [
             (0, PageState::Absent),
@@ -168,7 +231,7 @@ mod tests {
             (PRESENT | OF_FILE | EXCLUSIVE, PageState::Mapped),
             (PRESENT | EXCLUSIVE, PageState::Private),
             (SWAPPED, PageState::Private),
-            (PRESENT, PageState::Absent),
+            (PRESENT, PageState::Zero),
         ] {
             assert_eq!(PageState::of_entry(entry), state, "{entry:#x}");
         }

@@ -4,7 +4,8 @@ use crate::fork::ask::ChildOutcome;
 use crate::fork::supervisor::{Child, Milestone, Supervisor, milliseconds_since};
 use crate::fork::template::{FaultFigures, PrefetchFigures, Template};
 use crate::fork::warm::WarmStatus;
-use crate::network::wire::NetworkStatus;
+use crate::local::run_dir::PublishedPort;
+use crate::network::wire::{KeptNetwork, NetworkStatus};
 use crate::picture::timeline::{ChildMarks, EventRecorder, Phase, Span, TimelineScene};
 use forkd_vmm::memory::PAGE_BYTES;
 use rustix::fd::BorrowedFd;
@@ -107,6 +108,9 @@ pub struct ChildReport {
     /// Its network, if it has one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkStatus>,
+    /// Its published ports.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PublishedPort>,
 }
 
 /// Bytes fetched.
@@ -242,7 +246,8 @@ impl ForkReport {
             answer: outcome.answer,
             exit_code: outcome.exit_code,
             error: outcome.error,
-            network: child.network.clone(),
+            network: child.network.as_ref().map(KeptNetwork::status),
+            ports: child.ports.clone(),
         };
         ForkReport {
             pack,

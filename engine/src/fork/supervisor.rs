@@ -1,33 +1,50 @@
 //! The children of one fork: their processes, their progress, what is left of them. A supervisor's process is also the
 //! pager of its children.
 
+mod branch_error;
+mod branching;
 mod error;
+mod lifetime;
+mod moment;
+mod own_pages;
 mod reports;
 mod spec;
+mod wake;
 
+pub use branch_error::BranchError;
 pub use error::StartError;
-pub use spec::{ChildrenSpec, ResourceLimits};
+pub use spec::{ChildrenSpec, Lifetime, OnTimeout, ResourceLimits};
 
 use crate::chain::chain;
+use crate::fork::forward::listen::Way;
+use crate::fork::forward::ports::PortMap;
+use crate::fork::forward::publish::Publisher;
 use crate::fork::identity;
 use crate::fork::scratch::Scratch;
 use crate::fork::start_queue::StartQueue;
 use crate::fork::template::Template;
+use crate::local::branches::{BranchRequest, Branched};
 use crate::local::paths::Paths;
-use crate::local::run_dir::{ChildState, ChildStatus, ForkStatus, RunDir};
-use crate::network::wire::{ChildNetwork, ChildNetworks, NetworkStatus};
-use forkd_vmm::cgroup::Limits;
+use crate::local::run_dir::{ChildState, ChildStatus, ForkControl, ForkStatus, PublishedPort, RunDir};
+use crate::network::wire::{ChildNetwork, ChildNetworks, GatewayStatus, KeptNetwork};
 use forkd_vmm::kvm::KvmKind;
+use forkd_vmm::memory::Delta;
 use forkd_vmm::pager::ClientId;
 use forkd_vmm::process::{MachineFiles, MachineProcess, MachineSpec, monotonic_ns};
+use forkd_vmm::uffd::Uffd;
 use forkd_vmm::zygote::Zygote;
+use moment::{BranchPoint, FrozenMachine, Stop};
 use rustix::fd::AsFd;
+use spec::Deadline;
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+use wake::Wake;
 
 /// How long the control socket is left alone when it cannot be served.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -64,11 +81,29 @@ pub struct Child {
     pub goes_on: bool,
     /// When it was unique and ready for requests.
     pub ready: Option<Milestone>,
-    /// How it is reached on its network, if it has one.
-    pub network: Option<NetworkStatus>,
-    /// Where the other end of its network is, kept for others to enter; closed when the child is over.
-    namespace: Option<File>,
+    /// What is kept of its network, if it has one; closed when the child is over.
+    pub network: Option<KeptNetwork>,
+    /// Its ports that the fork forwards, until it is over.
+    pub ports: Vec<PublishedPort>,
+    /// Its machine is stopped.
+    paused: bool,
+    /// When its time is over, if it has such.
+    deadline: Option<Deadline>,
+    /// Why it was paused, if nobody asked for that.
+    pub overdue: Option<String>,
     client: ClientId,
+    /// The child that it was branched from.
+    parent: Option<String>,
+    /// What it goes on from, until it is over.
+    frozen: Option<Arc<FrozenMachine>>,
+    /// It is to be branched: who waits for it to stop.
+    stop_wanted: Option<SyncSender<Stop>>,
+    /// How often its agent was asked to ring for a snapshot, and has not yet.
+    rings_due: u32,
+    /// Tells what it writes to, where the kernel can.
+    uffd: Option<Arc<Uffd>>,
+    /// When it rang for a snapshot the last time, CLOCK_MONOTONIC, ns.
+    rang_at_ns: u64,
 }
 
 impl Child {
@@ -103,6 +138,19 @@ pub struct Supervisor {
     /// Where other processes ask; nobody listens any more once it is shut down.
     control: Option<UnixListener>,
     ended: AtomicBool,
+    /// The children's published ports, if any are.
+    publisher: Mutex<Option<Publisher>>,
+    zygote: Zygote,
+    limits: ResourceLimits,
+    lifetime: Option<Lifetime>,
+    /// What branches get theirs from; one branching at a time has it.
+    networks: Mutex<ChildNetworks>,
+    /// Held while a child is stopped to be branched.
+    freezing: Mutex<()>,
+    /// Of the next branch. Held while branches are started, so that theirs are the last children.
+    next_number: Mutex<u64>,
+    /// Has the reports looked at.
+    wake: Wake,
 }
 
 /// Is told which child goes on, got ready or is over.
@@ -118,7 +166,7 @@ impl Supervisor {
         spec: &ChildrenSpec,
     ) -> Result<Arc<Supervisor>, StartError> {
         spec.limits.check(zygote)?;
-        let networks = ChildNetworks::new(spec.network)?;
+        let networks = ChildNetworks::new(&spec.network, spec.count)?;
         let run_dir = RunDir::create(paths)?;
         match zygote.cgroups() {
             Ok(cgroups) => run_dir.note_cgroups(&cgroups.path)?,
@@ -133,6 +181,7 @@ impl Supervisor {
         let turns = StartQueue::of(spec.count, KvmKind::detect()).map(Mutex::new);
         let cache = paths.cache.clone();
         let ended = AtomicBool::new(false);
+        let wake = Wake::new().map_err(StartError::Thread)?;
         let supervisor = Arc::new(Supervisor {
             run_dir,
             cache,
@@ -144,11 +193,19 @@ impl Supervisor {
             watcher,
             control,
             ended,
+            publisher: Mutex::default(),
+            zygote: zygote.clone(),
+            limits: spec.limits,
+            lifetime: spec.lifetime,
+            networks: Mutex::new(networks),
+            freezing: Mutex::default(),
+            next_number: Mutex::new(u64::from(spec.count) + 1),
+            wake,
         });
         let mut followed = false;
         let spawned = (1..=u64::from(spec.count)).try_for_each(|number| {
-            let network = networks.of_child(number)?;
-            supervisor.spawn(zygote, spec, number, network)?;
+            let network = supervisor.network_of(number)?;
+            supervisor.spawn(number, spec.variables.of_child(number), network, None)?;
             // The first child does not wait for threads, and not for its memory until the last one is spawned.
             if !std::mem::replace(&mut followed, true) {
                 let reports = Arc::clone(&supervisor);
@@ -160,6 +217,7 @@ impl Supervisor {
             }
             Ok(())
         });
+        let spawned = spawned.and_then(|()| supervisor.publish(&spec.publish));
         supervisor.spawning.store(false, Ordering::Release);
         if spawned.is_err() {
             supervisor.end();
@@ -167,18 +225,22 @@ impl Supervisor {
         spawned.map(|()| supervisor)
     }
 
+    fn network_of(&self, number: u64) -> Result<Option<ChildNetwork>, StartError> {
+        Ok(self.networks.lock().unwrap_or_else(PoisonError::into_inner).of_child(number)?)
+    }
+
+    /// Starts child `number`, from the template or from where another child was.
     fn spawn(
         &self,
-        zygote: &Zygote,
-        spec: &ChildrenSpec,
         number: u64,
+        environment: BTreeMap<String, String>,
         network: Option<ChildNetwork>,
+        branch: Option<BranchPoint>,
     ) -> Result<(), StartError> {
         let id = format!("{}-{number}", self.run_dir.id());
         let identity = network.as_ref().map(|network| network.identity);
-        let record = identity::fresh(&id, number, identity, spec.variables.of_child(number))?;
-        let limits = spec.limits.limits(&id, &self.template.configuration().layout);
-        let (process, socket) = self.start_machine(zygote, &id, record, limits, network.as_ref())?;
+        let record = identity::fresh(&id, number, identity, environment)?;
+        let (process, socket) = self.start_machine(&id, record, network.as_ref(), branch.as_ref())?;
         self.children().push(Child {
             id,
             pid: process.pid,
@@ -189,9 +251,18 @@ impl Supervisor {
             first_instruction: None,
             goes_on: false,
             ready: None,
-            network: network.as_ref().map(ChildNetwork::status),
-            namespace: network.map(|network| network.namespace),
+            network: network.map(ChildNetwork::connect).transpose()?,
+            ports: Vec::new(),
+            paused: false,
+            deadline: Deadline::of(self.lifetime),
+            overdue: None,
             client: ClientId(number),
+            parent: branch.as_ref().map(|branch| branch.parent.clone()),
+            frozen: branch.map(|branch| branch.frozen),
+            stop_wanted: None,
+            rings_due: 0,
+            uffd: None,
+            rang_at_ns: 0,
         });
         Ok(())
     }
@@ -199,11 +270,10 @@ impl Supervisor {
     /// A child's process, and the socket of its vsock.
     fn start_machine(
         &self,
-        zygote: &Zygote,
         id: &str,
         record: Vec<u8>,
-        limits: Limits,
         network: Option<&ChildNetwork>,
+        branch: Option<&BranchPoint>,
     ) -> Result<(MachineProcess, PathBuf), StartError> {
         let failed = |operation, path: &Path| {
             let path = path.to_owned();
@@ -216,25 +286,54 @@ impl Supervisor {
         let configuration = self.template.configuration();
         let scratch = Scratch { dir: &self.cache, mib: configuration.scratch_mib };
         let disk = scratch.create()?;
+        let frozen = branch.map(|branch| &*branch.frozen);
+        let delta = frozen.map(|frozen| &frozen.delta);
         let spec = MachineSpec {
             layout: configuration.layout,
-            limits,
+            limits: self.limits.limits(id, &configuration.layout),
             record,
             mac: network.map(|network| network.identity.mac),
-            start: self.template.start(),
+            start: self.template.start(delta),
             scratch_bytes: scratch.bytes(),
-            waits_at_first_instruction: self.turns.is_some(),
+            waits_at_first_instruction: self.turns.is_some() && branch.is_none(),
         };
         let files = MachineFiles {
             images: self.template.images(),
-            start: self.template.vmstate(),
+            start: frozen.map_or_else(|| self.template.vmstate(), |frozen| frozen.vmstate.as_fd()),
             console: console.as_fd(),
             vsock: vsock.as_fd(),
             scratch: disk.as_ref().map(AsFd::as_fd),
-            tap: network.map(|network| network.tap.as_fd()),
+            wire: network.map(ChildNetwork::wire),
             initrd: None,
+            delta: delta.filter(|delta| !delta.runs().is_empty()).map(Delta::file),
         };
-        Ok((zygote.spawn(&spec, &files)?, socket))
+        Ok((self.zygote.spawn(&spec, &files)?, socket))
+    }
+
+    /// Has ports of all children forwarded. They are started already: no first instruction waits for it.
+    fn publish(&self, maps: &[PortMap]) -> Result<(), StartError> {
+        if maps.is_empty() {
+            return Ok(());
+        }
+        let mut children = self.children();
+        let way =
+            |child: &Child| Way { socket: child.socket.clone(), paused: self.run_dir.paused(&child.id) };
+        let mut publisher = Publisher::start(children.iter().map(way).collect(), maps)?;
+        for (at, child) in children.iter_mut().enumerate() {
+            match child.process.is_some() {
+                true => child.ports = publisher.ports(at).to_vec(),
+                false => publisher.end(at),
+            }
+        }
+        *self.publisher.lock().unwrap_or_else(PoisonError::into_inner) = Some(publisher);
+        Ok(())
+    }
+
+    /// A child is over.
+    fn end_publishing(&self, at: usize) {
+        if let Some(publisher) = &mut *self.publisher.lock().unwrap_or_else(PoisonError::into_inner) {
+            publisher.end(at);
+        }
     }
 
     /// The children; short-lived lock.
@@ -285,6 +384,7 @@ impl Supervisor {
     pub fn end(&self) {
         self.kill(None);
         self.ended.store(true, Ordering::Release);
+        *self.publisher.lock().unwrap_or_else(PoisonError::into_inner) = None;
         if let Some(control) = &self.control {
             // Whoever waits in accept(2) is woken.
             let _ = rustix::net::shutdown(control, rustix::net::Shutdown::Both);
@@ -296,19 +396,38 @@ impl Supervisor {
         self.ended.load(Ordering::Acquire)
     }
 
+    /// The way out of the child of that name, if there is such a child and it has one.
+    pub fn gateway_status(&self, id: &str) -> Option<GatewayStatus> {
+        let children = self.children();
+        let child = children.iter().find(|child| child.id == id)?;
+        child.network.as_ref()?.gateway_status()
+    }
+
     /// What `forkd ps` shows.
     pub fn status(&self) -> ForkStatus {
         let progress = self.template.progress();
         let waits = self.template.pager().map(|pager| pager.waits()).unwrap_or_default();
         let shown = |child: &Child| {
             let stuck = waits.get(&child.client).is_some_and(|wait| *wait > STALLED_AFTER);
-            let stalled = stuck && !child.state.is_over();
+            let state = match child.state {
+                state if state.is_over() => state,
+                _ if child.paused => ChildState::Paused,
+                _ if stuck => ChildState::Stalled,
+                state => state,
+            };
+            let unfetched = || progress.last_error.clone().filter(|_| state == ChildState::Stalled);
+            let deadline = child.deadline.as_ref().filter(|_| !state.is_over());
+            let left = |deadline: &Deadline| deadline.at.saturating_duration_since(Instant::now());
             ChildStatus {
                 id: child.id.clone(),
                 pid: child.pid,
-                state: if stalled { ChildState::Stalled } else { child.state },
-                error: child.error.clone().or_else(|| progress.last_error.clone().filter(|_| stalled)),
-                network: child.network.clone(),
+                state,
+                error: child.error.clone().or_else(|| child.overdue.clone()).or_else(unfetched),
+                network: child.network.as_ref().map(KeptNetwork::status),
+                ports: child.ports.clone(),
+                parent: child.parent.clone(),
+                expires_in_ms: deadline
+                    .map(|deadline| left(deadline).as_millis().try_into().unwrap_or(u64::MAX)),
             }
         };
         ForkStatus {
@@ -317,6 +436,32 @@ impl Supervisor {
             bytes_total: progress.bytes_total,
             children: self.children().iter().map(shown).collect(),
         }
+    }
+}
+
+impl ForkControl for Supervisor {
+    fn status(&self) -> ForkStatus {
+        Supervisor::status(self)
+    }
+
+    fn kill(&self, child: Option<&str>) -> usize {
+        Supervisor::kill(self, child)
+    }
+
+    fn pause(&self, child: Option<&str>) -> usize {
+        Supervisor::pause(self, child)
+    }
+
+    fn resume(&self, child: Option<&str>) -> usize {
+        Supervisor::resume(self, child)
+    }
+
+    fn gateway(&self, child: &str) -> Option<GatewayStatus> {
+        self.gateway_status(child)
+    }
+
+    fn branch(&self, request: &BranchRequest) -> Result<Branched, String> {
+        Supervisor::branch(self, request).map_err(|error| chain(&error))
     }
 }
 
@@ -331,7 +476,7 @@ fn serve_control(supervisor: &Weak<Supervisor>, listener: &UnixListener) {
             std::thread::sleep(PAUSE);
             continue;
         };
-        supervisor.run_dir.answer(stream, || supervisor.status(), |id| supervisor.kill(id));
+        supervisor.run_dir.answer(stream, &supervisor);
     }
 }
 

@@ -15,7 +15,7 @@ use forkd_fs::source::Priority;
 use forkd_fs::store::{ChunkData, FetchProgress, OnChunk, ReadError, Store};
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
-use forkd_vmm::memory::{ImageId, MemoryError, create_image, longest_runs};
+use forkd_vmm::memory::{Delta, ImageId, MemoryError, add_run, create_image, longest_runs};
 use forkd_vmm::pager::{ImageChunk, ImageShape, Pager, PagerError, PagerStats};
 use forkd_vmm::process::MachineStart;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -280,9 +280,10 @@ impl Template {
         self.complete = true;
     }
 
-    /// How machines of this template start.
-    pub fn start(&self) -> MachineStart {
-        MachineStart::Restore { lazy: !self.complete, zero_runs: self.zero_runs.clone() }
+    /// How machines of this template start; with `delta`, those that are branches of one of them.
+    pub fn start(&self, delta: Option<&Delta>) -> MachineStart {
+        let delta_runs = delta.map_or(0, |delta| delta.runs().len());
+        MachineStart::Restore { lazy: !self.complete, zero_runs: self.zero_runs.clone(), delta_runs }
     }
 
     /// The machine's configuration.
@@ -375,10 +376,7 @@ fn zero_runs(pages: &StorePages, id: ImageId, shape: &ImageShape) -> Vec<(u64, u
     for chunk in (0..shape.chunks()).filter(|chunk| pages.is_zero(ImageChunk { image: id, chunk: *chunk })) {
         let start = chunk * shape.chunk_bytes;
         let end = (start + shape.chunk_bytes).min(shape.bytes);
-        match runs.last_mut() {
-            Some(run) if run.end == start => run.end = end,
-            _ => runs.push(start..end),
-        }
+        add_run(&mut runs, start..end);
     }
     longest_runs(runs).into_iter().map(|run| (run.start, run.end)).collect()
 }

@@ -2,6 +2,9 @@
 //!
 //! A published version is never rewritten: its file and its entry stay as they are; only `latest` moves. A crash
 //! leaves at most a file no entry names, which the next publication of that name replaces.
+//!
+//! For a release of GitHub the pack stays where it is: the entry names the address it will have once the release has been
+//! made, by the command that [`Release`] has.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -21,6 +24,7 @@ use serde::Serialize;
 use tempfile::NamedTempFile;
 
 use crate::hub::registry::{self, PackageVersion, Registry, RegistryError, SCHEMA_VERSION};
+use crate::hub::release::{Release, ReleaseError, Repository};
 use crate::reference::{LATEST, PackageName};
 
 /// The file whose lock orders publications into one folder.
@@ -39,6 +43,8 @@ pub struct PublishRequest<'a> {
     pub version: Option<String>,
     /// The recipe that produced it.
     pub recipe_path: Option<String>,
+    /// The repository of GitHub whose release will hold the pack, which is then not copied into the folder.
+    pub github: Option<Repository>,
 }
 
 /// What is inside the pack, as far as a registry tells.
@@ -73,6 +79,16 @@ impl PackContents {
         let manifest = Box::new((*store.manifest().await?).clone());
         Ok(PackContents::Indexed { pin: store.index_pin(), manifest, head_size: head_size(&store).await? })
     }
+
+    /// What its manifest says of it to people, if anything.
+    fn description(&self) -> Option<&str> {
+        match self {
+            PackContents::Indexed { manifest, .. } => {
+                Some(manifest.description.as_str()).filter(|text| !text.is_empty())
+            }
+            PackContents::Legacy { .. } => None,
+        }
+    }
 }
 
 /// `None` of a pack whose trace nobody could use: it may be of another monitor's machine.
@@ -93,12 +109,15 @@ pub struct Published {
     pub package: String,
     /// The version it got.
     pub version: String,
-    /// The file in the folder.
+    /// The file in the folder, or the one to be attached to the release.
     pub file: PathBuf,
     /// Its size.
     pub size_bytes: u64,
     /// Its digest.
     pub sha256: Digest,
+    /// The release to be made, without which the entry leads nowhere.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub release: Option<Release>,
 }
 
 /// Why a pack cannot be published.
@@ -118,6 +137,9 @@ pub enum PublishError {
         /// The version.
         version: String,
     },
+    /// The pack cannot be a release's.
+    #[error(transparent)]
+    Release(#[from] ReleaseError),
     /// The pack cannot be opened.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -156,25 +178,45 @@ pub fn publish(publication: &PublishRequest<'_>, contents: &PackContents) -> Res
     let hub = publication.hub;
     std::fs::create_dir_all(hub).map_err(at(hub))?;
     // Copied and hashed before the lock is taken: publications of large packs do not wait for each other.
-    let (copy, sha256, size_bytes) = copy_in(publication.pack, hub)?;
+    let (copy, sha256, size_bytes) = if publication.github.is_some() {
+        let (sha256, size_bytes) = digest_of(publication.pack).map_err(at(publication.pack))?;
+        (None, sha256, size_bytes)
+    } else {
+        let (copy, sha256, size_bytes) = copy_in(publication.pack, hub)?;
+        (Some(copy), sha256, size_bytes)
+    };
     let _lock = lock(hub)?;
     let path = hub.join(registry::FILE_NAME);
     let mut registry = read_or_new(&path)?;
-    let version = choose_version(&registry, &publication.package, publication.version.as_deref())?;
-    let file_name = choose_file_name(&registry, &publication.package, &version);
-    let file = hub.join(&file_name);
-    copy.persist(&file).map_err(|error| at(&file)(error.error))?;
-    let entry = entry(publication, contents, &file_name, sha256, size_bytes);
-    let package = registry.packages.entry(publication.package.to_string()).or_default();
-    if let PackContents::Indexed { manifest, .. } = contents
-        && !manifest.description.is_empty()
-    {
-        package.description.clone_from(&manifest.description);
+    let PublishRequest { package, pack, .. } = publication;
+    let version = choose_version(&registry, package, publication.version.as_deref())?;
+    let release = publication.github.as_ref().map(|repository| {
+        let description = contents.description().unwrap_or_default();
+        Release::of(&registry, repository, package, &version, pack, size_bytes, description)
+    });
+    let release = release.transpose()?;
+    let mut entry = entry(publication, contents, sha256, size_bytes);
+    let file = match copy {
+        Some(copy) => {
+            entry.url = choose_file_name(&registry, package, &version);
+            let file = hub.join(&entry.url);
+            copy.persist(&file).map_err(|error| at(&file)(error.error))?;
+            file
+        }
+        None => pack.to_path_buf(),
+    };
+    if let Some(release) = &release {
+        entry.url.clone_from(&release.url);
+        entry.release_tag = Some(release.tag.clone());
     }
-    package.versions.insert(version.clone(), entry.clone());
-    package.versions.insert(LATEST.to_owned(), entry);
+    let listed = registry.packages.entry(package.to_string()).or_default();
+    if let Some(description) = contents.description() {
+        description.clone_into(&mut listed.description);
+    }
+    listed.versions.insert(version.clone(), entry.clone());
+    listed.versions.insert(LATEST.to_owned(), entry);
     write_registry(&path, &registry)?;
-    Ok(Published { package: publication.package.to_string(), version, file, size_bytes, sha256 })
+    Ok(Published { package: package.to_string(), version, file, size_bytes, sha256, release })
 }
 
 fn lock(hub: &Path) -> Result<File, PublishError> {
@@ -231,12 +273,10 @@ fn choose_file_name(registry: &Registry, package: &PackageName, version: &str) -
 fn entry(
     publication: &PublishRequest<'_>,
     contents: &PackContents,
-    file_name: &str,
     sha256: Digest,
     size_bytes: u64,
 ) -> PackageVersion {
     let mut entry = PackageVersion {
-        url: file_name.to_owned(),
         sha256: Some(sha256.to_string()),
         size_bytes: Some(size_bytes),
         recipe_path: publication.recipe_path.clone(),
@@ -315,7 +355,7 @@ mod tests {
         version: Option<&str>,
     ) -> PublishRequest<'a> {
         let (package, version) = (package.parse().unwrap(), version.map(str::to_owned));
-        PublishRequest { pack, hub, package, version, recipe_path: None }
+        PublishRequest { pack, hub, package, version, recipe_path: None, github: None }
     }
 
     fn registry_of(hub: &Path) -> Registry {

@@ -27,6 +27,7 @@ const SAMPLE: &str = r#"{
                         "index_sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad" },
                 "half": { "url": "x", "index_offset": 5 },
                 "local": { "url": "file:///etc/passwd" },
+                "later": { "recipe_path": "recipes/python-numpy" },
                 "../up": { "url": "x" }
             }
         },
@@ -155,6 +156,19 @@ fn entries_leave_out_what_cannot_be_a_path() {
 }
 
 #[test]
+fn what_is_hosted_nowhere_comes_with_its_recipe() {
+    match resolve(web(), "deeplethe/python-numpy@later") {
+        Err(RegistryError::NotHosted { recipe, .. }) => {
+            assert_eq!(recipe.as_deref(), Some("recipes/python-numpy"))
+        }
+        other => panic!("{other:?}"),
+    }
+    let registry = Registry::parse(SAMPLE.as_bytes(), "test").unwrap();
+    let entry = &registry.packages["deeplethe/python-numpy"].versions["later"];
+    assert!(!serde_json::to_string(entry).unwrap().contains("url"));
+}
+
+#[test]
 fn unknown_fields_survive_a_rewrite() {
     let registry = Registry::parse(SAMPLE.as_bytes(), "test").unwrap();
     let again = serde_json::to_string(&registry).unwrap();
@@ -185,6 +199,9 @@ fn the_projects_own_registry_is_valid() {
     for (name, package) in &registry.packages {
         assert!(name.parse::<PackageName>().is_ok(), "{name}");
         assert!(package.versions.contains_key(LATEST), "{name} has no latest");
+        for recipe in package.versions.values().filter_map(|version| version.recipe_path.as_ref()) {
+            assert!(path.with_file_name(recipe).join("recipe.toml").is_file(), "{name}: {recipe}");
+        }
     }
 }
 

@@ -59,7 +59,10 @@ pub fn look(paths: &Paths, id: &str) -> Result<ChildMemory, ChildrenError> {
     let mappings = pagemap::mapped_files(pid).map_err(failed)?;
     let pages = Pagemap::open(pid).map_err(failed)?;
     let images = ImageId::ALL.into_iter().filter_map(|id| {
-        let own = mappings.iter().filter(|mapping| is_image(mapping, id)).collect::<Vec<_>>();
+        let own = mappings
+            .iter()
+            .filter(|mapping| mapping.is_image(id, Template::image_name(id)))
+            .collect::<Vec<_>>();
         look_at(pid, Template::image_name(id), &own, &pages).transpose()
     });
     let images = images.collect::<io::Result<Vec<_>>>().map_err(failed)?;
@@ -67,13 +70,6 @@ pub fn look(paths: &Paths, id: &str) -> Result<ChildMemory, ChildrenError> {
         return Err(ChildrenError::NoImage { id: id.to_owned(), pid });
     }
     Ok(ChildMemory { child: id.to_owned(), pid, pack, images })
-}
-
-/// An image is a file in memory, or a local snapshot's.
-fn is_image(mapping: &MappedFile, id: ImageId) -> bool {
-    let path = mapping.path.trim_end_matches(" (deleted)");
-    path.strip_prefix("/memfd:") == Some(id.file_name())
-        || path.rsplit('/').next() == Some(Template::image_name(id))
 }
 
 /// An image whose parts are mapped at `own`. What lies between them is anonymous memory in place of zeros.
@@ -100,7 +96,7 @@ fn look_at(
     };
     pagemap.visit(base, 0..pages, |page, state| {
         let (count, shade) = match state {
-            PageState::Absent => return,
+            PageState::Absent | PageState::Zero => return,
             PageState::Private => (&mut image.private_pages, 0),
             PageState::Mapped => (&mut image.mapped_pages, 1),
         };

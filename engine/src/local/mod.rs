@@ -1,5 +1,6 @@
 //! What forkd keeps on this machine: directories, snapshots, run directories, mounts.
 
+pub mod branches;
 pub mod host;
 pub mod mounts;
 pub mod paths;

@@ -6,38 +6,48 @@
 //!                        control.sock    answers Query with one line of JSON
 //!                        <child>.vsock   the child's vsock (CONNECT port)
 //!                        <child>.console its console
+//!                        <child>.paused  there while the child is paused
 //!                        cgroups         path of the directory with the children's cgroups, where they have any
 //!                        workspace_parent path of the directory in which its workspace lies (`workspace.rs`)
 //! ```
 
+mod fork_dir;
+
+pub use fork_dir::ForkDir;
+
+use crate::local::branches::{BranchRequest, Branched};
 use crate::local::paths::{Paths, PathsError};
-use crate::network::wire::NetworkStatus;
-use forkd_vmm::cgroup::{self, CgroupError};
+use crate::network::wire::{GatewayStatus, NetworkStatus};
+use forkd_vmm::cgroup::CgroupError;
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 const LOCK: &str = "lock";
 const CONTROL: &str = "control.sock";
+const PAUSED: &str = "paused";
 const CGROUPS: &str = "cgroups";
 const WORKSPACE_PARENT: &str = "workspace_parent";
 /// Longest query or answer, bytes.
 const MESSAGE_MAX: u64 = 4 << 20;
 /// How long a supervisor may take to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// The same where branches are started, whose supervisor gives up before.
+const BRANCH_TIMEOUT: Duration = Duration::from_secs(600);
 /// How directories are named while they are made; forks have hexadecimal names.
 const UNBORN_PREFIX: &str = ".new-";
 /// Age from which on one that has no lock will never have one.
 const UNBORN_AGE: Duration = Duration::from_secs(60);
 
-/// Where a child stands. Ordered: a child only ever moves on.
+/// Where a child stands. Ordered: a child only ever moves on. Stalled and paused are what is shown of one that is not over
+/// for as long as that lasts; where it stands itself does not change by it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ChildState {
@@ -49,6 +59,8 @@ pub enum ChildState {
     Stalled,
     /// It is unique and answers requests.
     Ready,
+    /// Its process is stopped: `forkd pause`, or `--on-timeout pause`.
+    Paused,
     /// Its guest ended.
     Ended,
     /// It could not go on.
@@ -70,6 +82,7 @@ impl ChildState {
             ChildState::Running => "running",
             ChildState::Stalled => "stalled",
             ChildState::Ready => "ready",
+            ChildState::Paused => "paused",
             ChildState::Ended => "ended",
             ChildState::Failed => "failed",
             ChildState::Killed => "killed",
@@ -91,6 +104,24 @@ pub struct ChildStatus {
     /// Its network, if it has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkStatus>,
+    /// Its ports that `--publish` made reachable.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<PublishedPort>,
+    /// The child that it was branched from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// Milliseconds until its time (`--timeout`) is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_in_ms: Option<u64>,
+}
+
+/// A port of a child that its fork forwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PublishedPort {
+    /// TCP port of its loopback.
+    pub guest: u16,
+    /// TCP port of the host's loopback that leads there.
+    pub local: u16,
 }
 
 /// One fork.
@@ -111,6 +142,29 @@ pub struct ForkStatus {
 enum Query {
     Status,
     Kill(Option<String>),
+    Pause(Option<String>),
+    Resume(Option<String>),
+    Gateway(String),
+    Branch(BranchRequest),
+}
+
+/// The answer to a query of a later forkd.
+const UNKNOWN_QUERY: &str = "\"unknown query\"";
+
+/// What a fork does for those who ask.
+pub trait ForkControl {
+    /// How it is.
+    fn status(&self) -> ForkStatus;
+    /// Ends a child, or all. Returns how many were alive.
+    fn kill(&self, child: Option<&str>) -> usize;
+    /// Stops a child, or all. Returns how many live.
+    fn pause(&self, child: Option<&str>) -> usize;
+    /// Lets a child go on, or all. Returns how many live.
+    fn resume(&self, child: Option<&str>) -> usize;
+    /// The way out of a child, if it has one.
+    fn gateway(&self, child: &str) -> Option<GatewayStatus>;
+    /// Branches a child, or says why not.
+    fn branch(&self, request: &BranchRequest) -> Result<Branched, String>;
 }
 
 /// A run directory cannot be used.
@@ -147,6 +201,24 @@ pub enum RunDirError {
         /// Why.
         #[source]
         source: serde_json::Error,
+    },
+    /// The supervisor does not know what it is asked.
+    #[error("the supervisor of fork `{fork}` is of another version of forkd and cannot do that")]
+    OtherVersion {
+        /// The fork.
+        fork: String,
+    },
+    /// The supervisor cannot do what it is asked.
+    #[error("{error}")]
+    Refused {
+        /// Why, with causes.
+        error: String,
+    },
+    /// No such fork.
+    #[error("there is no running fork `{id}`")]
+    UnknownFork {
+        /// Its name.
+        id: String,
     },
     /// No such child.
     #[error("there is no running child `{id}`")]
@@ -216,6 +288,23 @@ impl RunDir {
         self.path.join(format!("{child}.console"))
     }
 
+    /// The file that is there while a child is paused.
+    pub fn paused(&self, child: &str) -> PathBuf {
+        self.path.join(format!("{child}.{PAUSED}"))
+    }
+
+    /// Notes that a child is paused, for whoever is about to ask it something; or that it no longer is.
+    pub fn note_paused(&self, child: &str, paused: bool) {
+        let path = self.paused(child);
+        let noted = if paused { File::create(&path).map(drop) } else { fs::remove_file(&path) };
+        match noted {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(path = %path.display(), %error, "it cannot be noted whether a child is paused");
+            }
+            _ => {}
+        }
+    }
+
     /// Notes where the children's cgroups are, for whoever cleans up after a killed fork.
     pub fn note_cgroups(&self, parent: &Path) -> Result<(), RunDirError> {
         let path = self.path.join(CGROUPS);
@@ -235,12 +324,7 @@ impl RunDir {
     }
 
     /// Answers one query.
-    pub fn answer(
-        &self,
-        mut stream: UnixStream,
-        status: impl FnOnce() -> ForkStatus,
-        kill: impl FnOnce(Option<&str>) -> usize,
-    ) {
+    pub fn answer<F: ForkControl + Send + Sync + 'static>(&self, mut stream: UnixStream, fork: &Arc<F>) {
         let mut line = String::new();
         let timeout = Some(ANSWER_TIMEOUT);
         let read = stream
@@ -248,9 +332,23 @@ impl RunDir {
             .and_then(|()| stream.set_write_timeout(timeout))
             .and_then(|()| BufReader::new((&stream).take(MESSAGE_MAX)).read_line(&mut line));
         let answer = match read.map(|_| serde_json::from_str(&line)) {
-            Ok(Ok(Query::Status)) => serde_json::to_string(&status()),
-            Ok(Ok(Query::Kill(id))) => serde_json::to_string(&kill(id.as_deref())),
-            _ => return,
+            Ok(Ok(Query::Status)) => serde_json::to_string(&fork.status()),
+            Ok(Ok(Query::Kill(id))) => serde_json::to_string(&fork.kill(id.as_deref())),
+            Ok(Ok(Query::Pause(id))) => serde_json::to_string(&fork.pause(id.as_deref())),
+            Ok(Ok(Query::Resume(id))) => serde_json::to_string(&fork.resume(id.as_deref())),
+            Ok(Ok(Query::Gateway(id))) => serde_json::to_string(&fork.gateway(&id)),
+            Ok(Ok(Query::Branch(request))) => {
+                // It takes its time, in which others have to be answered.
+                let fork = Arc::clone(fork);
+                let answering =
+                    std::thread::Builder::new().spawn(move || answer_branch(&mut stream, &*fork, &request));
+                if let Err(error) = answering {
+                    tracing::warn!(%error, "there is no thread to branch a child");
+                }
+                return;
+            }
+            Ok(Err(_)) => Ok(UNKNOWN_QUERY.to_owned()),
+            Err(_) => return,
         };
         if let Ok(answer) = answer {
             // Whoever asked may be gone.
@@ -274,180 +372,19 @@ impl Drop for RunDir {
     }
 }
 
-/// A fork's directory, seen from another process.
-#[derive(Debug, Clone)]
-pub struct ForkDir {
-    /// The fork's name.
-    pub id: String,
-    path: PathBuf,
-}
-
-impl ForkDir {
-    /// All forks of this user, running or dead.
-    pub fn all(paths: &Paths) -> Result<Vec<ForkDir>, RunDirError> {
-        let parent = paths.runtime.join("forks");
-        let entries = match fs::read_dir(&parent) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(file_error("listing", &parent)(error)),
-        };
-        let mut forks: Vec<_> = entries
-            .flatten()
-            .filter_map(|entry| {
-                Some(ForkDir { id: entry.file_name().into_string().ok()?, path: entry.path() })
-            })
-            .filter(|fork| !fork.id.starts_with(UNBORN_PREFIX))
-            .collect();
-        forks.sort_by(|a, b| a.id.cmp(&b.id));
-        Ok(forks)
-    }
-
-    /// Removes directories that were being made when their maker died. Returns how many there were.
-    pub fn remove_unborn(paths: &Paths) -> Result<usize, RunDirError> {
-        let parent = paths.runtime.join("forks");
-        let Ok(entries) = fs::read_dir(&parent) else { return Ok(0) };
-        let mut removed = 0;
-        for entry in
-            entries.flatten().filter(|entry| entry.file_name().to_string_lossy().starts_with(UNBORN_PREFIX))
-        {
-            let fork = ForkDir { id: UNBORN_PREFIX.to_owned(), path: entry.path() };
-            let made = entry.metadata().and_then(|metadata| metadata.modified()).ok();
-            let old = made.and_then(|made| made.elapsed().ok()).is_some_and(|age| age > UNBORN_AGE);
-            // One without a lock yet may be about to get it.
-            let abandoned = if fork.path.join(LOCK).exists() { !fork.is_alive() } else { old };
-            if abandoned && fs::remove_dir_all(&fork.path).is_ok() {
-                removed += 1;
-            }
+/// Branches that whoever asked for them does not hear of are nobody's.
+fn answer_branch(stream: &mut UnixStream, fork: &impl ForkControl, request: &BranchRequest) {
+    let branched = fork.branch(request);
+    let told = serde_json::to_string(&branched).is_ok_and(|answer| writeln!(stream, "{answer}").is_ok());
+    if let Ok(branched) = branched
+        && !told
+    {
+        for branch in branched.branches {
+            fork.kill(Some(&branch.id));
         }
-        Ok(removed)
-    }
-
-    /// The fork of a child, which exists.
-    pub fn of_child(paths: &Paths, id: &str) -> Result<ForkDir, RunDirError> {
-        let unknown = || RunDirError::UnknownChild { id: id.to_owned() };
-        let (fork, number) = id.split_once('-').ok_or_else(unknown)?;
-        let plain =
-            fork.bytes().all(|byte| byte.is_ascii_hexdigit()) && number.bytes().all(|b| b.is_ascii_digit());
-        let dir = ForkDir { id: fork.to_owned(), path: paths.runtime.join("forks").join(fork) };
-        if plain && dir.socket(id).exists() && dir.is_alive() { Ok(dir) } else { Err(unknown()) }
-    }
-
-    /// Where a child's vsock is.
-    pub fn socket(&self, child: &str) -> PathBuf {
-        self.path.join(format!("{child}.vsock"))
-    }
-
-    /// Where a child's console is.
-    pub fn console(&self, child: &str) -> PathBuf {
-        self.path.join(format!("{child}.console"))
-    }
-
-    /// Where its workspace is, if it noted one.
-    pub fn workspace_parent(&self) -> Option<PathBuf> {
-        let path = fs::read(self.path.join(WORKSPACE_PARENT)).ok()?;
-        Some(PathBuf::from(OsStr::from_bytes(&path)))
-    }
-
-    /// Whether its supervisor lives.
-    pub fn is_alive(&self) -> bool {
-        match File::open(self.path.join(LOCK)) {
-            Ok(lock) => rustix::fs::flock(&lock, FlockOperation::NonBlockingLockShared).is_err(),
-            Err(_) => false,
-        }
-    }
-
-    /// Asks its supervisor how it is.
-    pub fn status(&self) -> Result<ForkStatus, RunDirError> {
-        self.ask(&Query::Status)
-    }
-
-    /// Has its supervisor end a child, or all. Returns how many were alive.
-    pub fn kill(&self, child: Option<&str>) -> Result<usize, RunDirError> {
-        self.ask(&Query::Kill(child.map(str::to_owned)))
-    }
-
-    /// Removes what a dead supervisor left. Returns whether there was something.
-    pub fn remove_if_dead(&self) -> Result<bool, RunDirError> {
-        if self.is_alive() {
-            return Ok(false);
-        }
-        if let Ok(parent) = fs::read(self.path.join(CGROUPS)) {
-            let parent = Path::new(OsStr::from_bytes(&parent));
-            cgroup::remove_dead(parent, &self.id)?;
-        }
-        match fs::remove_dir_all(&self.path) {
-            Ok(()) => Ok(true),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            Err(error) => Err(file_error("removing", &self.path)(error)),
-        }
-    }
-
-    fn ask<T: serde::de::DeserializeOwned>(&self, query: &Query) -> Result<T, RunDirError> {
-        let dead = |_| RunDirError::Dead { fork: self.id.clone() };
-        let malformed = |source| RunDirError::Malformed { fork: self.id.clone(), source };
-        let stream = UnixStream::connect(self.path.join(CONTROL)).map_err(dead)?;
-        stream.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(dead)?;
-        let text = serde_json::to_string(query).map_err(malformed)?;
-        writeln!(&stream, "{text}").map_err(dead)?;
-        let mut answer = String::new();
-        BufReader::new(stream.take(MESSAGE_MAX)).read_line(&mut answer).map_err(dead)?;
-        if answer.is_empty() {
-            return Err(RunDirError::Dead { fork: self.id.clone() });
-        }
-        serde_json::from_str(&answer).map_err(malformed)
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn paths(dir: &Path) -> Paths {
-        Paths { data: dir.join("data"), cache: dir.join("cache"), runtime: dir.join("run") }
-    }
-
-    #[test]
-    fn a_fork_answers_while_it_lives_and_is_removed_when_dead() {
-        let dir = tempfile::tempdir().unwrap();
-        let paths = paths(dir.path());
-        let run = RunDir::create(&paths).unwrap();
-        let listener = run.listen().unwrap();
-        let id = format!("{}-1", run.id());
-        File::create(run.socket(&id)).unwrap();
-        let fork = ForkDir::of_child(&paths, &id).unwrap();
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let status = ForkStatus {
-                    pack: "p".to_owned(),
-                    bytes_fetched: 1,
-                    bytes_total: 2,
-                    children: Vec::new(),
-                };
-                run.answer(listener.accept().unwrap().0, || status, |_| 0);
-                run.answer(listener.accept().unwrap().0, || unreachable!(), |id| id.map_or(0, str::len));
-            });
-            assert_eq!(fork.status().unwrap().pack, "p");
-            assert_eq!(fork.kill(Some("abc")).unwrap(), 3);
-        });
-        assert!(!fork.remove_if_dead().unwrap());
-        drop((run, listener));
-        assert!(ForkDir::all(&paths).unwrap().is_empty(), "a fork that ends removes its directory");
-        // What a killed one leaves: a lock that nobody holds.
-        fs::create_dir(&fork.path).unwrap();
-        File::create(fork.path.join(LOCK)).unwrap();
-        assert!(matches!(fork.status(), Err(RunDirError::Dead { .. })));
-        assert!(fork.remove_if_dead().unwrap());
-        assert!(ForkDir::all(&paths).unwrap().is_empty());
-    }
-
-    #[test]
-    fn names_from_outside_cannot_leave_the_directory() {
-        let dir = tempfile::tempdir().unwrap();
-        for id in ["", "-", "../..-1", "abc", "a/b-1", "abc-1/../.."] {
-            assert!(matches!(
-                ForkDir::of_child(&paths(dir.path()), id),
-                Err(RunDirError::UnknownChild { .. })
-            ));
-        }
-    }
-}
+#[path = "run_dir_tests.rs"]
+mod tests;

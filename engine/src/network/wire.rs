@@ -1,19 +1,22 @@
-//! A network for each child: a namespace of its own, in it a tap device whose other end is the child's network device.
+//! A network for each child: its addresses, and what the wire of its network device leads to.
 //!
-//! Nothing has a name outside of the namespace, and the namespace has none either: it lives as long as the tap's
-//! descriptor, which the machine's process holds, or the supervisor's. So nothing is left however they end. There is no
-//! way out of the namespace unless somebody adds one.
+//! With [`NetworkMode::Isolated`] that is a tap device in a namespace of its own. Nothing has a name outside of the
+//! namespace, and the namespace has none either: it lives as long as the tap's descriptor, which the machine's process
+//! holds, or the supervisor's. So nothing is left however they end. There is no way out of the namespace unless somebody
+//! adds one. With [`NetworkMode::Nat`] it is the fork's gateway.
 
+use super::gateway::{Gateway, GatewayOptions, GatewayWire, MTU};
+use super::traffic::{RefusedTraffic, Traffic, TrafficCounts};
 use forkd_abi::generation::NetworkIdentity;
 use forkd_abi::netlink::{self, NetlinkError, Requests};
 use forkd_vmm::sys;
-use rustix::fd::{AsRawFd, OwnedFd};
+use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
-use std::str::FromStr;
+use std::sync::Arc;
 
 /// The host's end of the wire, in the child's namespace.
 const TAP: &str = "tap0";
@@ -52,35 +55,15 @@ pub enum NetworkError {
 }
 
 /// What a child's network device is connected to.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum NetworkMode {
     /// Nothing: it has no link.
     #[default]
     None,
     /// The host's end in a namespace of its own, and nothing behind it.
     Isolated,
-}
-
-impl NetworkMode {
-    /// What the modes are called.
-    pub const NAMES: [&str; 2] = ["none", "isolated"];
-}
-
-/// There is no such mode.
-#[derive(Debug, thiserror::Error)]
-#[error("a network is {}", NetworkMode::NAMES.join(" or "))]
-pub struct UnknownNetworkMode;
-
-impl FromStr for NetworkMode {
-    type Err = UnknownNetworkMode;
-
-    fn from_str(name: &str) -> Result<NetworkMode, UnknownNetworkMode> {
-        match name {
-            "none" => Ok(NetworkMode::None),
-            "isolated" => Ok(NetworkMode::Isolated),
-            _ => Err(UnknownNetworkMode),
-        }
-    }
+    /// The fork's gateway, which leads out as far as its policy says.
+    Nat(GatewayOptions),
 }
 
 /// A child's network, as `forkd ps --json` and `forkd fork --json` show it.
@@ -92,8 +75,25 @@ pub struct NetworkStatus {
     pub address: Ipv4Addr,
     /// The host's end.
     pub host_address: Ipv4Addr,
-    /// The namespace with the host's end, for setns(2), `nsenter --net=` and `ip link set ... netns`.
-    pub namespace: String,
+    /// The namespace with the host's end, for setns(2), `nsenter --net=` and `ip link set ... netns`; where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// What went through its gateway; where there is one.
+    #[serde(flatten)]
+    pub traffic: Option<TrafficCounts>,
+}
+
+/// A child's way out, as `forkd net` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GatewayStatus {
+    /// Its addresses and counts.
+    #[serde(flatten)]
+    pub network: NetworkStatus,
+    /// How it gets out.
+    #[serde(flatten)]
+    pub options: GatewayOptions,
+    /// What was refused, the latest first.
+    pub refusals: Vec<RefusedTraffic>,
 }
 
 /// A child's network.
@@ -101,51 +101,131 @@ pub struct NetworkStatus {
 pub struct ChildNetwork {
     /// The child's end.
     pub identity: NetworkIdentity,
-    /// The wire.
-    pub tap: OwnedFd,
-    /// The namespace with the host's end.
-    pub namespace: File,
+    host_end: HostEnd,
+}
+
+/// What the wire leads to.
+#[derive(Debug)]
+enum HostEnd {
+    /// A tap, and the namespace in which its other end is.
+    Namespace { tap: OwnedFd, namespace: File },
+    /// The fork's gateway.
+    Gateway { wire: GatewayWire, gateway: Arc<Gateway> },
 }
 
 impl ChildNetwork {
+    /// What the machine's process reads frames from and writes them to.
+    pub fn wire(&self) -> BorrowedFd<'_> {
+        match &self.host_end {
+            HostEnd::Namespace { tap, .. } => tap.as_fd(),
+            HostEnd::Gateway { wire, .. } => wire.child_end.as_fd(),
+        }
+    }
+
+    /// The child runs, and has its end of the wire: connects the other. What is left is what is known of it.
+    pub fn connect(self) -> Result<KeptNetwork, NetworkError> {
+        let identity = self.identity;
+        let end = match self.host_end {
+            HostEnd::Namespace { namespace, .. } => KeptEnd::Namespace(namespace),
+            HostEnd::Gateway { wire, gateway } => {
+                let traffic = Arc::clone(&wire.traffic);
+                gateway.connect(&identity, wire).map_err(failed("starting the gateway"))?;
+                KeptEnd::Gateway { traffic, gateway }
+            }
+        };
+        Ok(KeptNetwork { identity, end })
+    }
+}
+
+/// What is known of the network of a child that runs.
+#[derive(Debug)]
+pub struct KeptNetwork {
+    identity: NetworkIdentity,
+    end: KeptEnd,
+}
+
+#[derive(Debug)]
+enum KeptEnd {
+    /// Kept for others to enter.
+    Namespace(File),
+    Gateway {
+        traffic: Arc<Traffic>,
+        gateway: Arc<Gateway>,
+    },
+}
+
+impl KeptNetwork {
     /// As it is shown.
     pub fn status(&self) -> NetworkStatus {
         let mac: Vec<_> = self.identity.mac.iter().map(|byte| format!("{byte:02x}")).collect();
+        let (namespace, traffic) = match &self.end {
+            KeptEnd::Namespace(namespace) => {
+                (Some(format!("/proc/{}/fd/{}", std::process::id(), namespace.as_raw_fd())), None)
+            }
+            KeptEnd::Gateway { traffic, .. } => (None, Some(traffic.counts())),
+        };
         NetworkStatus {
             mac: mac.join(":"),
             address: self.identity.address,
             host_address: self.identity.gateway.unwrap_or(Ipv4Addr::UNSPECIFIED),
-            namespace: format!("/proc/{}/fd/{}", std::process::id(), self.namespace.as_raw_fd()),
+            namespace,
+            traffic,
         }
+    }
+
+    /// Its way out, if it has one.
+    pub fn gateway_status(&self) -> Option<GatewayStatus> {
+        let KeptEnd::Gateway { traffic, gateway } = &self.end else { return None };
+        let (network, refusals) = (self.status(), traffic.refusals());
+        Some(GatewayStatus { network, options: gateway.options().clone(), refusals })
     }
 }
 
 /// The networks of one fork's children.
 #[derive(Debug)]
 pub struct ChildNetworks {
-    mode: NetworkMode,
+    kind: NetworksKind,
     /// Middle of the children's Ethernet addresses, so that two forks do not share any.
     salt: [u8; 3],
 }
 
+#[derive(Debug)]
+enum NetworksKind {
+    None,
+    Isolated,
+    Nat(Arc<Gateway>),
+}
+
 impl ChildNetworks {
-    /// Networks of this kind.
-    pub fn new(mode: NetworkMode) -> Result<ChildNetworks, NetworkError> {
+    /// Networks of this kind for so many children.
+    pub fn new(mode: &NetworkMode, children: u32) -> Result<ChildNetworks, NetworkError> {
         let mut salt = [0; 3];
         getrandom(&mut salt, GetRandomFlags::empty()).map_err(failed("getrandom"))?;
-        Ok(ChildNetworks { mode, salt })
+        let kind = match mode {
+            NetworkMode::None => NetworksKind::None,
+            NetworkMode::Isolated => NetworksKind::Isolated,
+            NetworkMode::Nat(options) => NetworksKind::Nat(Arc::new(Gateway::new(options.clone(), children))),
+        };
+        Ok(ChildNetworks { kind, salt })
     }
 
     /// The network of child `number`, counted from 1, if it is to have one.
     pub fn of_child(&self, number: u64) -> Result<Option<ChildNetwork>, NetworkError> {
-        if self.mode == NetworkMode::None {
-            return Ok(None);
-        }
-        let identity = self.identity(number)?;
-        // A thread of its own is in the new namespace, and gone before anything else can be done there.
-        let made = std::thread::scope(|scope| scope.spawn(|| make(&identity)).join());
-        let (tap, namespace) = made.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        Ok(Some(ChildNetwork { identity, tap, namespace }))
+        let host_end = match &self.kind {
+            NetworksKind::None => return Ok(None),
+            NetworksKind::Isolated => {
+                let identity = self.identity(number)?;
+                // A thread of its own is in the new namespace, and gone before anything else can be done there.
+                let made = std::thread::scope(|scope| scope.spawn(|| make(&identity)).join());
+                let (tap, namespace) = made.unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+                HostEnd::Namespace { tap, namespace }
+            }
+            NetworksKind::Nat(gateway) => {
+                let wire = GatewayWire::new().map_err(failed("a wire"))?;
+                HostEnd::Gateway { wire, gateway: Arc::clone(gateway) }
+            }
+        };
+        Ok(Some(ChildNetwork { identity: self.identity(number)?, host_end }))
     }
 
     fn identity(&self, number: u64) -> Result<NetworkIdentity, NetworkError> {
@@ -156,7 +236,9 @@ impl ChildNetworks {
         let ([first, second], [a, b, c]) = (number16.to_be_bytes(), self.salt);
         // 2: locally administered, for one device.
         let mac = [2, a, b, c, first, second];
-        Ok(NetworkIdentity { mac, address: end(2), prefix: PREFIX, gateway: Some(end(1)) })
+        // The tap of an isolated child may be joined to networks that take no longer packets than Ethernet's.
+        let mtu = matches!(self.kind, NetworksKind::Nat(_)).then_some(MTU);
+        Ok(NetworkIdentity { mac, address: end(2), prefix: PREFIX, gateway: Some(end(1)), mtu })
     }
 }
 
@@ -192,7 +274,7 @@ mod tests {
 
     #[test]
     fn a_thousand_children_have_addresses_of_their_own() {
-        let networks = ChildNetworks::new(NetworkMode::Isolated).unwrap();
+        let networks = ChildNetworks::new(&NetworkMode::Isolated, 1000).unwrap();
         let all: Vec<_> = (1..=1000).map(|number| networks.identity(number).unwrap()).collect();
         let mut macs: Vec<_> = all.iter().map(|identity| identity.mac).collect();
         let mut addresses: Vec<_> = all.iter().map(|identity| identity.address).collect();
@@ -210,7 +292,6 @@ mod tests {
 
     #[test]
     fn without_a_mode_nothing_is_made() {
-        assert!(ChildNetworks::new("none".parse().unwrap()).unwrap().of_child(1).unwrap().is_none());
-        assert!("nat".parse::<NetworkMode>().is_err());
+        assert!(ChildNetworks::new(&NetworkMode::None, 1).unwrap().of_child(1).unwrap().is_none());
     }
 }

@@ -149,18 +149,23 @@ impl Picture {
             .to_string()
     }
 
-    /// Puts it at `path`, at once: whoever reads that file meanwhile sees the old one or the new one.
+    /// Puts it at `path`, as [`put`] does.
     pub fn write(self, path: &Path) -> Result<(), PictureError> {
-        let failed = |source| PictureError::Write { path: path.to_owned(), source };
-        let mut draft = draft(path)?;
-        draft.write_all(self.render().as_bytes()).map_err(failed)?;
-        draft.persist(path).map_err(|error| failed(error.error))?;
-        Ok(())
+        put(path, &self.render())
     }
 
     fn cover(&mut self, x: f64, y: f64) {
         (self.width, self.height) = (self.width.max(x), self.height.max(y));
     }
+}
+
+/// Puts a text at `path`, at once: whoever reads that file meanwhile sees the old one or the new one.
+pub fn put(path: &Path, text: &str) -> Result<(), PictureError> {
+    let failed = |source| PictureError::Write { path: path.to_owned(), source };
+    let mut draft = draft(path)?;
+    draft.write_all(text.as_bytes()).map_err(failed)?;
+    draft.persist(path).map_err(|error| failed(error.error))?;
+    Ok(())
 }
 
 /// Whether [`Picture::write`] could write to `path` now; for before the work whose picture it is.

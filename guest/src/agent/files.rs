@@ -107,7 +107,8 @@ impl FileDownload {
     }
 }
 
-fn absolute(path: &str) -> Result<PathBuf, String> {
+/// `path`, which has to be absolute.
+pub fn absolute(path: &str) -> Result<PathBuf, String> {
     let absolute = Path::new(path);
     if absolute.is_absolute() {
         Ok(absolute.to_owned())

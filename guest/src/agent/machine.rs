@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
+use std::net::Ipv4Addr;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, symlink};
 use std::thread;
@@ -21,9 +22,16 @@ use super::sys::{self, IoPorts};
 
 /// A plain tmpfs file, because writing through the overlay costs ten times as much; `/etc/machine-id` leads here.
 const MACHINE_ID_FILE: &str = "/run/machine-id";
+/// Who is asked for names; `/etc/resolv.conf` leads here.
+const RESOLVER_FILE: &str = "/run/resolv.conf";
+/// Its length, bytes: always the same, so that nothing old is left behind what is written.
+const RESOLVER_LEN: usize = 32;
 /// What programs read, and where it leads: the host name is the kernel's own, so a copy need not write it to a file.
-const LINKS: [(&str, &str); 2] =
-    [("/etc/hostname", "/proc/sys/kernel/hostname"), ("/etc/machine-id", MACHINE_ID_FILE)];
+const LINKS: [(&str, &str); 3] = [
+    ("/etc/hostname", "/proc/sys/kernel/hostname"),
+    ("/etc/machine-id", MACHINE_ID_FILE),
+    ("/etc/resolv.conf", RESOLVER_FILE),
+];
 /// How a record's entropy is shared out: this much for the kernel, the rest for the warm worker.
 const KERNEL_ENTROPY: usize = ENTROPY_LEN / 2;
 /// Before a snapshot, for the kernel's own work (closing connections, freeing memory) to come to rest, so that no copy
@@ -33,19 +41,45 @@ const SETTLE: Duration = Duration::from_millis(100);
 const CLOCK_TOLERANCE_NS: u64 = 100_000_000;
 const CLOCK_CORRECTIONS: u32 = 5;
 
+/// How far the clock of a machine is put back when it boots. OpenSSL's generators, in whatever program, seed themselves anew
+/// once their clock has moved by an hour, and nothing else tells them that they are copies: so it moves in every copy.
+const CLOCK_BACK: Duration = Duration::from_secs(2 * 60 * 60);
+
 /// What the resumed work needs, opened beforehand: a path lookup costs milliseconds on kvm_pvm.
 pub struct Machine {
     urandom: File,
     machine_id: File,
+    resolver: File,
     network: Option<Network>,
     /// Where the record is read to: pages that a copy need not fault in.
     record: Box<[u8; RECORD_MAX]>,
     generation: u64,
+    /// The machine id in the record of who it is: every copy has another.
+    identity: [u8; 16],
+}
+
+/// What a copy does with its seed, in hexadecimal, and its environment.
+pub type BecomeCopy<'a> = dyn FnMut(&str, &BTreeMap<String, String>) + 'a;
+
+/// [`Machine::snapshot`] or [`Machine::branch`].
+pub type Ring = fn(&mut Machine, &mut BecomeCopy<'_>) -> io::Result<GoesOn>;
+
+/// Who goes on behind the ring for a snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GoesOn {
+    /// The machine that rang.
+    Original,
+    /// A copy of it, which has taken on its identity.
+    Copy,
 }
 
 impl Machine {
     /// Opens everything and gives the machine its first identity.
     pub fn new(hostname: &str) -> io::Result<Self> {
+        let back = clock_ns().saturating_sub(CLOCK_BACK.as_nanos() as u64);
+        if let Err(error) = set_clock(back) {
+            eprintln!("forkd-agent: cannot put the clock back: {error}");
+        }
         let urandom = OpenOptions::new().write(true).open("/dev/urandom")?;
         for (link, to) in LINKS {
             match fs::remove_file(link) {
@@ -54,9 +88,11 @@ impl Machine {
             }
         }
         let machine_id = overwrite(MACHINE_ID_FILE)?;
+        let resolver = overwrite(RESOLVER_FILE)?;
         let network = Network::open().map_err(io::Error::other)?;
         let record = Box::new([0xff; RECORD_MAX]);
-        let machine = Self { urandom, machine_id, network, record, generation: 0 };
+        let machine =
+            Self { urandom, machine_id, resolver, network, record, generation: 0, identity: [0; 16] };
         let mut machine_id = [0; 16];
         getrandom(&mut machine_id, GetRandomFlags::empty())?;
         machine.set_names(hostname, &machine_id)?;
@@ -76,16 +112,23 @@ impl Machine {
         }
     }
 
-    /// Rings for a snapshot. Returns in the original and in every copy, there with an identity of its own.
+    /// Rings for a snapshot, after what makes its copies start fast.
     ///
-    /// In a copy, `become_copy` is called with a seed in hexadecimal, different in every copy, and with the copy's own
-    /// environment, before "ready" is rung.
-    pub fn snapshot(&mut self, become_copy: impl FnOnce(&str, &BTreeMap<String, String>)) -> io::Result<()> {
+    /// Returns in the original and in every copy, there with an identity of its own. In a copy, `become_copy` is called
+    /// with a seed in hexadecimal, different in every copy, and with the copy's own environment, before "ready" is rung.
+    pub fn snapshot(&mut self, become_copy: &mut BecomeCopy<'_>) -> io::Result<GoesOn> {
         // Somebody may have replaced the file since boot.
         self.machine_id = overwrite(MACHINE_ID_FILE)?;
+        self.resolver = overwrite(RESOLVER_FILE)?;
         self.rehearse()?;
         rustix::fs::sync();
         thread::sleep(SETTLE);
+        self.branch(become_copy)
+    }
+
+    /// Rings for a snapshot in the midst of work, which goes on as soon as it is taken. Returns as
+    /// [`Machine::snapshot`] does.
+    pub fn branch(&mut self, become_copy: &mut BecomeCopy<'_>) -> io::Result<GoesOn> {
         let ports = IoPorts::open()?;
         let _ = ports.read_record(&mut self.record);
 
@@ -93,18 +136,19 @@ impl Machine {
 
         // In every copy each instruction from here on is on the way to its first answer.
         match Generation::decode(ports.read_record(&mut self.record)) {
-            Ok(record) if record.generation != 0 => {
+            Ok(record) if record.generation != 0 && record.machine_id != self.identity => {
+                self.identity = record.machine_id;
                 self.become_copy(&record, true);
                 become_copy(&hex(&record.entropy[KERNEL_ENTROPY..]), &record.environment);
                 correct_clock(&ports);
                 ports.ring(Command::Ready);
+                Ok(GoesOn::Copy)
             }
             // The original, going on; or no doorbell, so no snapshot was taken either.
-            Ok(_) | Err(GenerationError::Magic(_)) => {}
+            Ok(_) | Err(GenerationError::Magic(_)) => Ok(GoesOn::Original),
             // It would go on as somebody else, with random numbers that its siblings have too.
             Err(error) => give_up(&format!("this copy cannot tell who it is: {error}")),
         }
-        Ok(())
     }
 
     /// Takes on the identity in the record. Each step is tried whatever became of the one before: a copy with an old
@@ -146,11 +190,22 @@ impl Machine {
     fn set_network(&self, identity: Option<&NetworkIdentity>) -> io::Result<()> {
         match (identity, &self.network) {
             (None, _) => Ok(()),
-            (Some(identity), Some(network)) => network.take_on(identity).map_err(io::Error::other),
+            (Some(identity), Some(network)) => {
+                if let Some(gateway) = identity.gateway {
+                    self.set_resolver(gateway)?;
+                }
+                network.take_on(identity).map_err(io::Error::other)
+            }
             (Some(_), None) => {
                 Err(io::Error::new(io::ErrorKind::NotFound, "this machine has no network device"))
             }
         }
+    }
+
+    /// The gateway answers for names, where it leads anywhere.
+    fn set_resolver(&self, gateway: Ipv4Addr) -> io::Result<()> {
+        let line = format!("nameserver {gateway}\n{:1$}", "", RESOLVER_LEN);
+        self.resolver.write_all_at(&line.as_bytes()[..RESOLVER_LEN], 0)
     }
 
     /// An empty name or an all-zero id keeps the old one.

@@ -4,36 +4,46 @@
 //! [`Agent::run`]. Few system calls and no timers: on kvm_pvm a system call costs 0.2 ms and a page fault 1.2 ms, so
 //! buffers are made once, sockets are tried before they are polled, and nothing runs while nothing is asked.
 
+pub mod files;
 pub mod init;
 pub mod machine;
+pub mod program;
 pub mod sys;
 
+mod connection;
 mod exec;
-mod files;
 mod network;
 mod process;
+mod service;
 mod stream;
+mod terminal;
+mod tunnel;
 mod worker;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use forkd_abi::protocol::{
-    ExecRequest, Exit, FrameKind, ProtocolError, Request, Response, Status, WarmCommand, WorkerState,
+    Exit, FrameKind, MachineFile, ProtocolError, Request, Response, Status, WarmCommand, WorkerState,
     decode_control,
 };
 use rustix::net::{SocketFlags, accept_with};
 use rustix::process::{WaitOptions, wait};
+use serde::Serialize;
 
+use self::connection::{Connection, Task};
 use self::exec::{Exec, ExecPipe};
 use self::files::{FileDownload, FileUpload};
-use self::machine::Machine;
-use self::process::{Command, Spawner, exit_of};
+use self::machine::{GoesOn, Machine, Ring};
+use self::process::{Spawner, exit_of};
+use self::program::{PACK, UNPACK};
+use self::service::{Phase, Services};
 use self::stream::{Stream, next_frame};
+use self::tunnel::Tunnels;
 use self::worker::{EvalKey, Worker, WorkerPipe};
 
-/// Connections served at a time; one more is told so and closed.
+/// Requests served at a time; one more is told so and closed. Forwarded connections ([`tunnel`]) are counted apart, so
+/// that however many there are, there is room for these.
 pub const MAX_CONNECTIONS: usize = 64;
 /// Connections the kernel keeps waiting to be accepted.
 pub const BACKLOG: i32 = 64;
@@ -46,48 +56,20 @@ pub struct Agent {
     signals: OwnedFd,
     spawner: Spawner,
     worker: Worker,
+    services: Services,
+    /// To be started once the services are ready.
+    warm: Option<WarmCommand>,
     machine: Option<Machine>,
     connections: Vec<Option<Connection>>,
+    tunnels: Tunnels,
     next_serial: u64,
     /// A snapshot's requester has closed its connection: ring as soon as this round is over.
     snapshot_due: bool,
+    /// Somebody waits for this machine to be branched.
+    branch_due: bool,
     scratch: Vec<u8>,
     polled: Vec<libc::pollfd>,
     sources: Vec<Source>,
-}
-
-struct Connection {
-    /// Never used twice, unlike a slot.
-    serial: u64,
-    stream: Stream,
-    task: Task,
-}
-
-enum Task {
-    /// The request has not arrived yet.
-    Request,
-    /// Status, once the worker is no longer starting.
-    Status,
-    Exec(Exec),
-    Eval,
-    Put(FileUpload),
-    Get(FileDownload),
-    Snapshot,
-}
-
-impl Task {
-    /// For messages: when a frame came.
-    fn name(&self) -> &'static str {
-        match self {
-            Task::Request => "before the request",
-            Task::Status => "after a status request",
-            Task::Exec(_) => "after an exec request",
-            Task::Eval => "after an eval request",
-            Task::Put(_) => "after a put request",
-            Task::Get(_) => "after a get request",
-            Task::Snapshot => "after a snapshot request",
-        }
-    }
 }
 
 /// What a polled descriptor belongs to.
@@ -96,6 +78,8 @@ enum Source {
     Connection(usize),
     Exec(usize, ExecPipe),
     Worker(WorkerPipe),
+    Services,
+    Tunnels,
     Signals,
     Listener,
 }
@@ -108,10 +92,14 @@ impl Agent {
             signals: sys::child_signals()?,
             spawner: Spawner::new()?,
             worker: Worker::none(),
+            services: Services::default(),
+            warm: None,
             machine,
             connections: Vec::with_capacity(MAX_CONNECTIONS),
+            tunnels: Tunnels::default(),
             next_serial: 0,
             snapshot_due: false,
+            branch_due: false,
             // Not zeros: those would be pages still to be faulted in.
             scratch: vec![0xff; SCRATCH_LEN],
             polled: Vec::with_capacity(4 * MAX_CONNECTIONS),
@@ -119,9 +107,42 @@ impl Agent {
         })
     }
 
-    /// Starts the warm worker.
-    pub fn start_worker(&mut self, warm: &WarmCommand) {
-        self.worker = Worker::start(&self.spawner, warm);
+    /// Starts what the machine file names: services, and behind them the warm worker.
+    pub fn start(&mut self, machine_file: MachineFile) {
+        self.spawner.extend_environment(&machine_file.env);
+        self.warm = machine_file.warm;
+        if !machine_file.services.is_empty() {
+            self.worker = Worker::later();
+        }
+        self.services = Services::new(machine_file.services);
+        self.start_services();
+    }
+
+    /// Goes on with the services, and when all are ready with the worker.
+    fn start_services(&mut self) {
+        self.services.go_on(&self.spawner);
+        match self.services.phase() {
+            Phase::Starting => {}
+            Phase::Failed(_) if matches!(self.worker.state(), WorkerState::Failed { .. }) => {}
+            Phase::Failed(reason) => {
+                eprintln!("forkd-agent: {reason}");
+                self.worker.give_up(Some(reason));
+                self.warm = None;
+            }
+            Phase::Ready => match self.warm.take() {
+                Some(warm) => self.start_worker(&warm),
+                None if *self.worker.state() == WorkerState::Starting && self.worker.pid().is_none() => {
+                    self.worker.give_up(None);
+                }
+                None => {}
+            },
+        }
+    }
+
+    /// What is started later sees the worker's environment too.
+    fn start_worker(&mut self, warm: &WarmCommand) {
+        self.worker.start(&self.spawner, warm);
+        self.spawner.extend_environment(&warm.env);
         if let WorkerState::Failed { reason, .. } = self.worker.state() {
             eprintln!("forkd-agent: {reason}");
         }
@@ -147,7 +168,7 @@ impl Agent {
     /// Lists what to wait for. Signals come after the pipes, so that a process's output is read before its end; the
     /// listener last, so that no event of this round meets a slot's next user.
     fn collect(&mut self) {
-        let Self { polled, sources, connections, worker, .. } = self;
+        let Self { polled, sources, connections, tunnels, worker, services, .. } = self;
         polled.clear();
         sources.clear();
         let mut add = |source, fd, events| {
@@ -165,6 +186,12 @@ impl Agent {
                 });
             }
         }
+        if let Some(fd) = tunnels.raw_fd() {
+            add(Source::Tunnels, fd, libc::POLLIN);
+        }
+        if let Some(fd) = services.raw_fd() {
+            add(Source::Services, fd, libc::POLLIN);
+        }
         worker.interests(|pipe, fd, events| add(Source::Worker(pipe), fd, events));
         add(Source::Signals, self.signals.as_raw_fd(), libc::POLLIN);
         add(Source::Listener, self.listener.as_raw_fd(), libc::POLLIN);
@@ -179,6 +206,11 @@ impl Agent {
                 }
             }
             Source::Worker(pipe) => self.worker.on_ready(pipe, &mut self.scratch),
+            Source::Services => {
+                self.services.on_ready(&mut self.scratch);
+                self.start_services();
+            }
+            Source::Tunnels => self.tunnels.on_ready(&mut self.scratch),
             Source::Signals => self.reap(),
             Source::Listener => self.accept(),
         }
@@ -231,7 +263,7 @@ impl Agent {
     /// Acts on every whole frame received.
     fn parse(&mut self, slot: usize) {
         let Some(connection) = &mut self.connections[slot] else { return };
-        let inbound = connection.stream.take_inbound();
+        let mut inbound = connection.stream.take_inbound();
         let mut consumed = 0;
         loop {
             match next_frame(&inbound[consumed..]) {
@@ -246,6 +278,13 @@ impl Agent {
             if self.connections[slot].as_ref().is_none_or(|connection| connection.stream.is_finishing()) {
                 consumed = inbound.len();
                 break;
+            }
+            if let Some(Connection { stream, task: Task::Connect { port }, .. }) =
+                self.connections[slot].take_if(|connection| matches!(connection.task, Task::Connect { .. }))
+            {
+                // What has come already is for the port.
+                let early = inbound.split_off(consumed);
+                return self.tunnels.open(stream.into_fd(), port, early, &mut self.scratch);
             }
         }
         if let Some(connection) = &mut self.connections[slot] {
@@ -270,7 +309,12 @@ impl Agent {
             (Task::Exec(exec), FrameKind::Control) => match decode_control(payload) {
                 Ok(Request::Signal { signal }) if exec.signal(signal) => {}
                 Ok(Request::Signal { signal }) => stream.fail(format!("{signal} is no signal")),
-                Ok(_) => stream.fail("one request per connection: only signals may follow an exec"),
+                Ok(Request::Resize { rows, cols }) => {
+                    if let Err(message) = exec.resize(rows, cols) {
+                        stream.fail(message);
+                    }
+                }
+                Ok(_) => stream.fail("one request per connection: only signals and sizes may follow an exec"),
                 Err(error) => self.fail(slot, &error),
             },
             (Task::Put(put), FrameKind::Stdin) => match put.on_input(payload) {
@@ -294,12 +338,9 @@ impl Agent {
                 let status = self.status();
                 self.finish(slot, &Response::Status(status));
             }
-            Request::Exec(exec) => match start_exec(&self.spawner, &exec) {
-                Ok(exec) => {
-                    stream.reply(&Response::Started { pid: exec.pid().unsigned_abs() });
-                    *task = Task::Exec(exec);
-                }
-                Err(message) => stream.fail(message),
+            Request::Exec(exec) => match Exec::start(&self.spawner, &exec, stream) {
+                Ok(exec) => *task = Task::Exec(exec),
+                Err(refusal) => stream.finish(&refusal.into()),
             },
             Request::Eval { code } => {
                 *task = Task::Eval;
@@ -313,14 +354,36 @@ impl Agent {
                 Ok(get) => *task = Task::Get(get),
                 Err(message) => stream.fail(message),
             },
-            Request::Snapshot if self.machine.is_none() => {
+            Request::Snapshot | Request::Branch if self.machine.is_none() => {
                 stream.fail("this agent does not run a machine, so there is nothing to take a snapshot of");
+            }
+            Request::Branch => {
+                *task = Task::Branch;
+                self.branch_due = true;
             }
             Request::Snapshot => {
                 stream.reply(&Response::Ok);
                 *task = Task::Snapshot;
             }
-            Request::Signal { .. } => stream.fail("a signal needs an exec on the same connection"),
+            Request::Connect { port } => *task = Task::Connect { port },
+            Request::Pack(pack) => self.hand_over(slot, PACK, &pack),
+            Request::Unpack(unpack) => self.hand_over(slot, UNPACK, &unpack),
+            Request::Signal { .. } | Request::Resize { .. } => {
+                stream.fail("a signal or a size needs an exec on the same connection");
+            }
+        }
+    }
+
+    /// Leaves a connection to a process of its own, which may block and ends with it.
+    fn hand_over(&mut self, slot: usize, mode: &str, request: &impl Serialize) {
+        let Some(Connection { stream, .. }) = &mut self.connections[slot] else { return };
+        let order = match serde_json::to_string(request) {
+            Ok(order) => order,
+            Err(error) => return stream.fail(error.to_string()),
+        };
+        match self.spawner.start_server(mode, &order, stream.fd()) {
+            Ok(()) => self.connections[slot] = None,
+            Err(error) => stream.fail(format!("cannot start a process for it: {error}")),
         }
     }
 
@@ -328,8 +391,8 @@ impl Agent {
         Status {
             worker: self.worker.state().clone(),
             generation: self.machine.as_ref().map_or(0, Machine::generation),
-            // At most MAX_CONNECTIONS.
-            connections: self.connections.iter().flatten().count() as u32,
+            // A few hundred at most.
+            connections: (self.connections.iter().flatten().count() + self.tunnels.len()) as u32,
         }
     }
 
@@ -352,6 +415,9 @@ impl Agent {
             self.worker.on_exit(exit, &mut self.scratch);
             eprintln!("forkd-agent: the warm worker {}", process::exit_text(exit));
             return;
+        }
+        if self.services.on_exit(pid, exit) {
+            return self.start_services();
         }
         for connection in self.connections.iter_mut().flatten() {
             if let Connection { stream, task: Task::Exec(exec), .. } = connection
@@ -383,7 +449,13 @@ impl Agent {
             self.close_if_over(slot);
         }
         if std::mem::take(&mut self.snapshot_due) {
-            self.snapshot();
+            self.end_connections();
+            if let Err(error) = self.ring(Machine::snapshot) {
+                eprintln!("forkd-agent: no snapshot: {error}");
+            }
+        }
+        if std::mem::take(&mut self.branch_due) {
+            self.branch();
         }
     }
 
@@ -397,52 +469,38 @@ impl Agent {
         }
     }
 
-    /// Closes everything and rings. A copy goes on here as well as the original.
-    fn snapshot(&mut self) {
+    /// Ends what is going on with the host, as if it had closed all connections.
+    fn end_connections(&mut self) {
         for slot in 0..self.connections.len() {
             if let Some(connection) = &mut self.connections[slot] {
                 connection.stream.abandon();
             }
             self.close_if_over(slot);
         }
-        let Some(machine) = &mut self.machine else { return };
+        self.tunnels.reset_all();
+    }
+
+    /// Rings. A copy goes on here as well as the original.
+    fn ring(&mut self, ring: Ring) -> io::Result<GoesOn> {
+        let Some(machine) = &mut self.machine else { return Ok(GoesOn::Original) };
         let (worker, spawner) = (&mut self.worker, &mut self.spawner);
-        let become_copy = |seed: &str, environment: &BTreeMap<String, String>| {
+        ring(machine, &mut |seed, environment| {
             spawner.extend_environment(environment);
             worker.resumed(seed, environment);
+        })
+    }
+
+    /// Rings while connections are open: the original keeps them, and nobody is at the other end of a copy's.
+    fn branch(&mut self) {
+        let response = match self.ring(Machine::branch) {
+            Ok(GoesOn::Original) => Response::Ok,
+            Ok(GoesOn::Copy) => return self.end_connections(),
+            Err(error) => Response::error(format!("cannot ring for a snapshot: {error}")),
         };
-        if let Err(error) = machine.snapshot(become_copy) {
-            eprintln!("forkd-agent: no snapshot: {error}");
+        for connection in self.connections.iter_mut().flatten() {
+            if matches!(connection.task, Task::Branch) && !connection.stream.is_finishing() {
+                connection.stream.finish(&response);
+            }
         }
     }
-}
-
-impl Connection {
-    /// Whether bytes from the peer are wanted now.
-    fn reads(&self) -> bool {
-        let wanted = match &self.task {
-            Task::Exec(exec) => exec.takes_input(),
-            _ => true,
-        };
-        wanted && !self.stream.is_finishing()
-    }
-
-    fn interest(&self) -> i16 {
-        let mut events = if self.reads() {
-            libc::POLLIN
-        } else if self.stream.is_finishing() {
-            0
-        } else {
-            libc::POLLRDHUP
-        };
-        if self.stream.backlog() > 0 || matches!(self.task, Task::Get(_)) {
-            events |= libc::POLLOUT;
-        }
-        events
-    }
-}
-
-fn start_exec(spawner: &Spawner, request: &ExecRequest) -> Result<Exec, String> {
-    let command = Command { argv: &request.argv, env: &request.env, cwd: request.cwd.as_deref() };
-    spawner.start(&command, request.stdin).map(Exec::new)
 }

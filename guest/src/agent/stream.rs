@@ -29,6 +29,16 @@ impl Stream {
         Self { fd, inbound: Vec::new(), outbound: Vec::new(), sent: 0, finishing: false, gone: false }
     }
 
+    /// The connection itself, for a request after which there are no frames.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
+    /// The connection, for somebody else to serve on.
+    pub fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
     pub fn raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
@@ -116,7 +126,7 @@ impl Stream {
 
     /// Queues an error as the last response.
     pub fn fail(&mut self, message: impl Into<String>) {
-        self.finish(&Response::Error { message: message.into() });
+        self.finish(&Response::error(message));
     }
 
     /// Sends what is queued, as far as the socket takes it.

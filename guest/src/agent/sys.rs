@@ -3,7 +3,7 @@
 //! Called by the agent's modules alone. Each function is one call or a handful that belong together.
 
 use std::collections::BTreeMap;
-use std::ffi::{CString, c_char};
+use std::ffi::{CStr, CString, c_char};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -78,6 +78,21 @@ pub fn loopback_up() -> io::Result<()> {
         request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
         check(libc::ioctl(fd.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request))?;
     }
+    Ok(())
+}
+
+/// Has a reader of the socket `fd` sleep until `bytes` are there, or the other side has ended.
+pub fn wake_reader_at(fd: BorrowedFd<'_>, bytes: libc::c_int) -> io::Result<()> {
+    // SAFETY: the option is an int, and its length is told.
+    check(unsafe {
+        libc::setsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const bytes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    })?;
     Ok(())
 }
 
@@ -200,13 +215,26 @@ fn ioperm(on: bool) -> io::Result<()> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// A program to start: its path, arguments, whole environment, directory, and the descriptors it gets as 0, 1 and 2.
+/// What a program gets as 0, 1 and 2.
+#[derive(Clone, Copy)]
+pub enum Stdio<'a> {
+    Descriptors([RawFd; 3]),
+    /// A device, thrice; a terminal then controls the program's session.
+    Device(&'a CStr),
+}
+
+/// The number of [`Program::report`] in the program.
+pub const REPORT: RawFd = 3;
+
+/// A program to start: its path, arguments, whole environment, directory and descriptors.
 pub struct Program<'a> {
     pub path: &'a str,
     pub argv: &'a [String],
     pub env: &'a BTreeMap<String, String>,
     pub cwd: &'a str,
-    pub stdio: [RawFd; 3],
+    pub stdio: Stdio<'a>,
+    /// What it gets as [`REPORT`].
+    pub report: Option<RawFd>,
 }
 
 /// Starts a program in a session of its own without copying page tables (`posix_spawn`: `CLONE_VM | CLONE_VFORK`; a
@@ -223,8 +251,22 @@ pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
     let env = null_terminated(&env);
 
     let mut actions = SpawnActions::new()?;
-    for (target, fd) in (0..).zip(program.stdio) {
-        actions.dup2(fd, target)?;
+    match program.stdio {
+        Stdio::Descriptors(fds) => {
+            for (target, fd) in (0..).zip(fds) {
+                actions.dup2(fd, target)?;
+            }
+        }
+        // The session is made before. Its leader's first terminal, opened without O_NOCTTY, becomes the one that
+        // controls it.
+        Stdio::Device(path) => {
+            actions.open(0, path)?;
+            actions.dup2(0, 1)?;
+            actions.dup2(0, 2)?;
+        }
+    }
+    if let Some(fd) = program.report {
+        actions.dup2(fd, REPORT)?;
     }
     actions.chdir(&cwd)?;
     let attributes = SpawnAttributes::new()?;
@@ -243,6 +285,16 @@ pub fn spawn(program: &Program<'_>) -> io::Result<i32> {
     };
     spawn_result(code)?;
     Ok(pid)
+}
+
+/// Takes over the descriptor `fd` that this process was started with, and keeps it from programs that it starts.
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl takes numbers and fails for a descriptor that is not open. The caller is a process that was started
+    // with it for this purpose, and nothing else of it uses the number.
+    unsafe {
+        check(libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
 }
 
 /// Lets a process not take the processor from whoever wakes it (`SCHED_BATCH`).
@@ -279,6 +331,13 @@ impl SpawnActions {
     fn dup2(&mut self, fd: RawFd, target: RawFd) -> io::Result<()> {
         // SAFETY: the object is initialised; the numbers are only stored.
         spawn_result(unsafe { libc::posix_spawn_file_actions_adddup2(&raw mut self.0, fd, target) })
+    }
+
+    fn open(&mut self, target: RawFd, path: &CStr) -> io::Result<()> {
+        // SAFETY: the object is initialised, and glibc copies the string.
+        spawn_result(unsafe {
+            libc::posix_spawn_file_actions_addopen(&raw mut self.0, target, path.as_ptr(), libc::O_RDWR, 0)
+        })
     }
 
     fn chdir(&mut self, path: &CString) -> io::Result<()> {

@@ -13,7 +13,10 @@ use forkd_abi::protocol::{Answer, Exit, MAX_PAYLOAD, Response, WarmCommand, Work
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::process::{Child, Command, Spawner, exit_text, kill_group, readable_bytes};
+use super::process::{
+    Child, Command, Manner, Spawner, exit_text, kill_group, readable_bytes, reported_refusal,
+};
+use super::program::Refusal;
 use super::sys::let_wakers_go_on;
 
 /// Longest line a worker may write: its answer must fit a frame, with the response's own few bytes.
@@ -66,6 +69,8 @@ struct WorkerChild {
     shown: usize,
     /// Why the agent killed it, if it did.
     killed_because: Option<&'static str>,
+    /// Where a helper says why it could not become the worker's user.
+    report: Option<OwnedFd>,
 }
 
 /// What became readable or writable.
@@ -88,22 +93,47 @@ impl Worker {
         }
     }
 
+    /// Something comes before it: evals wait.
+    pub fn later() -> Self {
+        Self { state: WorkerState::Starting, ..Self::none() }
+    }
+
     /// Starts the warm command; a failure to start is a state too.
-    pub fn start(spawner: &Spawner, warm: &WarmCommand) -> Self {
+    pub fn start(&mut self, spawner: &Spawner, warm: &WarmCommand) {
         let command = Command { argv: &warm.argv, env: &warm.env, cwd: warm.cwd.as_deref() };
-        let mut worker = Self::none();
-        match spawner.start(&command, true) {
+        match spawner.start_as(&command, true, &Manner { user: warm.user.as_deref(), ..Manner::default() }) {
             Ok(child) => {
                 // So that the agent, waking it with news in a copy, first says that it is ready. Without, all works.
                 let _ = let_wakers_go_on(child.pid);
-                worker.state = WorkerState::Starting;
-                worker.child = Some(WorkerChild::new(child));
+                self.state = WorkerState::Starting;
+                self.child = Some(WorkerChild::new(child));
             }
-            Err(reason) => {
-                worker.state = WorkerState::Failed { reason, exit: Exit::default(), stderr: String::new() };
+            Err(Refusal { message, .. }) => self.fail(message, Exit::default(), String::new()),
+        }
+    }
+
+    /// There will be no worker, because of what came before it, or none was wanted.
+    pub fn give_up(&mut self, reason: Option<&str>) {
+        match reason {
+            Some(reason) => self.fail(reason.to_owned(), Exit::default(), String::new()),
+            None => {
+                self.state = WorkerState::None;
+                self.fail_evals();
             }
         }
-        worker
+    }
+
+    fn fail(&mut self, reason: String, exit: Exit, stderr: String) {
+        self.state = WorkerState::Failed { reason, exit, stderr };
+        self.fail_evals();
+    }
+
+    fn fail_evals(&mut self) {
+        let message = self.why_no_eval().unwrap_or_default();
+        let running = self.running.take().flatten();
+        for key in running.into_iter().chain(self.waiting.drain(..).map(|(key, _)| key)) {
+            self.finished.push((key, Response::error(message.clone())));
+        }
     }
 
     pub fn state(&self) -> &WorkerState {
@@ -132,7 +162,7 @@ impl Worker {
     /// Queues an eval; its response comes with [`Worker::take_finished`].
     pub fn submit(&mut self, key: EvalKey, code: String) {
         if let Some(message) = self.why_no_eval() {
-            self.finished.push((key, Response::Error { message }));
+            self.finished.push((key, Response::error(message)));
             return;
         }
         self.waiting.push_back((key, code));
@@ -171,17 +201,13 @@ impl Worker {
     pub fn on_exit(&mut self, exit: Exit, scratch: &mut [u8]) {
         self.drain_stderr(scratch);
         let Some(child) = self.child.take() else { return };
-        let reason = match child.killed_because {
-            Some(reason) => reason.to_owned(),
-            None => format!("the warm worker {}", exit_text(exit)),
+        let reason = match (reported_refusal(child.report.as_ref()), child.killed_because) {
+            (Some(refusal), _) => refusal,
+            (None, Some(reason)) => reason.to_owned(),
+            (None, None) => format!("the warm worker {}", exit_text(exit)),
         };
         let stderr = String::from_utf8_lossy(&child.stderr_tail).into_owned();
-        self.state = WorkerState::Failed { reason, exit, stderr };
-        let message = self.why_no_eval().unwrap_or_default();
-        let running = self.running.take().flatten();
-        for key in running.into_iter().chain(self.waiting.drain(..).map(|(key, _)| key)) {
-            self.finished.push((key, Response::Error { message: message.clone() }));
-        }
+        self.fail(reason, exit, stderr);
     }
 
     fn why_no_eval(&self) -> Option<String> {
@@ -271,7 +297,7 @@ impl Worker {
                     return self.broken("the warm worker wrote a line nobody asked for");
                 };
                 let response = if too_long {
-                    Response::Error { message: format!("the answer is longer than {LINE_LIMIT} bytes") }
+                    Response::error(format!("the answer is longer than {LINE_LIMIT} bytes"))
                 } else {
                     match serde_json::from_slice::<Answer>(line) {
                         Ok(answer) => Response::Answer(answer),
@@ -334,14 +360,15 @@ impl WorkerChild {
         Self {
             pid: child.pid,
             stdin: child.stdin,
-            stdout: Some(child.stdout),
-            stderr: Some(child.stderr),
+            stdout: child.stdout,
+            stderr: child.stderr,
             outbound: Vec::new(),
             line: Vec::new(),
             skipping: false,
             stderr_tail: Vec::new(),
             shown: 0,
             killed_because: None,
+            report: child.report,
         }
     }
 

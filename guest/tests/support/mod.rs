@@ -39,6 +39,11 @@ impl Agent {
         )
     }
 
+    /// With `/forkd/warm.json` as given.
+    pub fn with_machine_file(json: &str) -> Self {
+        Self::launch_with(Some(json.to_owned()), TempDir::new().unwrap())
+    }
+
     fn launch(script: Option<&str>) -> Self {
         let dir = TempDir::new().unwrap();
         let machine_file = script.map(|script| {

@@ -16,6 +16,9 @@ _forkd() {
             ",$1")
                 cmd="forkd"
                 ;;
+            forkd,branch)
+                cmd="forkd__subcmd__branch"
+                ;;
             forkd,build)
                 cmd="forkd__subcmd__build"
                 ;;
@@ -28,6 +31,9 @@ _forkd() {
             forkd,completions)
                 cmd="forkd__subcmd__completions"
                 ;;
+            forkd,cp)
+                cmd="forkd__subcmd__cp"
+                ;;
             forkd,doctor)
                 cmd="forkd__subcmd__doctor"
                 ;;
@@ -39,6 +45,9 @@ _forkd() {
                 ;;
             forkd,fork)
                 cmd="forkd__subcmd__fork"
+                ;;
+            forkd,forward)
+                cmd="forkd__subcmd__forward"
                 ;;
             forkd,hub)
                 cmd="forkd__subcmd__hub"
@@ -61,8 +70,14 @@ _forkd() {
             forkd,mount)
                 cmd="forkd__subcmd__mount"
                 ;;
+            forkd,net)
+                cmd="forkd__subcmd__net"
+                ;;
             forkd,pack)
                 cmd="forkd__subcmd__pack"
+                ;;
+            forkd,pause)
+                cmd="forkd__subcmd__pause"
                 ;;
             forkd,ps)
                 cmd="forkd__subcmd__ps"
@@ -70,11 +85,20 @@ _forkd() {
             forkd,pull)
                 cmd="forkd__subcmd__pull"
                 ;;
+            forkd,recipe)
+                cmd="forkd__subcmd__recipe"
+                ;;
             forkd,repack)
                 cmd="forkd__subcmd__repack"
                 ;;
+            forkd,resume)
+                cmd="forkd__subcmd__resume"
+                ;;
             forkd,rmi)
                 cmd="forkd__subcmd__rmi"
+                ;;
+            forkd,shell)
+                cmd="forkd__subcmd__shell"
                 ;;
             forkd,snapshot)
                 cmd="forkd__subcmd__snapshot"
@@ -103,6 +127,9 @@ _forkd() {
             forkd__subcmd__cache,verify)
                 cmd="forkd__subcmd__cache__subcmd__verify"
                 ;;
+            forkd__subcmd__hub,page)
+                cmd="forkd__subcmd__hub__subcmd__page"
+                ;;
             forkd__subcmd__hub,publish)
                 cmd="forkd__subcmd__hub__subcmd__publish"
                 ;;
@@ -115,6 +142,9 @@ _forkd() {
             forkd__subcmd__kernel,path)
                 cmd="forkd__subcmd__kernel__subcmd__path"
                 ;;
+            forkd__subcmd__recipe,check)
+                cmd="forkd__subcmd__recipe__subcmd__check"
+                ;;
             *)
                 ;;
         esac
@@ -122,12 +152,46 @@ _forkd() {
 
     case "${cmd}" in
         forkd)
-            opts="-v -h -V --json --verbose --help --version doctor kernel build snapshot snapshots rmi pack unpack repack trace inspect hub pull images mount umount cache fork warm ps exec eval logs kill cleanup completions"
+            opts="-v -h -V --json --verbose --help --version doctor kernel build recipe snapshot snapshots rmi pack unpack repack trace inspect hub pull images mount umount cache fork branch warm ps exec shell cp eval net forward pause resume logs kill cleanup completions"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        forkd__subcmd__branch)
+            opts="-n -v -h --count --eval --exec --env --vary --detach --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --count)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -n)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --eval)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --env)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --vary)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -249,6 +313,20 @@ _forkd() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        forkd__subcmd__cp)
+            opts="-a -L -v -h --archive --follow-link --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         forkd__subcmd__doctor)
             opts="-v -h --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -278,7 +356,7 @@ _forkd() {
             return 0
             ;;
         forkd__subcmd__exec)
-            opts="-e -i -v -h --env --cwd --interactive --json --verbose --help"
+            opts="-e -u -i -t -d -v -h --env --cwd --user --interactive --tty --detach --timeout --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -296,6 +374,18 @@ _forkd() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --user)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -u)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -304,7 +394,7 @@ _forkd() {
             return 0
             ;;
         forkd__subcmd__fork)
-            opts="-n -v -h --tag --count --eval --exec --env --vary --net --memory-limit-mib --cpus --detach --eager --timeline --hub --cache-size --cache-reserve --json --verbose --help"
+            opts="-n -v -h --tag --count --eval --exec --env --vary --net --allow --deny --dns --net-rate --memory-limit-mib --cpus --publish --timeout --on-timeout --detach --eager --timeline --hub --cache-size --cache-reserve --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -335,7 +425,23 @@ _forkd() {
                     return 0
                     ;;
                 --net)
-                    COMPREPLY=($(compgen -W "none isolated" -- "${cur}"))
+                    COMPREPLY=($(compgen -W "none isolated nat" -- "${cur}"))
+                    return 0
+                    ;;
+                --allow)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --deny)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --dns)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --net-rate)
+                    COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
                 --memory-limit-mib)
@@ -344,6 +450,18 @@ _forkd() {
                     ;;
                 --cpus)
                     COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --publish)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --on-timeout)
+                    COMPREPLY=($(compgen -W "kill pause" -- "${cur}"))
                     return 0
                     ;;
                 --timeline)
@@ -369,8 +487,26 @@ _forkd() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        forkd__subcmd__forward)
+            opts="-v -h --address --detach --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --address)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         forkd__subcmd__hub)
-            opts="-v -h --json --verbose --help publish serve"
+            opts="-v -h --json --verbose --help publish page serve"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -383,8 +519,34 @@ _forkd() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        forkd__subcmd__hub__subcmd__page)
+            opts="-v -h --hub --out --title --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --hub)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --out)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --title)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         forkd__subcmd__hub__subcmd__publish)
-            opts="-v -h --hub --name --version --recipe-path --json --verbose --help"
+            opts="-v -h --hub --name --version --recipe-path --github --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -403,6 +565,10 @@ _forkd() {
                     return 0
                     ;;
                 --recipe-path)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --github)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -607,6 +773,20 @@ _forkd() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        forkd__subcmd__net)
+            opts="-v -h --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         forkd__subcmd__pack)
             opts="-v -h --tag --out --description --base-image --chunk --level --force --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -638,6 +818,20 @@ _forkd() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        forkd__subcmd__pause)
+            opts="-v -h --all --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 *)
                     COMPREPLY=()
                     ;;
@@ -689,6 +883,34 @@ _forkd() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        forkd__subcmd__recipe)
+            opts="-v -h --json --verbose --help check"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        forkd__subcmd__recipe__subcmd__check)
+            opts="-v -h --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 3 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         forkd__subcmd__repack)
             opts="-v -h --out --chunk --level --force --hub --cache-size --cache-reserve --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -727,6 +949,20 @@ _forkd() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        forkd__subcmd__resume)
+            opts="-v -h --all --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         forkd__subcmd__rmi)
             opts="-v -h --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -734,6 +970,40 @@ _forkd() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        forkd__subcmd__shell)
+            opts="-e -u -v -h --env --cwd --user --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --env)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -e)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cwd)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --user)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -u)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

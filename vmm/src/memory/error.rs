@@ -63,4 +63,19 @@ pub enum MemoryError {
     /// vm-memory refused a region.
     #[error("a guest memory region is not usable")]
     Region(#[source] vm_memory::mmap::MmapRegionError),
+    /// A delta cannot be read or written.
+    #[error("the memory that a branch does not share with its image cannot be read or written")]
+    ReadDelta(#[source] Errno),
+    /// A delta is not what its owner said.
+    #[error("the memory that a branch does not share with its image is not what was said of it")]
+    Delta,
+    /// The memory of another machine cannot be read.
+    #[error("the machine's memory cannot be read")]
+    ReadMachine(#[source] std::io::Error),
+    /// What a machine has written is in too many pieces.
+    #[error("what the machine has written is in {runs} pieces, more than a branch can map")]
+    Scattered {
+        /// How many.
+        runs: usize,
+    },
 }

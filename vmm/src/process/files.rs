@@ -1,7 +1,7 @@
 //! The files that a machine starts with, and their order in the message that carries them to its process:
 //!
 //! ```text
-//! channel  start  console  vsock  [initrd]  [tap]  images...  [scratch]
+//! channel  start  console  vsock  [initrd]  [wire]  images...  [delta]  [scratch]
 //! ```
 
 use crate::channel::Channel;
@@ -22,8 +22,10 @@ pub struct Files<F> {
     pub scratch: Option<F>,
     /// Initramfs, if [`super::MachineStart::Boot`] says that there is one.
     pub initrd: Option<F>,
-    /// The tap, if the machine's specification has a MAC.
-    pub tap: Option<F>,
+    /// The wire, if the machine's specification has a MAC.
+    pub wire: Option<F>,
+    /// What differs from the image of RAM, if [`super::MachineStart::Restore`] says that something does.
+    pub delta: Option<F>,
 }
 
 /// The files of a machine, lent by its owner.
@@ -35,17 +37,19 @@ pub(super) struct Expected {
     pub(super) images: usize,
     pub(super) scratch: bool,
     pub(super) initrd: bool,
-    pub(super) tap: bool,
+    pub(super) wire: bool,
+    pub(super) delta: bool,
 }
 
 impl MachineFiles<'_> {
     /// The descriptors of the message; `channel` is the machine's end of its channel.
     pub(crate) fn encode<'a>(&'a self, channel: BorrowedFd<'a>) -> Vec<BorrowedFd<'a>> {
-        let mut fds = Vec::with_capacity(7 + self.images.len());
+        let mut fds = Vec::with_capacity(8 + self.images.len());
         fds.extend([channel, self.start, self.console, self.vsock]);
         fds.extend(self.initrd);
-        fds.extend(self.tap);
+        fds.extend(self.wire);
         fds.extend(&self.images);
+        fds.extend(self.delta);
         fds.extend(self.scratch);
         fds
     }
@@ -59,11 +63,12 @@ impl Files<OwnedFd> {
     ) -> Option<Files<OwnedFd>> {
         let (start, console, vsock) = (fds.next()?, fds.next()?, fds.next()?);
         let initrd = if expected.initrd { Some(fds.next()?) } else { None };
-        let tap = if expected.tap { Some(fds.next()?) } else { None };
+        let wire = if expected.wire { Some(fds.next()?) } else { None };
         let images: Vec<_> = fds.by_ref().take(expected.images).collect();
+        let delta = if expected.delta { Some(fds.next()?) } else { None };
         let scratch = if expected.scratch { Some(fds.next()?) } else { None };
         let complete = images.len() == expected.images && fds.next().is_none();
-        complete.then_some(Files { images, start, console, vsock, scratch, initrd, tap })
+        complete.then_some(Files { images, start, console, vsock, scratch, initrd, wire, delta })
     }
 }
 
@@ -83,9 +88,9 @@ mod tests {
 
     #[test]
     fn every_file_arrives_in_its_place() {
-        for bits in 0..8 {
-            let [scratch, initrd, tap] = [1, 2, 4].map(|bit| bits & bit != 0);
-            let all = pipes(9);
+        for bits in 0..16 {
+            let [scratch, initrd, wire, delta] = [1, 2, 4, 8].map(|bit| bits & bit != 0);
+            let all = pipes(10);
             let fd = |position: usize| all[position].as_fd();
             let sent = MachineFiles {
                 images: vec![fd(1), fd(2)],
@@ -94,7 +99,8 @@ mod tests {
                 vsock: fd(5),
                 scratch: scratch.then(|| fd(6)),
                 initrd: initrd.then(|| fd(7)),
-                tap: tap.then(|| fd(8)),
+                wire: wire.then(|| fd(8)),
+                delta: delta.then(|| fd(9)),
             };
             let message = sent.encode(fd(0));
             // The copies that a receiver has are told apart by their order only.
@@ -104,7 +110,7 @@ mod tests {
                 copies.iter().map(AsRawFd::as_raw_fd).zip(numbers).collect();
             let mut fds = copies.into_iter();
             let channel = take_channel(&mut fds).unwrap();
-            let expected = Expected { images: 2, scratch, initrd, tap };
+            let expected = Expected { images: 2, scratch, initrd, wire, delta };
             let got = Files::decode(expected, fds).unwrap();
             let pairs = [(Some(channel.as_fd()), Some(fd(0)))]
                 .into_iter()
@@ -117,7 +123,8 @@ mod tests {
                     (Some(got.vsock.as_fd()), Some(sent.vsock)),
                     (got.scratch.as_ref().map(AsFd::as_fd), sent.scratch),
                     (got.initrd.as_ref().map(AsFd::as_fd), sent.initrd),
-                    (got.tap.as_ref().map(AsFd::as_fd), sent.tap),
+                    (got.wire.as_ref().map(AsFd::as_fd), sent.wire),
+                    (got.delta.as_ref().map(AsFd::as_fd), sent.delta),
                 ]);
             for (got, sent) in pairs {
                 assert_eq!(got.map(|fd| sources[&fd.as_raw_fd()]), sent.map(|fd| fd.as_raw_fd()));
@@ -127,7 +134,7 @@ mod tests {
 
     #[test]
     fn too_few_and_too_many_files_are_noticed() {
-        let expected = Expected { images: 2, scratch: true, initrd: false, tap: false };
+        let expected = Expected { images: 2, scratch: true, initrd: false, wire: false, delta: false };
         for count in [0, 3, 4, 5, 7] {
             assert!(Files::decode(expected, pipes(count).into_iter()).is_none(), "{count} files");
         }

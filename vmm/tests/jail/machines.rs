@@ -6,7 +6,7 @@ use bytes::Bytes;
 use forkd_vmm::cgroup::{self, Groups, Limits};
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
-use forkd_vmm::jail::{self, FILE_BYTES, Isolation, Jail, JailOptions};
+use forkd_vmm::jail::{self, FILE_BYTES, Isolation, Jail, JailOptions, UffdUse};
 use forkd_vmm::memory::{ImageId, create_image};
 use forkd_vmm::pager::{ChunkContent, ClientId, ImageChunk, ImageShape, PageSource, Pager, SourceFailure};
 use forkd_vmm::process::{
@@ -96,7 +96,7 @@ impl Bed {
             mac: None,
             scratch_bytes: 0,
             waits_at_first_instruction: false,
-            start: MachineStart::Restore { lazy, zero_runs: Vec::new() },
+            start: MachineStart::Restore { lazy, zero_runs: Vec::new(), delta_runs: 0 },
         };
         let files = MachineFiles {
             images: vec![if lazy {
@@ -109,7 +109,8 @@ impl Bed {
             vsock: vsock.as_fd(),
             scratch: None,
             initrd: None,
-            tap: None,
+            wire: None,
+            delta: None,
         };
         let process = self.zygote.spawn(&spec, &files).unwrap();
         Child { process, console, socket, rung: Vec::new() }
@@ -398,7 +399,7 @@ fn processes(jail: &mut Option<Jail>, count: u32, jailed: bool) -> f64 {
         let place = jail.as_ref().filter(|_| jailed).map(|jail| jail.place(None)).unwrap_or_default();
         match sys::fork_confined(place).unwrap() {
             ConfinedFork::Child => {
-                let cell = JailOptions { number, file_bytes: FILE_BYTES, lazy: true };
+                let cell = JailOptions { number, file_bytes: FILE_BYTES, uffd: UffdUse::Filling };
                 let entered = jail.take().filter(|_| jailed).map(|jail| jail.enter(&cell, &[say.as_fd()]));
                 let _opened = entered.transpose().unwrap();
                 let _ = rustix::io::write(&say, b"x");

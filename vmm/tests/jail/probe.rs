@@ -2,7 +2,7 @@
 //! system call filter, and prints what happened. Whatever succeeds fails the test.
 
 use crate::attempts::{ATTEMPTS, Around, Attempt};
-use forkd_vmm::jail::{FILE_BYTES, Isolation, Jail, JailOptions};
+use forkd_vmm::jail::{FILE_BYTES, Isolation, Jail, JailOptions, UffdUse};
 use forkd_vmm::sys::{self, ConfinedFork, Forked, Lifetime};
 use rustix::fd::{AsFd, AsRawFd, OwnedFd};
 use rustix::io::Errno;
@@ -57,7 +57,7 @@ fn take_the_zygotes_part(owner: Pid, mut table: File) -> bool {
     let jail = Jail::build().expect("the jail can be built here");
     assert_eq!(jail.isolation(), Isolation::Privileged, "these tests need root");
     let (console, foreign) = (memory_file(), memory_file());
-    let mut cell = JailOptions { number: 1, file_bytes: FILE_BYTES, lazy: false };
+    let mut cell = JailOptions { number: 1, file_bytes: FILE_BYTES, uffd: UffdUse::None };
     let sibling = match sys::fork_confined(jail.place(None)).unwrap() {
         ConfinedFork::Child => {
             jail.enter(&cell, &[]).unwrap();

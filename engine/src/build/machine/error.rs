@@ -59,8 +59,8 @@ pub enum BuildError {
         #[source]
         source: ClientError,
     },
-    /// The worker did not become ready.
-    #[error("the warm command is not ready: {reason}{}", stderr_part(stderr))]
+    /// A service or the worker did not become ready.
+    #[error("the machine is not ready: {reason}{}", stderr_part(stderr))]
     NotReady {
         /// What happened.
         reason: String,
@@ -76,6 +76,14 @@ pub enum BuildError {
         found: String,
         /// What it should have.
         expected: String,
+    },
+    /// What copies will do first did not work.
+    #[error("the rehearsal `{what}` failed: {found}")]
+    Rehearsal {
+        /// The code, the command or the URL.
+        what: String,
+        /// What came of it.
+        found: String,
     },
     /// Its content would be lost.
     #[error(

@@ -1,9 +1,10 @@
 //! Recording a trace: a snapshot is restored a few times, page by page, and what is touched until its probe is answered is
 //! written down, with the pages themselves.
 
+use super::asking::{self, check_answer};
 use super::console;
 use super::error::{BuildError, BuildFailure};
-use super::rig::{INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, check_answer, open};
+use super::rig::{INTERRUPT_CHECK, Machines, PAGE, REQUEST_TIMEOUT, open};
 use crate::build::recipe::Probe;
 use crate::fork::ask::{ChildOutcome, ChildRequest};
 use crate::fork::run::{AskedChildren, ForkCaller, ForkSource, fork_template};
@@ -197,7 +198,7 @@ fn run_trial(
     let variables = Variables::new(variable.as_slice(), &[], 1)?;
     // Nobody is to find it, and to end it as one of theirs.
     let children = ChildrenSpec { variables, reachable: false, ..ChildrenSpec::default() };
-    let request = options.probe.map_or(ChildRequest::Ping, |probe| ChildRequest::Eval(probe.code.clone()));
+    let request = options.probe.map_or(ChildRequest::Ping, asking::request);
     let after_ready = Some(trial.before_probe).filter(|delay| !delay.is_zero());
     let fork = TrialFork::default();
     let (done, over) = mpsc::channel::<()>();
@@ -234,6 +235,11 @@ fn moments_of(
     }
     let outcome = outcomes.first().ok_or_else(|| failed("there is none"))?;
     match (options.probe, &outcome.error) {
+        // What it printed has been compared before the snapshot.
+        (Some(probe), _) if outcome.exit_code.is_some_and(|code| code != 0) => {
+            check_answer(probe, None, Some(&format!("exit code {}", outcome.exit_code.unwrap_or(0))))?;
+        }
+        (Some(_), _) if outcome.exit_code.is_some() => {}
         // Code that fails is an answer, too.
         (Some(probe), error) if outcome.answered => {
             check_answer(probe, outcome.value.as_deref(), error.as_deref())?;

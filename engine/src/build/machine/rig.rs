@@ -2,7 +2,6 @@
 
 use super::console;
 use super::error::{BuildError, BuildFailure};
-use crate::build::recipe::Probe;
 use crate::fork::agent::AgentClient;
 use crate::fork::scratch::Scratch;
 use crate::interrupt::Interrupt;
@@ -92,7 +91,8 @@ impl<'a> BuildMachine<'a> {
             vsock: vsock.as_fd(),
             scratch: scratch.as_ref().map(AsFd::as_fd),
             initrd: initrd.map(|file| file.as_fd()),
-            tap: None,
+            wire: None,
+            delta: None,
         };
         let process = machines.zygote.spawn(spec, &files)?;
         Ok(BuildMachine { process, socket, console: console_path, scratch, interrupt })
@@ -158,31 +158,4 @@ impl<'a> BuildMachine<'a> {
 /// Opens a file of a snapshot.
 pub(super) fn open(path: &Path) -> Result<File, SnapshotError> {
     File::open(path).map_err(file_error("opening", path))
-}
-
-/// Asks the agent the probe and compares its answer.
-pub(super) fn run_probe(agent: AgentClient, probe: &Probe) -> Result<(), BuildError> {
-    let answer = agent
-        .eval(&probe.code, REQUEST_TIMEOUT)
-        .map_err(|source| BuildError::Agent { doing: "probing", source })?;
-    check_answer(probe, answer.answer.as_deref(), answer.error.as_deref())
-}
-
-/// Compares what the probe was answered with what it should be: a value, or why there is none.
-pub(super) fn check_answer(
-    probe: &Probe,
-    value: Option<&str>,
-    error: Option<&str>,
-) -> Result<(), BuildError> {
-    let wrong = match &probe.expect {
-        Some(expected) => (value != Some(expected)).then_some(expected.as_str()),
-        None => error.is_some().then_some("without an error"),
-    };
-    let Some(expected) = wrong else { return Ok(()) };
-    let found = error.map(|error| format!("the error {error}")).or_else(|| value.map(str::to_owned));
-    Err(BuildError::Probe {
-        code: probe.code.clone(),
-        found: found.unwrap_or_else(|| "nothing".to_owned()),
-        expected: expected.to_owned(),
-    })
 }

@@ -3,14 +3,21 @@
 //! Paths are resolved by the kernel with the tree as their root (`RESOLVE_IN_ROOT`): a link in the tree to `/etc` is
 //! the tree's `/etc`, never ours.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, fchmod, mkdirat, openat, openat2, unlinkat};
+use rustix::fs::{
+    AtFlags, CWD, Gid, Mode, OFlags, ResolveFlags, Uid, chownat, fchmod, fchown, mkdirat, openat, openat2,
+    readlinkat, symlinkat, unlinkat,
+};
 use rustix::io::Errno;
+
+use super::source::{self, Entry, Kind};
 
 /// A directory that will be a machine's root.
 pub struct RootDiskTree {
@@ -32,20 +39,86 @@ impl RootDiskTree {
 
     /// Writes a file at an absolute path of the tree, in place of what is there, making its directories. It belongs to
     /// root.
-    pub fn put(&self, to: &Path, contents: &mut dyn io::Read, executable: bool) -> io::Result<()> {
-        let name = to.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-        let directory = self.make_directory(to.parent().unwrap_or(Path::new("/")))?;
-        match unlinkat(&directory, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => return Err(errno.into()),
-        }
+    pub fn put(&self, to: &Path, contents: &mut dyn io::Read, mode: u32) -> io::Result<()> {
+        self.put_for(to, contents, mode, None)
+    }
+
+    /// [`RootDiskTree::put`] for another owner than root.
+    pub fn put_for(
+        &self,
+        to: &Path,
+        contents: &mut dyn io::Read,
+        mode: u32,
+        owner: Option<(u32, u32)>,
+    ) -> io::Result<()> {
+        let (directory, name) = self.make_room(to)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut file = File::from(openat(&directory, name, flags, Mode::RUSR | Mode::WUSR)?);
         io::copy(contents, &mut file)?;
         file.flush()?;
-        // Afterwards, so that the umask has no say.
-        fchmod(&file, Mode::from_raw_mode(if executable { 0o755 } else { 0o644 }))?;
+        if let Some((uid, gid)) = owner {
+            fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
+        }
+        // Afterwards, so that neither the umask has a say nor a change of owner.
+        fchmod(&file, Mode::from_raw_mode(mode))?;
         Ok(())
+    }
+
+    /// Makes a link at an absolute path of the tree, in place of a file that is there.
+    pub fn link(&self, at: &Path, to: &Path) -> io::Result<()> {
+        let (directory, name) = self.make_room(at)?;
+        Ok(symlinkat(to, &directory, name)?)
+    }
+
+    /// Copies what is below a directory of this machine to an absolute path of the tree, for `owner`. Links stay links.
+    pub fn put_tree(&self, from: &Path, to: &Path, owner: (u32, u32)) -> io::Result<()> {
+        self.make_directory(to)?;
+        self.set_owner(to, owner)?;
+        for Entry { path, kind } in source::walk(from)? {
+            let at = to.join(&path);
+            match kind {
+                Kind::Directory => drop(self.make_directory(&at)?),
+                Kind::Link { to } => self.link(&at, &to)?,
+                Kind::File { executable } => {
+                    let mode = if executable { 0o755 } else { 0o644 };
+                    self.put_for(&at, &mut File::open(from.join(&path))?, mode, Some(owner))?;
+                    continue;
+                }
+            }
+            self.set_owner(&at, owner)?;
+        }
+        Ok(())
+    }
+
+    /// Gives something to a user and a group; a link itself, not what it leads to. Permissions stay.
+    pub fn set_owner(&self, path: &Path, (uid, gid): (u32, u32)) -> io::Result<()> {
+        let (directory, name) = self.open_parent(path)?;
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+        Ok(chownat(&directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?)
+    }
+
+    /// Opens a file of the tree for reading.
+    pub fn read(&self, path: &Path) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+        Ok(openat2(&self.root, path, flags, Mode::empty(), resolve)?.into())
+    }
+
+    /// Where a link of the tree leads.
+    pub fn read_link(&self, path: &Path) -> io::Result<PathBuf> {
+        let (directory, name) = self.open_parent(path)?;
+        let target = readlinkat(&directory, name, Vec::new())?;
+        Ok(PathBuf::from(OsStr::from_bytes(target.as_bytes())))
+    }
+
+    /// The directory that something goes to, made, and its name there, free.
+    fn make_room<'a>(&self, at: &'a Path) -> io::Result<(OwnedFd, &'a OsStr)> {
+        let name = at.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        let directory = self.make_directory(at.parent().unwrap_or(Path::new("/")))?;
+        match unlinkat(&directory, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => Ok((directory, name)),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// Whether something is at an absolute path of the tree.
@@ -74,11 +147,8 @@ impl RootDiskTree {
 
     /// Removes a file of the tree; one that is not there is fine.
     pub fn remove(&self, path: &Path) -> io::Result<()> {
-        let Some(name) = path.file_name() else { return Err(io::ErrorKind::InvalidInput.into()) };
-        let removed = self
-            .open_inside(path.parent().unwrap_or(Path::new("/")), OFlags::DIRECTORY)
-            .and_then(|directory| unlinkat(directory, name, AtFlags::empty()));
-        match removed {
+        let removed = self.open_parent(path);
+        match removed.and_then(|(directory, name)| unlinkat(directory, name, AtFlags::empty())) {
             Ok(()) | Err(Errno::NOENT | Errno::NOTDIR) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
@@ -124,6 +194,12 @@ impl RootDiskTree {
         Ok(newest)
     }
 
+    /// The directory that something of the tree is in, and its name there.
+    fn open_parent<'a>(&self, path: &'a Path) -> Result<(OwnedFd, &'a OsStr), Errno> {
+        let name = path.file_name().ok_or(Errno::INVAL)?;
+        Ok((self.open_inside(path.parent().unwrap_or(Path::new("/")), OFlags::DIRECTORY)?, name))
+    }
+
     fn open_inside(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
         let flags = flags | OFlags::PATH | OFlags::CLOEXEC;
         openat2(&self.root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
@@ -143,7 +219,7 @@ mod tests {
     use tempfile::TempDir;
 
     fn put(tree: &RootDiskTree, to: &str, text: &str) -> io::Result<()> {
-        tree.put(Path::new(to), &mut text.as_bytes(), to.ends_with(".sh"))
+        tree.put(Path::new(to), &mut text.as_bytes(), if to.ends_with(".sh") { 0o755 } else { 0o600 })
     }
 
     #[test]
@@ -155,7 +231,7 @@ mod tests {
         put(&tree, "/a/d", "").unwrap();
         let mode = |path: &str| fs::metadata(dir.path().join(path)).unwrap().permissions().mode() & 0o7777;
         assert_eq!(fs::read_to_string(dir.path().join("a/b/c.sh")).unwrap(), "two");
-        assert_eq!((mode("a"), mode("a/b/c.sh"), mode("a/d")), (0o755, 0o755, 0o644));
+        assert_eq!((mode("a"), mode("a/b/c.sh"), mode("a/d")), (0o755, 0o755, 0o600));
         assert!(tree.has(Path::new("/a/d")) && !tree.has(Path::new("/a/e")));
         assert!(put(&tree, "/a/b", "is a directory").is_err());
         assert!(put(&tree, "/a/d/e", "below a file").is_err());
@@ -179,6 +255,31 @@ mod tests {
         tree.remove(Path::new("/absolute/kept")).unwrap();
         assert_eq!(fs::read_to_string(outside.path().join("kept")).unwrap(), "kept");
         assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn trees_keep_links_and_the_right_to_execute() {
+        let source = TempDir::new().unwrap();
+        fs::create_dir_all(source.path().join("bin/empty")).unwrap();
+        fs::write(source.path().join("bin/run"), "#!").unwrap();
+        fs::set_permissions(source.path().join("bin/run"), fs::Permissions::from_mode(0o700)).unwrap();
+        symlink("bin/run", source.path().join("link")).unwrap();
+        symlink("/etc/passwd", source.path().join("away")).unwrap();
+        let dir = TempDir::new().unwrap();
+        let tree = RootDiskTree::open(dir.path()).unwrap();
+        let ours = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        for _ in 0..2 {
+            tree.put_tree(source.path(), Path::new("/opt/it"), ours).unwrap();
+        }
+        let at = |path: &str| dir.path().join("opt/it").join(path);
+        assert_eq!(fs::metadata(at("bin/run")).unwrap().permissions().mode() & 0o7777, 0o755);
+        assert!(at("bin/empty").is_dir());
+        assert_eq!(tree.read_link(Path::new("/opt/it/link")).unwrap(), Path::new("bin/run"));
+        assert_eq!(fs::read_link(at("away")).unwrap(), Path::new("/etc/passwd"));
+        // Inside the tree it leads nowhere.
+        assert!(
+            tree.read(Path::new("/opt/it/away")).is_err() && tree.read(Path::new("/opt/it/link")).is_ok()
+        );
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Why children cannot be started.
 
+use crate::fork::forward::publish::PublishError;
 use crate::fork::identity::IdentityError;
 use crate::local::paths::PathsError;
 use crate::local::run_dir::RunDirError;
@@ -48,6 +49,9 @@ pub enum StartError {
     /// The children's networks.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// Their ports on the host.
+    #[error(transparent)]
+    Publish(#[from] PublishError),
     /// The children's identities.
     #[error(transparent)]
     Identity(#[from] IdentityError),

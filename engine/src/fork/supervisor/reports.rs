@@ -1,5 +1,6 @@
 //! What children report, and what follows from it: their states, their turns, their ends.
 
+use super::moment::{Stop, StoppedMachine};
 use super::{Child, Milestone, Supervisor};
 use crate::chain::chain;
 use crate::fork::start_queue::StartQueue;
@@ -9,6 +10,7 @@ use forkd_vmm::channel::ChannelError;
 use forkd_vmm::devices::doorbell::Ring;
 use forkd_vmm::pager::ClientId;
 use forkd_vmm::process::{MachineOrder, MachineProcess, MachineReport};
+use forkd_vmm::uffd::Uffd;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -44,9 +46,10 @@ impl Supervisor {
                 (false, true) => TURN_TICK,
                 (false, false) => TICK,
             };
+            let tick = self.end_overdue_children().map_or(tick, |left| tick.min(left));
             let timeout = Timespec { tv_sec: 0, tv_nsec: tick.subsec_nanos().into() };
-            let mut polled: Vec<_> =
-                open.iter().map(|(_, process)| PollFd::new(&process.channel, PollFlags::IN)).collect();
+            let channels = open.iter().map(|(_, process)| PollFd::new(&process.channel, PollFlags::IN));
+            let mut polled: Vec<_> = channels.chain([PollFd::new(&self.wake, PollFlags::IN)]).collect();
             match rustix::event::poll(&mut polled, Some(&timeout)) {
                 Ok(_) => {}
                 Err(Errno::INTR) => continue,
@@ -57,6 +60,9 @@ impl Supervisor {
                 }
             }
             let readable: Vec<_> = polled.iter().map(|poll| !poll.revents().is_empty()).collect();
+            if readable.last() == Some(&true) {
+                self.wake.heard();
+            }
             let mut readable = readable.into_iter();
             open.retain(|(at, process)| {
                 if !readable.next().unwrap_or(false) {
@@ -104,6 +110,11 @@ impl Supervisor {
         self.take_turns(&mut children);
     }
 
+    /// Where the child waits for its turn at the start: branches do not.
+    fn turns_of(&self, child: &Child) -> Option<&Mutex<StartQueue>> {
+        self.turns.as_ref().filter(|_| child.parent.is_none())
+    }
+
     fn are_turns_awaited(&self) -> bool {
         let awaited =
             |turns: &Mutex<StartQueue>| turns.lock().unwrap_or_else(PoisonError::into_inner).are_awaited();
@@ -115,10 +126,14 @@ impl Supervisor {
         let child = &mut children[at];
         match report {
             MachineReport::Attached { bases } => {
-                if let (Some(pager), Some(uffd)) = (self.template.pager(), fds.pop())
-                    && let Err(error) = pager.attach(child.client, uffd, bases)
-                {
-                    child.end(ChildState::Failed, Some(chain(&error)));
+                let Some(uffd) = fds.pop() else { return };
+                let attached = match self.template.pager() {
+                    Some(pager) => pager.attach(child.client, uffd, bases),
+                    None => Ok(Arc::new(Uffd::from_fd(uffd))),
+                };
+                match attached {
+                    Ok(uffd) => child.uffd = Some(uffd),
+                    Err(error) => child.end(ChildState::Failed, Some(chain(&error))),
                 }
             }
             MachineReport::Rang { ring, at_ns } => {
@@ -128,7 +143,7 @@ impl Supervisor {
                     Ring::Resumed => {
                         let first = child.first_instruction.is_none();
                         child.first_instruction.get_or_insert(moment);
-                        match &self.turns {
+                        match self.turns_of(child) {
                             Some(turns) if first => {
                                 turns.lock().unwrap_or_else(PoisonError::into_inner).wait(at);
                             }
@@ -142,17 +157,17 @@ impl Supervisor {
                     }
                     Ring::Ready => {
                         child.ready.get_or_insert(moment);
-                        if let Some(turns) = &self.turns {
+                        if let Some(turns) = self.turns_of(child) {
                             turns.lock().unwrap_or_else(PoisonError::into_inner).ready(at, Instant::now());
                         }
                         child.state = child.state.max(ChildState::Ready);
                         self.tell(at);
                     }
-                    Ring::SnapshotHere | Ring::Booted => {}
+                    Ring::SnapshotHere => child.rang_at_ns = at_ns,
+                    Ring::Booted => {}
                 }
             }
-            // A fork is not asked for snapshots; its machine waits for an order that never comes.
-            MachineReport::Snapshot => child.kill(),
+            MachineReport::Snapshot => stopped(child, fds.pop()),
             MachineReport::Ended => child.state = child.state.max(ChildState::Ended),
             MachineReport::Failed { error } => {
                 child.error = Some(error);
@@ -164,13 +179,18 @@ impl Supervisor {
     fn finish(&self, at: usize, error: &ChannelError) {
         let mut children = self.children();
         let child = &mut children[at];
-        (child.network, child.namespace) = (None, None);
+        child.network = None;
+        child.ports.clear();
+        self.end_publishing(at);
         let gone = matches!(error, ChannelError::Closed);
         if !gone {
             // What it says cannot be understood: it is not to be trusted any further.
             child.kill();
         }
         child.process = None;
+        child.uffd = None;
+        // The last of its siblings frees it.
+        child.frozen = None;
         if let Some(pager) = self.template.pager() {
             pager.detach(child.client);
         }
@@ -204,5 +224,21 @@ impl Supervisor {
                 child.end(ChildState::Failed, Some(chain(&failure)));
             }
         }
+    }
+}
+
+/// The child's machine stands still, and has handed over its state.
+fn stopped(child: &mut Child, vmstate: Option<OwnedFd>) {
+    let Some(vmstate) = vmstate.filter(|_| child.rings_due > 0) else {
+        // Nobody has asked for it.
+        return child.kill();
+    };
+    child.rings_due -= 1;
+    let machine = StoppedMachine { vmstate, at_ns: child.rang_at_ns };
+    let taken =
+        child.stop_wanted.take().is_some_and(|wanted| wanted.try_send(Stop::Stopped(machine)).is_ok());
+    if let Some(process) = child.process.as_ref().filter(|_| !taken) {
+        // Whoever asked has given up.
+        let _ = process.channel.send(&MachineOrder::Resume, &[]);
     }
 }

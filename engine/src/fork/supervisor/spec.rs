@@ -1,11 +1,13 @@
 //! What the children of a fork are to be.
 
 use super::error::StartError;
+use crate::fork::forward::ports::PortMap;
 use crate::fork::variables::Variables;
 use crate::network::wire::NetworkMode;
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::memory::MemoryLayout;
 use forkd_vmm::zygote::Zygote;
+use std::time::{Duration, Instant};
 
 /// What the children of a fork are to be.
 #[derive(Debug)]
@@ -18,15 +20,61 @@ pub struct ChildrenSpec {
     pub network: NetworkMode,
     /// What each may take of the host.
     pub limits: ResourceLimits,
+    /// Their ports that the fork forwards.
+    pub publish: Vec<PortMap>,
+    /// How long each may live, if there is an end to it.
+    pub lifetime: Option<Lifetime>,
     /// Whether other processes of this user can list and end them.
     pub reachable: bool,
+}
+
+/// How long a child may live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lifetime {
+    /// From its start.
+    pub time: Duration,
+    /// What is done then.
+    pub then: OnTimeout,
+}
+
+/// What is done with a child whose time is over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum OnTimeout {
+    /// It is killed.
+    #[default]
+    Kill,
+    /// It is paused.
+    Pause,
 }
 
 /// One child, without anything of its own.
 impl Default for ChildrenSpec {
     fn default() -> ChildrenSpec {
         let (variables, network) = (Variables::default(), NetworkMode::None);
-        ChildrenSpec { count: 1, variables, network, limits: ResourceLimits::default(), reachable: true }
+        ChildrenSpec {
+            count: 1,
+            variables,
+            network,
+            limits: ResourceLimits::default(),
+            publish: Vec::new(),
+            lifetime: None,
+            reachable: true,
+        }
+    }
+}
+
+/// What is left of a child's time.
+#[derive(Debug)]
+pub(super) struct Deadline {
+    pub(super) at: Instant,
+    pub(super) lifetime: Lifetime,
+}
+
+impl Deadline {
+    pub(super) fn of(lifetime: Option<Lifetime>) -> Option<Deadline> {
+        let lifetime = lifetime?;
+        // A time that long is none.
+        Some(Deadline { at: Instant::now().checked_add(lifetime.time)?, lifetime })
     }
 }
 

@@ -123,7 +123,7 @@ fn note_mapped(
         for run in of_image.chunk_by(|a, b| a.1 + 1 == b.1) {
             let first = u64::from(run[0].1);
             pagemap.visit(base, first..first + run.len() as u64, |page, state| {
-                if state != PageState::Absent {
+                if !matches!(state, PageState::Absent | PageState::Zero) {
                     touched.insert((image.index(), page));
                 }
             })?;

@@ -42,13 +42,13 @@ impl Catalogue {
         &self.registry
     }
 
-    /// Every usable entry, sorted by name and version. Names that are not plain are left out: nothing can refer to
-    /// them, and they have no business in a directory listing.
+    /// Every usable entry, sorted by name and version. Left out are names that are not plain, because nothing can refer to
+    /// them and they have no business in a directory listing, and packs that are hosted nowhere.
     pub fn entries(&self) -> impl Iterator<Item = Result<Resolved, RegistryError>> {
         self.registry.packages.iter().flat_map(move |(name, package)| {
             let package_name: Option<PackageName> = name.parse().ok();
             package.versions.iter().filter_map(move |(version, entry)| {
-                let package = package_name.clone().filter(|_| is_plain_name(version))?;
+                let package = package_name.clone().filter(|_| is_plain_name(version) && entry.is_hosted())?;
                 Some(self.located(Reference { package, version: version.clone() }, entry))
             })
         })
@@ -85,6 +85,10 @@ impl Catalogue {
     }
 
     fn located(&self, reference: Reference, entry: &PackageVersion) -> Result<Resolved, RegistryError> {
+        if !entry.is_hosted() {
+            let (location, recipe) = (self.location(), entry.recipe_path.clone());
+            return Err(RegistryError::NotHosted { location, reference: Box::new(reference), recipe });
+        }
         let location = pin(entry).and_then(|index| {
             let source = self.address.join(&entry.url)?;
             Ok(PackLocation { source, size: entry.size_bytes, index })

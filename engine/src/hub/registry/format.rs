@@ -8,7 +8,7 @@ use forkd_fs::digest::Digest;
 use forkd_fs::source::HttpError;
 use serde::{Deserialize, Serialize};
 
-use crate::reference::{PackageName, Reference};
+use crate::reference::{LATEST, PackageName, Reference};
 
 /// File name of a registry in its folder.
 pub const FILE_NAME: &str = "registry.json";
@@ -44,10 +44,11 @@ pub struct Package {
     pub other: BTreeMap<String, serde_json::Value>,
 }
 
-/// One version of a package. Everything but `url` is optional.
+/// One version of a package. Without a `url` it is hosted nowhere, and has to be built from its recipe.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct PackageVersion {
-    /// Where the pack is; may be relative to the registry's own URL.
+    /// Where the pack is; may be relative to the registry's own URL. Empty while it is hosted nowhere.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub url: String,
     /// Digest of the whole pack.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -88,6 +89,20 @@ pub struct PackageVersion {
     /// Fields this version does not know.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,
+}
+
+impl Package {
+    /// What [`LATEST`] is, or else the last version by name.
+    pub fn newest(&self) -> Option<&PackageVersion> {
+        self.versions.get(LATEST).or(self.versions.values().next_back())
+    }
+}
+
+impl PackageVersion {
+    /// Whether its pack can be had; otherwise it has to be built from its recipe.
+    pub fn is_hosted(&self) -> bool {
+        !self.url.is_empty()
+    }
 }
 
 /// Why there is no registry to read, or none that can be used.
@@ -158,6 +173,16 @@ pub enum RegistryError {
         version: String,
         /// What there is.
         versions: Vec<String>,
+    },
+    /// The pack is hosted nowhere.
+    #[error("{location} lists {reference}, but its pack is hosted nowhere")]
+    NotHosted {
+        /// URL or path of the registry.
+        location: String,
+        /// The package and version.
+        reference: Box<Reference>,
+        /// The recipe it is built from, as the registry spells it.
+        recipe: Option<String>,
     },
     /// The entry cannot be used.
     #[error("the entry of {reference} in {location} cannot be used: {what}")]

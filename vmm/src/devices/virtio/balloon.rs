@@ -8,7 +8,7 @@
 //! A kernel that relies on the content of free pages (poisoned, or zeroed when freed) does not report without
 //! `VIRTIO_BALLOON_F_PAGE_POISON`, which is not offered.
 
-use super::device::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
+use super::device::{DeviceState, VirtioDevice, VirtioError, read_config_bytes, wants_interrupt};
 use crate::memory::{GuestMemory, PAGE_BYTES};
 use std::ops::Range;
 use virtio_bindings::virtio_ids::VIRTIO_ID_BALLOON;
@@ -127,7 +127,7 @@ impl VirtioDevice for Balloon {
             }
             queue.add_used(ram, head, 0)?;
         }
-        Ok(used && queue.needs_notification(ram)?)
+        Ok(used && wants_interrupt(queue, ram)?)
     }
 
     fn reset(&mut self) {

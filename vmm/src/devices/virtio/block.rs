@@ -9,7 +9,7 @@
 //! No flushes are asked for (`VIRTIO_BLK_F_FLUSH` is not offered): a completed write outlives the guest's kernel, and
 //! what would lose it ends the machine, and with it the disk, anyway.
 
-use super::device::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
+use super::device::{DeviceState, VirtioDevice, VirtioError, read_config_bytes, wants_interrupt};
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 use std::fs::File;
@@ -259,7 +259,7 @@ impl VirtioDevice for Block {
             let written = self.serve(chain, ram, &mut budget)?;
             queue.add_used(ram, head, written)?;
         }
-        Ok(used && queue.needs_notification(ram)?)
+        Ok(used && wants_interrupt(queue, ram)?)
     }
 
     fn save(&self) -> DeviceState {

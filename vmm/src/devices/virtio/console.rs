@@ -1,7 +1,7 @@
 //! virtio-console (virtio 1.2, section 5.3), one port, `/dev/hvc0` in a Linux guest: what is written there goes where
 //! the serial port's output goes, a page at a time instead of a byte. There is no input.
 
-use super::device::{VirtioDevice, VirtioError};
+use super::device::{VirtioDevice, VirtioError, wants_interrupt};
 use crate::devices::serial::Console;
 use std::io::Write;
 use virtio_bindings::virtio_ids::VIRTIO_ID_CONSOLE;
@@ -62,6 +62,6 @@ impl VirtioDevice for VirtioConsole {
             }
             queue.add_used(ram, head, 0)?;
         }
-        Ok(used && queue.needs_notification(ram)?)
+        Ok(used && wants_interrupt(queue, ram)?)
     }
 }

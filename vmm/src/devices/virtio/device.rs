@@ -1,8 +1,10 @@
 //! What makes a virtio device of a transport, and what of it survives a snapshot.
 
 use serde::{Deserialize, Serialize};
-use virtio_queue::Queue;
-use vm_memory::{GuestMemoryError, GuestMemoryMmap};
+use std::sync::atomic::Ordering;
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 /// The devices that a machine can have, in the order of their windows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -112,4 +114,12 @@ pub(crate) fn read_config_bytes(config: &[u8], offset: u64, into: &mut [u8]) {
         let at = offset.saturating_add(position as u64);
         *byte = usize::try_from(at).ok().and_then(|at| config.get(at)).copied().unwrap_or(0);
     }
+}
+
+/// Whether the driver wants to hear of used buffers. It often does not, and each interrupt costs it kernel instructions.
+pub(crate) fn wants_interrupt(queue: &mut Queue, ram: &GuestMemoryMmap) -> Result<bool, VirtioError> {
+    // Its barrier lies between the used index and the flags.
+    let needed = queue.needs_notification(ram)?;
+    let flags: u16 = ram.load(GuestAddress(queue.avail_ring()), Ordering::Relaxed)?;
+    Ok(needed && u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT == 0)
 }

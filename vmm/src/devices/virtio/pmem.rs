@@ -2,7 +2,7 @@
 //! itself is a read-only memory slot, so there are no block requests; only flushes arrive here, and succeed, as
 //! there is nothing to flush.
 
-use super::device::{VirtioDevice, VirtioError, read_config_bytes};
+use super::device::{VirtioDevice, VirtioError, read_config_bytes, wants_interrupt};
 use std::ops::Range;
 use virtio_bindings::virtio_ids::VIRTIO_ID_PMEM;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -56,6 +56,6 @@ impl VirtioDevice for Pmem {
             queue.add_used(ram, head, written)?;
             used = true;
         }
-        Ok(used && queue.needs_notification(ram)?)
+        Ok(used && wants_interrupt(queue, ram)?)
     }
 }

@@ -1,6 +1,6 @@
 //! virtio-rng (virtio 1.2, section 5.4): the host's random bytes.
 
-use super::device::{VirtioDevice, VirtioError};
+use super::device::{VirtioDevice, VirtioError, wants_interrupt};
 use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_bindings::virtio_ids::VIRTIO_ID_RNG;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
@@ -47,6 +47,6 @@ impl VirtioDevice for Rng {
             }
             queue.add_used(ram, head, written)?;
         }
-        Ok(used && queue.needs_notification(ram)?)
+        Ok(used && wants_interrupt(queue, ram)?)
     }
 }

@@ -1,4 +1,4 @@
-//! The thread that waits for frames from a tap. It only ever holds the device's lock for non-blocking work.
+//! The thread that waits for frames and room on the wire. It only ever holds the device's lock for non-blocking work.
 
 use super::device::Net;
 use crate::devices::virtio::mmio::Transport;
@@ -18,10 +18,12 @@ impl Backend {
     /// A backend for a device that has a link; none for one that has not.
     pub fn new(device: &Arc<Mutex<Transport<Net>>>) -> io::Result<Option<Backend>> {
         let transport = device.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(tap) = transport.device().tap() else { return Ok(None) };
+        let Some(wire) = transport.device().wire() else { return Ok(None) };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        // Edge by edge: while the guest gives no buffers, its frames must not keep this thread awake.
-        epoll::add(&epoll, tap, EventData::new_u64(0), EventFlags::IN | EventFlags::ET)?;
+        // Edge by edge: while the guest gives no buffers, its frames must not keep this thread awake, nor must room that
+        // nobody needs.
+        let interest = EventFlags::IN | EventFlags::OUT | EventFlags::ET;
+        epoll::add(&epoll, wire, EventData::new_u64(0), interest)?;
         Ok(Some(Backend { epoll, device: Arc::clone(device) }))
     }
 
@@ -34,15 +36,12 @@ impl Backend {
                 Ok(0) | Err(Errno::INTR) => continue,
                 Ok(_) => {}
                 Err(errno) => {
-                    tracing::error!(%errno, "net: the tap cannot be waited for any more");
+                    tracing::error!(%errno, "net: the wire cannot be waited for any more");
                     return;
                 }
             }
             let mut transport = self.device.lock().unwrap_or_else(PoisonError::into_inner);
-            transport.with_device(|device, queues, ram| {
-                device.set_readable();
-                ((), device.pump(queues, ram))
-            });
+            transport.with_device(|device, queues, ram| ((), device.on_wire_ready(queues, ram)));
         }
     }
 }

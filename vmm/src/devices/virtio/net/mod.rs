@@ -1,7 +1,10 @@
-//! virtio-net (virtio 1.2, section 5.1): Ethernet frames between the guest and a tap device of the host. Without a tap
-//! there is no link. Frames go through one by one: no checksum or segmentation is left to the other side.
+//! virtio-net (virtio 1.2, section 5.1): Ethernet frames between the guest and a wire of the host: a tap device, or a
+//! socket that keeps messages apart. Without a wire there is no link. The device completes and checks checksums for the
+//! guest, whose kernel may be slow; a frame on the wire has its own. Frames are as long as the guest's MTU makes them,
+//! with no segmentation.
 
 pub mod backend;
+mod checksum;
 pub mod device;
 
 pub use device::Net;
@@ -16,8 +19,8 @@ pub const HEADER: usize = 12;
 /// What a machine's network device is connected to.
 #[derive(Debug)]
 pub struct Link {
-    /// A tap device without headers (`IFF_TAP | IFF_NO_PI`).
-    pub tap: OwnedFd,
+    /// A tap device without headers (`IFF_TAP | IFF_NO_PI`), or a socket with a frame a message.
+    pub wire: OwnedFd,
     /// The Ethernet address that the device shows. A driver that read another before a snapshot must be told by other
     /// means.
     pub mac: [u8; 6],

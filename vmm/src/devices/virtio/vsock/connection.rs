@@ -162,11 +162,15 @@ impl Connection {
                 Err(_) => return Verdict::Reset,
             }
         }
+        if self.closing {
+            // No end of one direction first: the client is to see that both are over, at once.
+            return Verdict::Reset;
+        }
         if self.guest_done {
             // The client may have closed already.
             let _ = self.stream.shutdown(Shutdown::Write);
         }
-        if self.closing { Verdict::Reset } else { Verdict::Keep }
+        Verdict::Keep
     }
 
     /// The guest will send no more; the host client sees the end after what is buffered.

@@ -4,9 +4,13 @@
 use super::connection::{Connection, Verdict};
 use super::packet::{GuestPacket, PAYLOAD_MAX};
 use super::{CONNECTIONS_MAX, GUEST_CID, HOST_CID, STREAM_BUFFER};
-use crate::devices::virtio::device::{DeviceState, VirtioDevice, VirtioError, read_config_bytes};
+use crate::devices::virtio::device::{
+    DeviceState, VirtioDevice, VirtioError, read_config_bytes, wants_interrupt,
+};
 use std::collections::{BTreeMap, VecDeque};
+use std::num::Wrapping;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::Ordering;
 use virtio_bindings::virtio_ids::VIRTIO_ID_VSOCK;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
@@ -57,7 +61,18 @@ pub struct Vsock {
     control: VecDeque<Control>,
     next_host_port: u32,
     reset_owed: bool,
+    /// The guest has been told that its streams ended, and may still be ending them: also those that it is asked for now.
+    reset: Option<UnheardReset>,
     ended: Vec<StreamKey>,
+}
+
+/// A reset that the guest has not acted upon yet.
+#[derive(Debug)]
+struct UnheardReset {
+    /// Buffers that it had offered for events: it offers the reset's own again when it has done what the reset says.
+    offered: Wrapping<u16>,
+    /// Streams that wait for that.
+    waiting: Vec<StreamKey>,
 }
 
 impl Default for Vsock {
@@ -67,6 +82,7 @@ impl Default for Vsock {
             control: VecDeque::new(),
             next_host_port: HOST_PORT_START,
             reset_owed: false,
+            reset: None,
             ended: Vec::new(),
         }
     }
@@ -81,7 +97,10 @@ impl Vsock {
         let key = StreamKey { host_port: self.next_host_port, guest_port };
         self.next_host_port = self.next_host_port.checked_add(1).unwrap_or(HOST_PORT_START);
         self.connections.insert(key, Connection::new(stream));
-        self.send_control(key, OP_REQUEST, 0);
+        match &mut self.reset {
+            Some(reset) => reset.waiting.push(key),
+            None => self.send_control(key, OP_REQUEST, 0),
+        }
         Ok(key)
     }
 
@@ -113,6 +132,7 @@ impl Vsock {
         let mut interrupt = false;
         if let Some(queue) = queues.get_mut(EVENT).filter(|queue| queue.ready()) {
             interrupt |= self.announce_reset(queue, ram)?;
+            self.hear_of_reset(queue, ram)?;
         }
         if let Some(queue) = queues.get_mut(RX).filter(|queue| queue.ready()) {
             interrupt |= self.fill_receive_queue(queue, ram)?;
@@ -132,8 +152,24 @@ impl Vsock {
             written = 4;
         }
         self.reset_owed = false;
+        if let Some(reset) = &mut self.reset {
+            reset.offered = queue.avail_idx(ram, Ordering::Acquire)?;
+        }
         queue.add_used(ram, head, written)?;
-        Ok(queue.needs_notification(ram)?)
+        wants_interrupt(queue, ram)
+    }
+
+    /// Asks for the streams that waited, once the guest has ended the old ones.
+    fn hear_of_reset(&mut self, queue: &Queue, ram: &GuestMemoryMmap) -> Result<(), VirtioError> {
+        let Some(UnheardReset { offered, .. }) = &self.reset else { return Ok(()) };
+        if !self.reset_owed && queue.avail_idx(ram, Ordering::Acquire)? != *offered {
+            for key in self.reset.take().map(|reset| reset.waiting).unwrap_or_default() {
+                if self.connections.contains_key(&key) {
+                    self.send_control(key, OP_REQUEST, 0);
+                }
+            }
+        }
+        Ok(())
     }
 
     fn fill_receive_queue(&mut self, queue: &mut Queue, ram: &GuestMemoryMmap) -> Result<bool, VirtioError> {
@@ -160,7 +196,7 @@ impl Vsock {
             queue.add_used(ram, head, written)?;
             used = true;
         }
-        Ok(used && queue.needs_notification(ram)?)
+        Ok(used && wants_interrupt(queue, ram)?)
     }
 
     /// Writes the next packet for the guest; returns its payload's length.
@@ -233,7 +269,7 @@ impl Vsock {
             queue.add_used(ram, head, 0)?;
             used = true;
         }
-        Ok(used && queue.needs_notification(ram)?)
+        Ok(used && wants_interrupt(queue, ram)?)
     }
 
     fn handle_packet(&mut self, packet: &GuestPacket) {
@@ -319,7 +355,7 @@ impl VirtioDevice for Vsock {
     }
 
     fn save(&self) -> DeviceState {
-        let had_streams = !self.connections.is_empty() || self.reset_owed;
+        let had_streams = !self.connections.is_empty() || self.reset.is_some();
         DeviceState::Vsock { had_streams, next_host_port: self.next_host_port }
     }
 
@@ -327,6 +363,7 @@ impl VirtioDevice for Vsock {
         if let DeviceState::Vsock { had_streams, next_host_port } = state {
             self.next_host_port = (*next_host_port).max(HOST_PORT_START);
             self.reset_owed = *had_streams;
+            self.reset = had_streams.then(|| UnheardReset { offered: Wrapping(0), waiting: Vec::new() });
         }
     }
 
@@ -339,6 +376,6 @@ impl VirtioDevice for Vsock {
         let keys: Vec<_> = self.connections.keys().copied().collect();
         keys.into_iter().for_each(|key| self.end(key));
         self.control.clear();
-        self.reset_owed = false;
+        (self.reset_owed, self.reset) = (false, None);
     }
 }

@@ -1,0 +1,213 @@
+//! Branching a child: new children that go on from where it is, while it goes on itself.
+//!
+//! The child's agent rings for a snapshot in the midst of its work, and the machine stops. Until it is let go on, two
+//! things are taken: its own state, which it hands over, and what it has in its memory beyond the image. Everything else
+//! happens while it runs. Its branches map the image as all children do, and over it one file with what it had changed.
+
+use super::branch_error::{BRANCHES_MAX, BranchError, RING_TIMEOUT};
+use super::moment::{BranchPoint, FrozenMachine, Stop, StoppedMachine};
+use super::own_pages::OwnPages;
+use super::{Child, Milestone, Supervisor, spawn_thread};
+use crate::chain::chain;
+use crate::fork::agent::AgentClient;
+use crate::fork::pagemap::{self, ImageMapping};
+use crate::fork::template::Template;
+use crate::local::branches::{BranchRequest, Branched, BranchedChild};
+use crate::local::run_dir::ChildState;
+use forkd_vmm::memory::{DeltaDraft, ImageId};
+use forkd_vmm::process::{MachineOrder, MachineProcess, monotonic_ns};
+use forkd_vmm::uffd::{Uffd, UffdError};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long branches may take to be ready.
+const READY_TIMEOUT: Duration = Duration::from_secs(300);
+/// Pause between two looks at whether they are.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// The child that is branched.
+struct Parent {
+    id: String,
+    process: Arc<MachineProcess>,
+    socket: PathBuf,
+    /// What it was branched from itself.
+    base: Option<Arc<FrozenMachine>>,
+    uffd: Option<Arc<Uffd>>,
+}
+
+impl Supervisor {
+    /// Branches a child; returns when its branches are ready.
+    pub fn branch(&self, request: &BranchRequest) -> Result<Branched, BranchError> {
+        let count = request.environments.len();
+        if !(1..=BRANCHES_MAX).contains(&count) {
+            return Err(BranchError::Count { count });
+        }
+        let parent = self.parent(&request.child)?;
+        let (frozen, pause_ms) = self.freeze(&parent)?;
+        let (copied_bytes, ranges) = (frozen.delta.bytes(), frozen.delta.runs().len() as u64);
+        let point = BranchPoint { parent: parent.id, frozen: Arc::new(frozen) };
+        let new = self.start_branches(&request.environments, &point)?;
+        self.wait_until_ready(&new);
+        let children = self.children();
+        let branches = children[new].iter().map(branched).collect();
+        Ok(Branched { pause_ms, copied_bytes, ranges, branches })
+    }
+
+    fn parent(&self, id: &str) -> Result<Parent, BranchError> {
+        let id = id.to_owned();
+        if self.template.configuration().scratch_mib > 0 {
+            return Err(BranchError::Scratch { id });
+        }
+        let children = self.children();
+        let found = children.iter().find(|child| child.id == id && !child.state.is_over());
+        let Some((child, process)) = found.and_then(|child| Some((child, child.process.clone()?))) else {
+            return Err(BranchError::Unknown { id });
+        };
+        match () {
+            () if child.paused => Err(BranchError::Paused { id }),
+            () if child.ready.is_none() => Err(BranchError::NotReady { id }),
+            () => Ok(Parent {
+                id,
+                process,
+                socket: child.socket.clone(),
+                base: child.frozen.clone(),
+                uffd: child.uffd.clone(),
+            }),
+        }
+    }
+
+    /// Stops the child, takes what its branches need, and lets it go on. Returns how long it stood still, ms.
+    fn freeze(&self, parent: &Parent) -> Result<(FrozenMachine, f64), BranchError> {
+        // Two would clear what the other has the kernel note.
+        let _one_at_a_time = self.freezing.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = || parent.id.clone();
+        let pages = |source| BranchError::Pages { id: id(), source };
+        let (pid, ram_bytes) = (parent.process.pid, self.template.configuration().layout.ram_bytes());
+        let ram = pagemap::image_mapping(pid, ImageId::Ram, Template::image_name(ImageId::Ram));
+        let ram = ram.map_err(pages)?;
+        let own = OwnPages::open(pid, ram.address, ram_bytes).map_err(pages)?;
+        let mut draft = DeltaDraft::new(ram_bytes, parent.base.as_ref().map(|base| &base.delta))?;
+        // What it does not write to until it stops need not be copied while it stands still.
+        let tracked = parent.uffd.as_ref().and_then(|uffd| {
+            self.track_writes(uffd, &ram, ram_bytes).inspect_err(|error| untracked(error)).ok()?;
+            own.track().inspect_err(|error| untracked(error)).ok()
+        });
+        match &tracked {
+            Some(runs) => draft.copy(pid, ram.address, runs)?,
+            None => draft.prepare(&own.all().map_err(pages)?),
+        }
+        let StoppedMachine { vmstate, at_ns } = self.stop_to_branch(parent)?;
+        let taken = own.all().and_then(|all| {
+            let missing = if tracked.is_some() { own.written()? } else { all.clone() };
+            Ok((all, missing))
+        });
+        let taken = taken.map_err(pages).and_then(|(all, missing)| {
+            draft.copy(pid, ram.address, &missing)?;
+            Ok(all)
+        });
+        let resumed = parent.process.channel.send(&MachineOrder::Resume, &[]);
+        let pause_ms = monotonic_ns().saturating_sub(at_ns) as f64 / 1e6;
+        // Its id may be another's now, and so the memory that was copied.
+        if !parent.process.is_alive() {
+            return Err(BranchError::Ended { id: id() });
+        }
+        resumed.map_err(|source| BranchError::Resume { id: id(), source })?;
+        Ok((FrozenMachine { vmstate, delta: draft.finish(taken?)? }, pause_ms))
+    }
+
+    /// Has the kernel note what the child writes to.
+    fn track_writes(&self, uffd: &Uffd, ram: &ImageMapping, ram_bytes: u64) -> Result<(), UffdError> {
+        match self.template.pager() {
+            Some(pager) => pager.track_writes(uffd, &ram.parts)?,
+            None => ram.parts.iter().try_for_each(|(at, bytes)| uffd.track_writes(*at, *bytes, false))?,
+        }
+        ram.gaps(ram_bytes).iter().try_for_each(|(at, bytes)| uffd.track_writes(*at, *bytes, false))
+    }
+
+    /// Has the child ring, and returns when its machine stands still. One that rings too late goes on at once.
+    fn stop_to_branch(&self, parent: &Parent) -> Result<StoppedMachine, BranchError> {
+        let id = || parent.id.clone();
+        let (stopped, answers) = sync_channel(2);
+        let refused = stopped.clone();
+        if let Some(child) = self.children().iter_mut().find(|child| child.id == parent.id) {
+            child.stop_wanted = Some(stopped);
+            child.rings_due += 1;
+        }
+        let socket = parent.socket.clone();
+        spawn_thread(move || {
+            let asked =
+                AgentClient::connect(&socket, RING_TIMEOUT).and_then(|client| client.branch(RING_TIMEOUT));
+            if let Err(error) = asked {
+                // Nobody listens any more when it has stopped all the same.
+                let _ = refused.send(Stop::Refused(error));
+            }
+        })?;
+        match answers.recv_timeout(RING_TIMEOUT) {
+            Ok(Stop::Stopped(machine)) => Ok(machine),
+            Ok(Stop::Refused(source)) => Err(BranchError::Agent { id: id(), source }),
+            Err(_) => Err(BranchError::Timeout { id: id() }),
+        }
+    }
+
+    /// Starts a branch for each environment; returns their places among the children. Those that are started when one
+    /// cannot be are ended.
+    fn start_branches(
+        &self,
+        environments: &[BTreeMap<String, String>],
+        point: &BranchPoint,
+    ) -> Result<Range<usize>, BranchError> {
+        let mut numbers = self.next_number.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = self.children().len();
+        self.spawning.store(true, Ordering::Release);
+        // Whoever follows the children's reports does so as long as one lives, and looks for new ones.
+        let follows = self.children().iter().any(|child| !child.state.is_over());
+        self.wake.call();
+        let started = if follows { Ok(()) } else { Err(BranchError::Unknown { id: point.parent.clone() }) };
+        let started = started.and_then(|()| {
+            environments.iter().try_for_each(|environment| {
+                let number = *numbers;
+                *numbers += 1;
+                let network = self.network_of(number)?;
+                Ok(self.spawn(number, environment.clone(), network, Some(point.clone()))?)
+            })
+        });
+        self.spawning.store(false, Ordering::Release);
+        let new = first..self.children().len();
+        drop(numbers);
+        if started.is_err() {
+            for child in &mut self.children()[new.clone()] {
+                child.end(ChildState::Killed, None);
+            }
+        }
+        started.map(|()| new)
+    }
+
+    /// Until all are ready or over, or have had their time.
+    fn wait_until_ready(&self, new: &Range<usize>) {
+        let until = Instant::now() + READY_TIMEOUT;
+        let done = |child: &Child| child.ready.is_some() || child.state.is_over();
+        while Instant::now() < until && !self.children()[new.clone()].iter().all(done) {
+            std::thread::sleep(LOOK);
+        }
+    }
+}
+
+fn untracked(error: &dyn std::error::Error) {
+    tracing::debug!(error = chain(error), "what a child writes to is not told: its pause is longer");
+}
+
+fn branched(child: &Child) -> BranchedChild {
+    let at = |milestone: Option<Milestone>| milestone.map(|milestone| milestone.at_ns);
+    BranchedChild {
+        id: child.id.clone(),
+        pid: child.pid,
+        first_instruction_ns: at(child.first_instruction),
+        ready_ns: at(child.ready),
+        error: child.error.clone(),
+    }
+}
