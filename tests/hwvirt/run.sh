@@ -16,7 +16,8 @@ stages=("$@")
 SILENCE=40
 # No stage takes a third of this on a host at rest, seconds: a guest that hangs in a living layer 1 ends here.
 STAGE_LIMIT=480
-TRIES=3
+# One try of ten is lost on some hosts, and losses come in rows.
+TRIES=5
 LAYER1_MIB=2560
 cpu=0
 # This emulator lets a guest of layer 1 set XCR0 without asking KVM, which goes on believing the old value and puts it
@@ -183,6 +184,7 @@ try_stage() {
 
 run_stage() {
     local stage=$1 vmlinuz=$2 try log outcome started
+    rm -f "$cache/$stage".[0-9].log
     for try in $(seq "$TRIES"); do
         log=$cache/$stage.$try.log started=$SECONDS outcome=0
         try_stage "$stage" "$log" "$vmlinuz" || outcome=$?
@@ -206,6 +208,13 @@ say "prepared in $((SECONDS - started)) s: $(du -h "$cache/layer1.cpio" | cut -f
 failed=()
 for stage in "${stages[@]}"; do
     run_stage "$stage" "$vmlinuz" || failed+=("$stage")
+done
+# Once more at the end, which is what a reader of a long log sees first.
+for stage in "${failed[@]}"; do
+    for log in "$cache/$stage".[0-9].log; do
+        say "what $stage said in ${log##*/}:"
+        tr -d '\r' <"$log" | grep -v -e '^\[ ' -e '^hwvirt-beat' | tail -n 25
+    done
 done
 say "all in $((SECONDS - started)) s"
 [ ${#failed[@]} -eq 0 ] || { say "FAILED: ${failed[*]}"; exit 1; }
