@@ -12,8 +12,11 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use vm_memory::GuestMemoryMmap;
 
-/// Pause between two signals to a vCPU that is to leave the guest: one that was about to enter it may miss the first.
+/// Pause between the first two signals to a vCPU that is to leave the guest: one that was about to enter it may miss the
+/// first. Each pause is twice the one before. Signals queue up, and a vCPU that got them faster than it takes them would
+/// never come to see that it is to stop.
 const KICK_PAUSE: Duration = Duration::from_micros(200);
+const KICK_PAUSE_MAX: Duration = Duration::from_millis(50);
 /// Most entries that completing one instruction takes (a page-crossing access has two parts).
 const COMPLETIONS_MAX: usize = 16;
 
@@ -66,6 +69,8 @@ struct Run<'a, F> {
     kind: KvmKind,
     on_ring: Mutex<F>,
     stopping: AtomicBool,
+    /// Whether a vCPU that has stopped is signalling the others.
+    kicking: AtomicBool,
     outcome: Mutex<Option<Result<StopReason, VcpuRunError>>>,
     threads: Vec<Mutex<Option<ThreadId>>>,
 }
@@ -93,6 +98,7 @@ pub fn run<F: FnMut(Ring) -> AfterRing + Send>(
         kind,
         on_ring: Mutex::new(on_ring),
         stopping: AtomicBool::new(false),
+        kicking: AtomicBool::new(false),
         outcome: Mutex::new(None),
         threads: vcpus.iter().map(|_| Mutex::new(None)).collect(),
     };
@@ -144,15 +150,20 @@ impl<F: FnMut(Ring) -> AfterRing> Run<'_, F> {
         self.stopping.store(true, Ordering::Release);
     }
 
-    /// Signals every vCPU that may still be in the guest, until none is.
+    /// Signals every vCPU that may still be in the guest, until none is; unless another has begun to.
     fn kick_others(&self) {
+        if self.kicking.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let mut pause = KICK_PAUSE;
         loop {
             let inside: Vec<_> = self.threads.iter().filter_map(|thread| *lock(thread)).collect();
             if inside.is_empty() {
                 return;
             }
             inside.into_iter().for_each(sys::kick);
-            std::thread::sleep(KICK_PAUSE);
+            std::thread::sleep(pause);
+            pause = KICK_PAUSE_MAX.min(pause * 2);
         }
     }
 
