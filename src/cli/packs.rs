@@ -237,7 +237,8 @@ pub enum CacheVerb {
     Ls,
     /// Read and check every chunk; damaged ones are put aside and will be fetched again
     Verify,
-    /// Remove damaged and unfinished files, and the longest unused chunks until the limits hold
+    /// Remove damaged and unfinished files, the longest unused chunks until the limits hold, and root disks and layers that
+    /// no build has used for 30 days
     Gc(CacheGcArgs),
 }
 
@@ -247,7 +248,7 @@ pub struct CacheGcArgs {
     /// The limits.
     #[command(flatten)]
     pub cache: CacheArgs,
-    /// Remove every chunk
+    /// Remove every chunk, root disk and layer
     #[arg(long)]
     pub all: bool,
 }

@@ -11,6 +11,7 @@ use crate::environment;
 use crate::failure::CommandError;
 use crate::output::{Output, table};
 use crate::units::show_size;
+use forkd_engine::build::recipe;
 use forkd_engine::hub::cached::{self, CachedPack};
 use forkd_engine::hub::client;
 use forkd_engine::hub::download;
@@ -114,10 +115,11 @@ pub fn gc(args: &CacheGcArgs, output: &Output) -> Result<ExitCode, CommandError>
     let failed = |source| PathsError::Directory { path: paths.cache.clone(), source };
     let removed = cache.collect(args.all).map_err(failed)?;
     let (downloads, download_bytes) = download::collect(&paths, args.all);
+    let built = recipe::collect(&paths, args.all).map_err(failed)?;
     let left = cache.contents();
     let report = Collected {
-        removed_files: removed.files + downloads,
-        removed_bytes: removed.bytes + download_bytes,
+        removed_files: removed.files + downloads + built.files,
+        removed_bytes: removed.bytes + download_bytes + built.bytes,
         chunks: left.entries,
         bytes: left.bytes,
     };

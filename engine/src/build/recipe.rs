@@ -14,6 +14,7 @@ mod distribution;
 mod enclosure;
 mod error;
 mod format;
+mod kept;
 mod layers;
 mod load;
 mod node;
@@ -28,6 +29,7 @@ mod tree;
 pub use self::agent_binary::agent_binary;
 pub use self::error::RecipeError;
 pub use self::format::{NamedPort, Probe, RECIPE_FILE, Recipe, Rehearse};
+pub use self::kept::collect;
 pub use self::root_disk::{remove_dead, root_disk};
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::error::RecipeError;
+use super::kept;
 use super::site::Site;
 use super::steps::Step;
 use super::tree::RootDiskTree;
@@ -47,7 +48,10 @@ pub(super) fn make_tree(
         let started = SystemTime::now();
         let kept = step.is_kept() && archive.is_file();
         match (kept, at) {
-            (true, _) => unpack(site, &archive, at == 0)?,
+            (true, _) => {
+                kept::note_use(&archive);
+                unpack(site, &archive, at == 0)?;
+            }
             (false, 0) => step.apply(site)?,
             (false, _) if step.is_kept() => {
                 let list = mark(site)?;

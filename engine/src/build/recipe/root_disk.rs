@@ -26,13 +26,15 @@ use super::apt_sources;
 use super::enclosure::MOUNT_POINTS;
 use super::error::RecipeError;
 use super::format::Recipe;
-use super::layers;
 use super::site::Site;
 use super::steps;
 use super::tree::RootDiskTree;
+use super::{kept, layers};
 
 /// Where root disks are kept, in forkd's cache directory.
-const CACHE: &str = "root-disks";
+pub(super) const CACHE: &str = "root-disks";
+/// Locked while something is built there.
+pub(super) const BUILD_LOCK: &str = "build.lock";
 /// How directories of trees that are being built are named.
 const WORK_PREFIX: &str = "build-";
 /// virtio-pmem regions come in units of 2 MiB.
@@ -71,13 +73,14 @@ pub fn root_disk(
     let cache = paths.cache.join(CACHE);
     let disk = cache.join(format!("{}.erofs", &key[..32]));
     if disk.is_file() {
+        kept::note_use(&disk);
         return Ok(disk);
     }
     if !rustix::process::geteuid().is_root() {
         return Err(RecipeError::NotRoot);
     }
     fs::create_dir_all(&cache).map_err(RecipeError::file(&cache))?;
-    let _lock = tools::lock(&cache.join("build.lock"), interrupt, || say("waiting for another build"))
+    let _lock = tools::lock(&cache.join(BUILD_LOCK), interrupt, || say("waiting for another build"))
         .map_err(RecipeError::tool("waiting for another build"))?;
     if disk.is_file() {
         return Ok(disk);
