@@ -6,7 +6,7 @@ use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Stdio};
 
-/// A bed, a hub that is not asked, and copies that stay until this is dropped.
+/// A bed, the hub that is asked if any is, and copies that stay until this is dropped.
 pub struct Copies {
     pub bed: Bed,
     pub hub: Hub,
@@ -15,10 +15,11 @@ pub struct Copies {
 }
 
 impl Copies {
-    /// Copies of a tag; `arguments` are more for the fork.
+    /// Copies of a machine; `arguments` are more for the fork.
     pub fn of(tag: &str, arguments: &[&str]) -> Copies {
-        let (bed, hub) = (Bed::new(), Hub::at("http://127.0.0.1:9/".to_owned()));
-        let report = bed.json(&hub, &[&["fork", "--tag", tag, "--detach"], arguments].concat());
+        let (bed, (hub, machine)) = (Bed::new(), Hub::of_machine(tag, &|command| command));
+        let machine: Vec<&str> = machine.iter().map(String::as_str).collect();
+        let report = bed.json(&hub, &[&["fork", "--detach"], &machine[..], arguments].concat());
         Copies { bed, hub, report }
     }
 

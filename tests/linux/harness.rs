@@ -235,25 +235,33 @@ impl Hub {
         Hub { url: "127.0.0.1:0".to_owned(), dir, arguments, server: None }.start()
     }
 
-    fn start(self) -> Hub {
-        self.start_within(10)
+    /// Where a test finds a machine, and what names it to `forkd fork`: its local snapshot, or, when `FORKD_PACKS_HUB` is the
+    /// folder of a hub, its pack there, over a link that `make test-packs-lazily` says. `place` says where the server runs.
+    pub fn of_machine(tag: &str, place: &dyn Fn(Command) -> Command) -> (Hub, Vec<String>) {
+        let Some(dir) = std::env::var_os("FORKD_PACKS_HUB") else {
+            return (Hub::at("http://127.0.0.1:9/".to_owned()), vec!["--tag".to_owned(), tag.to_owned()]);
+        };
+        let arguments = ["--rtt", "20ms", "--bandwidth", "50MB"].map(str::to_owned).to_vec();
+        let hub = Hub { url: "127.0.0.1:0".to_owned(), dir: dir.into(), arguments, server: None };
+        (hub.start_within(10, place), vec![format!("deeplethe/{tag}")])
     }
 
-    fn start_within(mut self, attempts: u32) -> Hub {
+    fn start(self) -> Hub {
+        self.start_within(10, &|command| command)
+    }
+
+    fn start_within(mut self, attempts: u32, place: &dyn Fn(Command) -> Command) -> Hub {
         let listen = self.url.trim_start_matches("http://").trim_end_matches('/').to_owned();
-        let mut server = Command::new(program::forkd())
-            .args(["hub", "serve", self.dir.to_str().unwrap(), "--listen", &listen])
-            .args(&self.arguments)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut server = Command::new(program::forkd());
+        server.args(["hub", "serve", self.dir.to_str().unwrap(), "--listen", &listen]).args(&self.arguments);
+        let mut server = place(server).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(server.stdout.take().unwrap()).read_line(&mut line).unwrap();
         if line.is_empty() && attempts > 0 {
             // Somebody else has the port for a moment, perhaps a client that connected to itself.
             let _ = server.wait();
             std::thread::sleep(Duration::from_millis(500));
-            return self.start_within(attempts - 1);
+            return self.start_within(attempts - 1, place);
         }
         self.url =
             line.trim().strip_prefix("listening on ").expect("the server says where it listens").to_owned();

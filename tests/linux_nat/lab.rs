@@ -6,6 +6,7 @@ use super::internet::Internet;
 use serde_json::Value;
 use std::collections::BTreeSet;
 use std::process::{Command, Output};
+use std::sync::Mutex;
 use std::time::Duration;
 
 /// What `attempts.py` defines in a child's warm worker.
@@ -17,6 +18,8 @@ pub struct Lab {
     pub internet: Internet,
     pub bed: Bed,
     hub: Hub,
+    /// Where children's memory still comes from.
+    hubs: Mutex<Vec<Hub>>,
 }
 
 /// A child as its fork reports it.
@@ -28,7 +31,8 @@ pub struct Guest {
 impl Lab {
     pub fn new() -> Lab {
         // By tag, no hub is asked.
-        Lab { internet: Internet::start(), bed: Bed::new(), hub: Hub::at("http://hub.test".to_owned()) }
+        let hub = Hub::at("http://hub.test".to_owned());
+        Lab { internet: Internet::start(), bed: Bed::new(), hub, hubs: Mutex::default() }
     }
 
     /// forkd as it is run in `host`.
@@ -44,8 +48,12 @@ impl Lab {
     /// The same of another machine.
     pub fn fork_of(&self, tag: &str, count: usize, options: &[&str]) -> Vec<Guest> {
         let count = count.to_string();
-        let fork = ["--json", "fork", "--tag", tag, "-n", &count, "--detach", "--net", "nat"];
-        let report = document(&self.forkd(&[&fork[..], options].concat()).output().unwrap());
+        let (hub, machine) = Hub::of_machine(tag, &|command| self.internet.command(&command));
+        let machine: Vec<&str> = machine.iter().map(String::as_str).collect();
+        let fork =
+            [&["--json", "fork", "-n", &count, "--detach", "--net", "nat"], &machine[..], options].concat();
+        let report = document(&self.internet.command(self.bed.command(&hub).args(fork)).output().unwrap());
+        self.hubs.lock().unwrap().push(hub);
         let guest = |child: &Value| Guest {
             id: child["id"].as_str().unwrap().to_owned(),
             address: child["network"]["address"].as_str().unwrap().to_owned(),
