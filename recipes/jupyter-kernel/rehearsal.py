@@ -1,6 +1,7 @@
 """A client of the kernel, before the snapshot: it does what people's clients do first, so that no copy is the first."""
 
 import json
+import queue
 import sys
 import time
 
@@ -21,7 +22,8 @@ CELLS = [
 
 def connect(connection, limit):
     """A client of a kernel that may still be starting, and slow: without the heartbeat's impatience. It asks again, because
-    a kernel that ends may have taken the question along."""
+    a kernel that ends may have taken the question along, and because nothing is published to a client before its
+    subscription has arrived."""
     client = BlockingKernelClient()
     client.load_connection_info(connection)
     client.start_channels(hb=False)
@@ -29,8 +31,9 @@ def connect(connection, limit):
     while True:
         try:
             client.kernel_info(reply=True, timeout=AGAIN)
+            client.get_iopub_msg(timeout=AGAIN)
             return client
-        except TimeoutError:
+        except (TimeoutError, queue.Empty):
             if time.monotonic() > end:
                 raise
 
