@@ -66,6 +66,13 @@ def packs(forkd, work):
         save("manifest", name, manifest)
         subprocess.run([forkd, "hub", "publish", file, "--hub", work / "hub", "--name", f"lab/{name}"], env=env, check=True, stdout=subprocess.DEVNULL)
         save("registry", f"{name}.json", (work / "hub/registry.json").read_bytes())
+    # What the machine `full` has become.
+    snapshot(work / "data/forkd/snapshots/delta", "delta", text[: 2 * CHUNK] + text[5 * CHUNK // 2 :][:CHUNK], small)
+    file = work / "delta.tar.zst"
+    against = ["--delta", "--base", work / "full.tar.zst"]
+    subprocess.run([forkd, "pack", "--tag", "delta", *against, "--out", file], env=env, check=True, stdout=subprocess.DEVNULL)
+    save("pack", "delta", file.read_bytes())
+    save("index", "delta", index_of(file.read_bytes()))
     for member in ("trace", "vmstate"):
         if real.is_dir():
             save(member, "python-numpy", (real / member).read_bytes())

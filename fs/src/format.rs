@@ -22,6 +22,12 @@ pub const MAX_CHUNK_SIZE: u32 = 4 << 20;
 pub const MAX_FILE_SIZE: u64 = 1 << 40;
 /// Largest index frame accepted, in bytes: about 1.3 million stored chunks.
 pub const MAX_INDEX_LEN: u64 = 64 << 20;
+/// Most packs that a delta takes chunks from: its base, the base of that, and so on.
+pub const MAX_BASES: usize = 8;
+/// Flag of an index: chunks lie in other packs, which it names. Forkd before deltas refuses it.
+pub const FLAG_DELTA: u32 = 1;
+/// The flags of an index that are read.
+pub const KNOWN_FLAGS: u32 = FLAG_DELTA;
 /// Most files in one pack.
 pub const MAX_FILES: u32 = 256;
 /// Longest file name in a pack, in bytes.

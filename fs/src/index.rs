@@ -3,21 +3,33 @@
 //!
 //! ```text
 //! frame header   u32 0x184D2A5A   u32 length of what follows
-//! header         "FORKDIDX"  u32 version=3  u32 flags=0  u32 chunk size  u32 files  u32 records  u32 0  u64 pack size
+//! header         "FORKDIDX"  u32 version=3  u32 flags  u32 chunk size  u32 files  u32 records  u32 bases  u64 pack size
+//! bases          bases x   { u64 index offset, u64 index length, u64 pack size, sha256 of the index, hint [u8; 200] }
 //! files          files x   { name [u8; 64] zero padded, u64 size, u32 first record, u32 records }
-//! records        records x { u32 chunk, u32 frame length, u64 frame offset, sha256 of the frame [u8; 32] }
+//! records        records x { u32 chunk, u24 frame length, u8 pack, u64 frame offset, sha256 of the frame [u8; 32] }
 //! trailer        u32 length of the whole index frame   u32 version=3   "FORKDEND"
 //! ```
 //!
 //! A chunk without a record is all zeros. Records are sorted by file, then by chunk, and their frames lie in that order
 //! in the pack without overlap, which makes every check a single pass.
+//!
+//! Flag 1 is a delta's: its frames with pack n > 0 lie in the nth of its bases, anywhere before that one's index. Without
+//! the flag there are no bases.
 
 use std::ops::Range;
 
 use crate::digest::Digest;
 use crate::format::{
-    self, INDEX_FRAME_MAGIC, MAX_FILE_SIZE, MAX_FILES, MAX_INDEX_LEN, MAX_NAME_LEN, PACK_VERSION,
+    self, FLAG_DELTA, INDEX_FRAME_MAGIC, KNOWN_FLAGS, MAX_FILE_SIZE, MAX_FILES, MAX_INDEX_LEN, MAX_NAME_LEN,
+    PACK_VERSION,
 };
+
+mod base;
+mod error;
+
+use base::BASE_LEN;
+pub use base::{BasePack, IndexPin};
+pub use error::IndexError;
 
 const HEADER_MAGIC: [u8; 8] = *b"FORKDIDX";
 const TRAILER_MAGIC: [u8; 8] = *b"FORKDEND";
@@ -25,6 +37,8 @@ const FRAME_HEADER_LEN: usize = 8;
 const HEADER_LEN: usize = 40;
 const FILE_LEN: usize = MAX_NAME_LEN + 16;
 const RECORD_LEN: usize = 48;
+/// Bits of a frame's length in its record; above them stands the number of its pack.
+const LENGTH_BITS: u32 = 24;
 /// Bytes at the end of the index frame that tell a reader of the pack's tail where the frame starts.
 pub const TRAILER_LEN: usize = 16;
 
@@ -33,6 +47,7 @@ pub const TRAILER_LEN: usize = 16;
 pub struct Index {
     chunk_size: u32,
     pack_size: u64,
+    bases: Vec<BasePack>,
     files: Vec<FileEntry>,
     records: Vec<ChunkRecord>,
 }
@@ -54,7 +69,9 @@ pub struct ChunkRecord {
     pub chunk: u32,
     /// Length of its zstd frame in bytes.
     pub length: u32,
-    /// Offset of the frame in the pack.
+    /// The pack that holds the frame: 0 for this one, or else the number of a base, counted from 1.
+    pub pack: u8,
+    /// Offset of the frame in that pack.
     pub offset: u64,
     /// Digest of the frame as stored (compressed).
     pub digest: Digest,
@@ -95,43 +112,6 @@ pub struct FileStats {
     pub stored_bytes: u64,
 }
 
-/// Why bytes are not an index this crate will use.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum IndexError {
-    /// A magic, version or length field is not what it must be.
-    #[error("the index is malformed: {what}")]
-    Malformed {
-        /// Which part.
-        what: &'static str,
-    },
-    /// A newer layout, or one with features this version lacks.
-    #[error(
-        "the index has layout {version} with flags {flags:#x}, this forkd reads {PACK_VERSION} with none"
-    )]
-    Unsupported {
-        /// Layout version.
-        version: u32,
-        /// Feature flags.
-        flags: u32,
-    },
-    /// A file entry breaks a rule.
-    #[error("file {position} of the index is refused: {what}")]
-    File {
-        /// Which entry.
-        position: u32,
-        /// Which rule.
-        what: &'static str,
-    },
-    /// A chunk record breaks a rule.
-    #[error("chunk record {position} of the index is refused: {what}")]
-    Record {
-        /// Which record.
-        position: u32,
-        /// Which rule.
-        what: &'static str,
-    },
-}
-
 fn malformed(what: &'static str) -> IndexError {
     IndexError::Malformed { what }
 }
@@ -146,7 +126,7 @@ impl Index {
             return Err(malformed("header magic"));
         }
         let (version, flags) = (u32_at(header, 8), u32_at(header, 12));
-        if version != PACK_VERSION || flags != 0 {
+        if version != PACK_VERSION || flags & !KNOWN_FLAGS != 0 {
             return Err(IndexError::Unsupported { version, flags });
         }
         let chunk_size = u32_at(header, 16);
@@ -154,20 +134,23 @@ impl Index {
             return Err(malformed("chunk size"));
         }
         let (file_count, record_count) = (u32_at(header, 20), u32_at(header, 24));
+        let base_count = base::base_count(flags & FLAG_DELTA != 0, u32_at(header, 28))?;
         let own_size = u64_at(header, 32);
         if pack_size.is_some_and(|size| size != own_size) {
             return Err(malformed("pack size differs from the pack"));
         }
+        let bases_len = base_count * BASE_LEN;
         let (files_len, records_len) =
             (u64::from(file_count) * FILE_LEN as u64, u64::from(record_count) * RECORD_LEN as u64);
-        if file_count > MAX_FILES || tables.len() as u64 != files_len + records_len {
+        if file_count > MAX_FILES || tables.len() as u64 != bases_len as u64 + files_len + records_len {
             return Err(malformed("table lengths"));
         }
-        // Both tables are as long as the bytes in hand, so these allocations are bounded by the input.
+        // The tables are as long as the bytes in hand, so these allocations are bounded by the input.
+        let (bases, tables) = tables.split_at(bases_len);
         let (files, records) = tables.split_at(files_len as usize);
-        let files = parse_files(files, record_count)?;
+        let (bases, files) = (BasePack::parse_all(bases)?, parse_files(files, record_count)?);
         let records = records.chunks_exact(RECORD_LEN).map(ChunkRecord::from_bytes).collect::<Vec<_>>();
-        let index = Self { chunk_size, pack_size: own_size, files, records };
+        let index = Self { chunk_size, pack_size: own_size, bases, files, records };
         index.check_records(own_size.saturating_sub(bytes.len() as u64))?;
         Ok(index)
     }
@@ -183,14 +166,20 @@ impl Index {
         }
     }
 
-    /// Length of the index frame for that many files and stored chunks, in bytes.
-    pub(crate) fn encoded_len(files: usize, records: usize) -> u64 {
-        (FRAME_HEADER_LEN + HEADER_LEN + files * FILE_LEN + records * RECORD_LEN + TRAILER_LEN) as u64
+    /// Length of the index frame for that many bases, files and chunks that are not zero, in bytes.
+    pub(crate) fn encoded_len(bases: usize, files: usize, records: usize) -> u64 {
+        let tables = bases * BASE_LEN + files * FILE_LEN + records * RECORD_LEN;
+        (FRAME_HEADER_LEN + HEADER_LEN + tables + TRAILER_LEN) as u64
     }
 
     /// Builds an index from files in pack order with their records; the writer's half of [`Index::parse`].
-    pub(crate) fn new(chunk_size: u32, pack_size: u64, files: Vec<(String, u64, Vec<ChunkRecord>)>) -> Self {
-        let mut index = Self { chunk_size, pack_size, files: Vec::new(), records: Vec::new() };
+    pub(crate) fn new(
+        chunk_size: u32,
+        pack_size: u64,
+        bases: Vec<BasePack>,
+        files: Vec<(String, u64, Vec<ChunkRecord>)>,
+    ) -> Self {
+        let mut index = Self { chunk_size, pack_size, bases, files: Vec::new(), records: Vec::new() };
         for (name, size, records) in files {
             let first = index.records.len() as u32;
             index.records.extend(records);
@@ -201,17 +190,19 @@ impl Index {
 
     /// The index as a skippable frame.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let len = Self::encoded_len(self.files.len(), self.records.len());
+        let len = Self::encoded_len(self.bases.len(), self.files.len(), self.records.len());
         let mut out = Vec::with_capacity(len as usize);
         let put = |out: &mut Vec<u8>, value: u32| out.extend_from_slice(&value.to_le_bytes());
         put(&mut out, INDEX_FRAME_MAGIC);
         put(&mut out, len as u32 - FRAME_HEADER_LEN as u32);
         out.extend_from_slice(&HEADER_MAGIC);
-        for value in [PACK_VERSION, 0, self.chunk_size, self.files.len() as u32, self.records.len() as u32, 0]
-        {
+        let flags = if self.is_delta() { FLAG_DELTA } else { 0 };
+        let counts = [self.files.len(), self.records.len(), self.bases.len()].map(|count| count as u32);
+        for value in [PACK_VERSION, flags, self.chunk_size].into_iter().chain(counts) {
             put(&mut out, value);
         }
         out.extend_from_slice(&self.pack_size.to_le_bytes());
+        self.bases.iter().for_each(|base| base.encode(&mut out));
         for file in &self.files {
             let mut name = [0; MAX_NAME_LEN];
             name[..file.name.len()].copy_from_slice(file.name.as_bytes());
@@ -222,7 +213,7 @@ impl Index {
         }
         for record in &self.records {
             put(&mut out, record.chunk);
-            put(&mut out, record.length);
+            put(&mut out, record.length | u32::from(record.pack) << LENGTH_BITS);
             out.extend_from_slice(&record.offset.to_le_bytes());
             out.extend_from_slice(&record.digest.0);
         }
@@ -240,6 +231,27 @@ impl Index {
     /// Size of the whole pack in bytes.
     pub fn pack_size(&self) -> u64 {
         self.pack_size
+    }
+
+    /// The packs that hold chunks of this one, its base first; none unless it is a delta.
+    pub fn bases(&self) -> &[BasePack] {
+        &self.bases
+    }
+
+    /// Whether chunks of it lie in other packs.
+    pub fn is_delta(&self) -> bool {
+        !self.bases.is_empty()
+    }
+
+    /// How many chunks the pack with that number holds, and the bytes of their frames: 0 for this one, or else a base.
+    pub fn held_by(&self, pack: u8) -> (u32, u64) {
+        let held = self.records.iter().filter(|record| record.pack == pack);
+        held.fold((0, 0), |(count, bytes), record| (count + 1, bytes + u64::from(record.length)))
+    }
+
+    /// Bytes of the frames that lie in bases.
+    pub fn base_bytes(&self) -> u64 {
+        self.stored_bytes() - self.held_by(0).1
     }
 
     /// The files in the order they are stored.
@@ -267,7 +279,7 @@ impl Index {
         self.entry(id.file).map_or(0, |entry| format::chunk_len(entry.size, self.chunk_size, id.chunk))
     }
 
-    /// Where a chunk is stored; `None` when it is all zeros or does not exist.
+    /// Where a chunk is stored, here or in a base; `None` when it is all zeros or does not exist.
     pub fn record(&self, id: ChunkId) -> Option<&ChunkRecord> {
         self.record_number(id).map(|number| &self.records[number as usize])
     }
@@ -293,7 +305,7 @@ impl Index {
         })
     }
 
-    /// The stored chunks of `file` in order.
+    /// The chunks of `file` that are not zero, in order; those of a delta's bases count as stored everywhere.
     pub fn stored_chunks(&self, file: FileId) -> impl Iterator<Item = (ChunkId, &ChunkRecord)> {
         let records = self.entry(file).map_or(0..0, |entry| entry.records.clone());
         self.records[records.start as usize..records.end as usize]
@@ -365,12 +377,21 @@ impl Index {
                 if record.length == 0 || record.length > format::compressed_bound(plain) {
                     return refuse("frame length");
                 }
-                if record.offset < free_from {
+                let end = record.offset.checked_add(u64::from(record.length));
+                if let Some(base) = record.pack.checked_sub(1) {
+                    let Some(base) = self.bases.get(usize::from(base)) else {
+                        return refuse("frame in a base that is not named");
+                    };
+                    if end.is_none_or(|end| end > base.index.offset) {
+                        return refuse("frame outside its base");
+                    }
+                } else if record.offset < free_from {
                     return refuse("frame overlaps the one before");
-                }
-                match record.offset.checked_add(u64::from(record.length)) {
-                    Some(end) if end <= frames_end => free_from = end,
-                    _ => return refuse("frame outside the pack"),
+                } else {
+                    match end {
+                        Some(end) if end <= frames_end => free_from = end,
+                        _ => return refuse("frame outside the pack"),
+                    }
                 }
                 next_chunk = record.chunk + 1;
             }
@@ -397,7 +418,8 @@ impl ChunkRecord {
         let digest = bytes[16..RECORD_LEN].try_into().expect("a record ends with 32 bytes");
         Self {
             chunk: u32_at(bytes, 0),
-            length: u32_at(bytes, 4),
+            length: u32_at(bytes, 4) & ((1 << LENGTH_BITS) - 1),
+            pack: bytes[7],
             offset: u64_at(bytes, 8),
             digest: Digest(digest),
         }

@@ -110,11 +110,11 @@ mod tests {
         let files = ["memory.bin", "rootfs.erofs"].iter().zip(stored).map(|(name, chunks)| {
             let record = |&chunk| {
                 offset += 10;
-                ChunkRecord { chunk, length: 10, offset: offset - 10, digest: Digest::of(b"") }
+                ChunkRecord { chunk, length: 10, pack: 0, offset: offset - 10, digest: Digest::of(b"") }
             };
             (name.to_string(), 40 * u64::from(MIN_CHUNK_SIZE), chunks.iter().map(record).collect())
         });
-        Index::new(MIN_CHUNK_SIZE, 1 << 20, files.collect())
+        Index::new(MIN_CHUNK_SIZE, 1 << 20, Vec::new(), files.collect())
     }
 
     fn runs() -> impl Strategy<Value = Vec<PageRun>> {
@@ -175,11 +175,11 @@ mod tests {
         let files = [("trace", 10), (HOTSET, hot_bytes), ("memory.bin", hot_bytes)].map(|(name, size)| {
             let records = (0..size.div_ceil(MIN_CHUNK_SIZE.into()) as u32).map(|chunk| {
                 offset += 100;
-                ChunkRecord { chunk, length: 100, offset: offset - 100, digest: Digest::of(b"") }
+                ChunkRecord { chunk, length: 100, pack: 0, offset: offset - 100, digest: Digest::of(b"") }
             });
             (name.to_owned(), size, records.collect())
         });
-        (Index::new(MIN_CHUNK_SIZE, 1 << 30, files.into()), trace)
+        (Index::new(MIN_CHUNK_SIZE, 1 << 30, Vec::new(), files.into()), trace)
     }
 
     #[test]

@@ -9,14 +9,16 @@ use tokio::sync::{OnceCell, mpsc};
 use tokio::task::JoinSet;
 
 use crate::format::MANIFEST;
-use crate::index::{ChunkId, ChunkSpan, FileId, Index};
+use crate::index::{ChunkId, ChunkRecord, ChunkSpan, FileId, Index};
 use crate::manifest::{MAX_MANIFEST_LEN, Manifest};
-use crate::source::Priority;
+use crate::source::{Priority, Source};
 
+mod bases;
 mod coalesce;
 mod decoded;
 mod error;
 mod fetcher;
+mod find_base;
 mod flight;
 mod frames;
 mod head;
@@ -24,9 +26,12 @@ mod location;
 mod open;
 mod options;
 
+pub use crate::index::IndexPin;
+use bases::Holder;
 pub use error::{OpenError, ReadError};
 use fetcher::{Fetcher, Part};
-pub use location::{IndexPin, PackLocation, PackSource};
+pub use find_base::{FindBase, Places};
+pub use location::{PackLocation, PackSource};
 pub use options::StoreOptions;
 
 /// Parts of a bulk read under way at once: keeps a connection busy while others wait for their round trips. The HTTP
@@ -51,7 +56,7 @@ pub enum ChunkData {
 /// How far fetching has come.
 #[derive(Debug, Clone, Default)]
 pub struct FetchProgress {
-    /// Size of the pack.
+    /// Size of the pack, and of the frames that a delta has in its bases.
     pub bytes_total: u64,
     /// Bytes received from the source, the index included.
     pub bytes_fetched: u64,
@@ -83,11 +88,10 @@ impl Store {
     /// Opens a pack. With a pinned index that costs one request (two at once with `head_bytes`), none when the cache
     /// has the index; without, up to three (size, end of the pack, index), one more for packs of over 30000 frames.
     pub async fn open(location: PackLocation, options: StoreOptions) -> Result<Arc<Self>, OpenError> {
-        // Local packs are as near as the cache.
-        let local = matches!(location.source, PackSource::Path(_));
-        let options = if local { StoreOptions { cache: None, ..options } } else { options };
         let open::OpenedPack { source, index, pin, head } = open::open(&location, &options).await?;
-        let fetcher = Arc::new(Fetcher::new(source, index, head, options));
+        let mut packs = vec![Holder::new(source)];
+        packs.extend(bases::find(&index, &location, &options).await?);
+        let fetcher = Arc::new(Fetcher::new(packs, index, head, options));
         Ok(Arc::new(Self { fetcher, pin, manifest: OnceCell::new(), zeros: OnceLock::new() }))
     }
 
@@ -103,7 +107,13 @@ impl Store {
 
     /// URL or path, for messages.
     pub fn location(&self) -> &str {
-        self.fetcher.source.describe()
+        self.fetcher.location()
+    }
+
+    /// Where each base of a delta is, in the order of [`Index::bases`]; `None` of one that was not found, or of which
+    /// nothing is needed.
+    pub fn base_locations(&self) -> Vec<Option<&PackLocation>> {
+        self.fetcher.base_locations()
     }
 
     /// Waits until all that was fetched is in the disk cache: for the end of a command.
@@ -114,7 +124,7 @@ impl Store {
     /// Changes how long a demand read that begins from now on may be retried: who opens a pack wants to know soon that
     /// its host is away, a machine that runs can wait.
     pub fn set_demand_deadline(&self, deadline: Duration) {
-        self.fetcher.source.set_demand_deadline(deadline);
+        self.fetcher.sources().for_each(|source| source.set_demand_deadline(deadline));
     }
 
     /// The pack's manifest, read once.
@@ -213,16 +223,18 @@ impl Store {
     /// Whether a stored chunk comes in the head ([`StoreOptions::head_bytes`]), so that it takes no request of its own.
     pub fn is_in_head(&self, id: ChunkId) -> bool {
         let record = self.index().record(id);
-        record.is_some_and(|record| record.offset + u64::from(record.length) <= self.fetcher.head.len())
+        let end = |record: &ChunkRecord| record.offset + u64::from(record.length);
+        record.is_some_and(|record| record.pack == 0 && end(record) <= self.fetcher.head.len())
     }
 
     /// How far fetching has come. Cheap.
     pub fn progress(&self) -> FetchProgress {
-        let (counters, outage) = (self.fetcher.source.counters(), self.fetcher.source.outage());
+        let counters = || self.fetcher.sources().map(Source::counters);
+        let outage = self.fetcher.sources().find_map(Source::outage);
         FetchProgress {
-            bytes_total: self.index().pack_size(),
-            bytes_fetched: counters.bytes,
-            requests: counters.requests,
+            bytes_total: self.index().pack_size() + self.index().base_bytes(),
+            bytes_fetched: counters().map(|counters| counters.bytes).sum(),
+            requests: counters().map(|counters| counters.requests).sum(),
             chunks_total: self.index().stored_chunk_count(),
             chunks_fetched: self.fetcher.fetched_count(),
             retrying_since: outage.as_ref().map(|outage| outage.since),

@@ -74,8 +74,15 @@ fn use_index(index: &Index, len: usize) {
         assert!(format::is_plain_name(&entry.name));
         assert_eq!(index.file(&entry.name), Some(file), "a name leads back to its file");
         for (id, record) in index.stored_chunks(file) {
-            assert!(record.offset >= end && index.plain_len(id) > 0 && !index.is_zero(id));
-            end = record.offset + u64::from(record.length);
+            assert!(index.plain_len(id) > 0 && !index.is_zero(id));
+            let frame_end = record.offset + u64::from(record.length);
+            match record.pack.checked_sub(1) {
+                Some(base) => assert!(frame_end <= index.bases()[usize::from(base)].index.offset),
+                None => {
+                    assert!(record.offset >= end);
+                    end = frame_end;
+                }
+            }
             assert_eq!(index.record(id), Some(record));
         }
         for offset in [0, 1, entry.size / 2, entry.size.saturating_sub(1), entry.size, u64::MAX] {
@@ -87,28 +94,37 @@ fn use_index(index: &Index, len: usize) {
         assert!(stats.stored_chunks <= stats.chunks);
         let _ = index.is_zero(ChunkId { file, chunk: u32::MAX });
     }
-    assert!(end <= index.pack_size());
+    assert!(end <= index.pack_size() && index.bases().len() <= format::MAX_BASES);
+    let held: u32 = (0..=index.bases().len() as u8).map(|pack| index.held_by(pack).0).sum();
+    assert_eq!(held, index.stored_chunk_count());
 }
+
+/// Lengths of an index's parts: what is before its tables, and one entry of each of them.
+const HEAD: usize = 48;
+const BASE: usize = 256;
+const FILE: usize = MAX_NAME_LEN + 16;
+const RECORD: usize = 48;
 
 /// The same bytes with every length and count of an index mended.
 fn with_index_lengths(bytes: &[u8]) -> Vec<u8> {
-    const HEAD: usize = 48;
-    const FILE: usize = MAX_NAME_LEN + 16;
-    const RECORD: usize = 48;
     let mut out = bytes.to_vec();
     if out.len() < HEAD + TRAILER_LEN {
         return out;
     }
-    let tables = out.len() - HEAD - TRAILER_LEN;
+    let is_delta = out[20] & format::FLAG_DELTA as u8 != 0;
+    let mut tables = out.len() - HEAD - TRAILER_LEN;
+    let bases = if is_delta { (out[36] as usize % 10).min(tables / BASE) } else { 0 };
+    tables -= bases * BASE;
     let files = (out[28] as usize % 8).min(tables / FILE);
     let records = (tables - files * FILE) / RECORD;
-    out.truncate(HEAD + files * FILE + records * RECORD + TRAILER_LEN);
+    out.truncate(HEAD + bases * BASE + files * FILE + records * RECORD + TRAILER_LEN);
     let len = out.len();
     let mut put = |at: usize, value: u32| out[at..at + 4].copy_from_slice(&value.to_le_bytes());
     put(0, format::INDEX_FRAME_MAGIC);
     put(4, len as u32 - 8);
     put(28, files as u32);
     put(32, records as u32);
+    put(36, bases as u32);
     put(len - 16, len as u32);
     put(len - 12, format::PACK_VERSION);
     out[8..16].copy_from_slice(b"FORKDIDX");
@@ -291,9 +307,14 @@ pub fn pack(bytes: &[u8]) {
 }
 
 async fn open_pack(bytes: &[u8]) {
+    // What a delta says about where its base is, is not to be asked for.
+    if bytes.windows(3).any(|text| text == b"://") {
+        return;
+    }
     let (file, path) = memory_file(bytes);
     let location = PackLocation { source: PackSource::Path(path), size: None, index: None };
-    let options = StoreOptions { decoded_bytes: 1 << 20, ..StoreOptions::default() };
+    let options =
+        StoreOptions { decoded_bytes: 1 << 20, open_without_bases: true, ..StoreOptions::default() };
     let Ok(store) = Store::open(location, options).await else { return };
     let plain: u64 = store.index().files().map(|(_, entry)| entry.size).sum();
     for (id, entry) in store.index().files() {
@@ -322,12 +343,16 @@ fn with_frame_digests(bytes: &[u8]) -> Option<Vec<u8>> {
     let start = index_end.checked_sub(length as usize)?;
     let index = Index::parse(&bytes[start..index_end], Some(bytes.len() as u64)).ok()?;
     let mut out = bytes.to_vec();
-    let mut at = start + 48 + index.files().len() * (MAX_NAME_LEN + 16);
+    let mut at = start + HEAD + index.bases().len() * BASE + index.files().len() * FILE;
     for (file, _) in index.files() {
         for (_, record) in index.stored_chunks(file) {
+            if record.pack != 0 {
+                at += RECORD;
+                continue;
+            }
             let frame = &bytes[record.offset as usize..record.offset as usize + record.length as usize];
-            out[at + 16..at + 48].copy_from_slice(&Digest::of(frame).0);
-            at += 48;
+            out[at + 16..at + RECORD].copy_from_slice(&Digest::of(frame).0);
+            at += RECORD;
         }
     }
     Some(out)

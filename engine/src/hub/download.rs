@@ -236,7 +236,7 @@ fn directory(paths: &Paths) -> PathBuf {
 }
 
 fn source(location: &PackLocation, http: &HttpClient) -> Result<Source, SourceError> {
-    location.source(&StoreOptions { http: http.clone(), ..StoreOptions::default() })
+    StoreOptions { http: http.clone(), ..StoreOptions::default() }.source(location)
 }
 
 async fn size_of(source: &Source) -> Result<u64, DownloadError> {

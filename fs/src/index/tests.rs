@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::format::MIN_CHUNK_SIZE;
+use crate::format::{MAX_BASES, MIN_CHUNK_SIZE};
 
 /// Files as (size, stored chunk numbers with frame lengths), laid out with a gap before every file.
 fn build(files: &[(u64, Vec<(u32, u32)>)]) -> (Index, u64) {
@@ -12,7 +12,8 @@ fn build(files: &[(u64, Vec<(u32, u32)>)]) -> (Index, u64) {
     for (position, (size, chunks)) in files.iter().enumerate() {
         offset += 100;
         let record = |&(chunk, length): &(u32, u32)| {
-            let record = ChunkRecord { chunk, length, offset, digest: Digest::of(&chunk.to_le_bytes()) };
+            let record =
+                ChunkRecord { chunk, length, pack: 0, offset, digest: Digest::of(&chunk.to_le_bytes()) };
             offset += u64::from(length);
             record
         };
@@ -20,8 +21,42 @@ fn build(files: &[(u64, Vec<(u32, u32)>)]) -> (Index, u64) {
         built.push((format!("file{position}"), *size, records));
     }
     let records = built.iter().map(|(_, _, records)| records.len()).sum();
-    let pack_size = offset + Index::encoded_len(built.len(), records) + 50;
-    (Index::new(MIN_CHUNK_SIZE, pack_size, built), pack_size)
+    let pack_size = offset + Index::encoded_len(0, built.len(), records) + 50;
+    (Index::new(MIN_CHUNK_SIZE, pack_size, Vec::new(), built), pack_size)
+}
+
+/// A base whose frames end at `end`.
+fn base(number: u8, end: u64, hint: &str) -> BasePack {
+    let index = IndexPin { offset: end, length: 100, sha256: Digest([number; 32]) };
+    BasePack { index, pack_size: end + 150, hint: hint.to_owned() }
+}
+
+/// The same index as a delta's: every chunk goes to one of the packs, anywhere in there.
+fn as_delta(index: Index, packs: &[(u8, u64)], bases: Vec<BasePack>) -> (Index, u64) {
+    let (count, mut at) = (bases.len() as u8, 0);
+    let mut files = Vec::new();
+    for (file, entry) in index.files() {
+        let records = index.stored_chunks(file).map(|(_, record)| {
+            let (pack, offset) = packs[at % packs.len()];
+            at += 1;
+            let pack = pack % (count + 1);
+            let offset = if pack == 0 { record.offset } else { offset % 9000 };
+            ChunkRecord { pack, offset, ..*record }
+        });
+        files.push((entry.name.clone(), entry.size, records.collect()));
+    }
+    let pack_size = index.pack_size() + (bases.len() * BASE_LEN) as u64;
+    (Index::new(MIN_CHUNK_SIZE, pack_size, bases, files), pack_size)
+}
+
+fn deltas() -> impl Strategy<Value = (Index, u64)> {
+    let hints = ["", "base.forkd-snapshot.tar.zst", "https://h/b?c=d", "http://127.0.0.1:1/x"];
+    let bases = proptest::collection::vec(0..hints.len(), 1..=MAX_BASES);
+    let packs = proptest::collection::vec((any::<u8>(), any::<u64>()), 1..20);
+    (indexes(), bases, packs).prop_map(move |((index, _), bases, packs)| {
+        let bases = bases.iter().enumerate().map(|(at, &hint)| base(at as u8, 10_000, hints[hint]));
+        as_delta(index, &packs, bases.collect())
+    })
 }
 
 fn indexes() -> impl Strategy<Value = (Index, u64)> {
@@ -47,6 +82,39 @@ proptest! {
         prop_assert_eq!(Index::parse(&bytes, Some(pack_size)), Ok(index.clone()));
         prop_assert_eq!(Index::parse(&bytes, None), Ok(index.clone()));
         prop_assert!(Index::parse(&bytes, Some(pack_size + 1)).is_err());
+    }
+
+    #[test]
+    fn deltas_round_trip((index, pack_size) in deltas()) {
+        let bytes = index.encode();
+        prop_assert_eq!(Index::parse_trailer(&bytes[bytes.len() - TRAILER_LEN..]), Ok(bytes.len() as u64));
+        prop_assert_eq!(Index::parse(&bytes, Some(pack_size)), Ok(index.clone()));
+        let held: u32 = (0..=MAX_BASES as u8).map(|pack| index.held_by(pack).0).sum();
+        prop_assert_eq!(held, index.stored_chunk_count());
+    }
+
+    #[test]
+    fn damage_to_a_delta_never_breaks_the_rules((index, pack_size) in deltas(), flips in proptest::collection::vec(any::<(prop::sample::Index, u8)>(), 1..6)) {
+        let mut bytes = index.encode();
+        for (at, flip) in flips {
+            let at = at.index(bytes.len());
+            bytes[at] ^= flip;
+        }
+        if let Ok(index) = Index::parse(&bytes, Some(pack_size)) {
+            prop_assert!(index.bases().len() <= MAX_BASES);
+            let mut own_end = 0;
+            for (id, record) in index.files().flat_map(|(file, _)| index.stored_chunks(file)) {
+                prop_assert!(index.plain_len(id) > 0);
+                let end = record.offset + u64::from(record.length);
+                match record.pack.checked_sub(1) {
+                    None => {
+                        prop_assert!(record.offset >= own_end && end <= pack_size);
+                        own_end = end;
+                    }
+                    Some(base) => prop_assert!(end <= index.bases()[usize::from(base)].index.offset),
+                }
+            }
+        }
     }
 
     #[test]
@@ -157,10 +225,56 @@ fn each_rule_has_its_name() {
     assert_eq!(refused(|b| put(b, 8 + 24, &u32::MAX.to_le_bytes())), malformed("table lengths"));
     assert_eq!(refused(|b| put(b, 8 + 16, &3u32.to_le_bytes())), malformed("chunk size"));
     assert_eq!(
-        refused(|b| put(b, 8 + 12, &1u32.to_le_bytes())),
-        IndexError::Unsupported { version: 3, flags: 1 }
+        refused(|b| put(b, 8 + 12, &2u32.to_le_bytes())),
+        IndexError::Unsupported { version: 3, flags: 2 }
     );
+    assert_eq!(refused(|b| put(b, 8 + 12, &1u32.to_le_bytes())), IndexError::Bases { count: 0 });
+    assert_eq!(record(7, &[1]), of_record("frame in a base that is not named"));
     assert_eq!(refused(|b| b.push(0)), malformed("frame length"));
+}
+
+/// Parses a delta's index after `damage` to its bytes: one chunk of its own, then one of each of two bases.
+fn refused_delta(damage: impl Fn(&mut Vec<u8>)) -> IndexError {
+    let (index, _) = build(&[(200_000, vec![(0, 50), (1, 50), (3, 50)])]);
+    let bases = vec![base(1, 10_000, "name"), base(2, 10_000, "")];
+    let (index, pack_size) = as_delta(index, &[(0, 0), (1, 9_000), (2, 0)], bases);
+    let mut bytes = index.encode();
+    assert!(Index::parse(&bytes, Some(pack_size)).is_ok());
+    damage(&mut bytes);
+    Index::parse(&bytes, Some(pack_size)).expect_err("damage to be noticed")
+}
+
+#[test]
+fn each_rule_of_a_delta_has_its_name() {
+    const RECORDS: usize = FILES + 2 * BASE_LEN + FILE_LEN;
+    let bases = |count: u32| refused_delta(|b| put(b, 8 + 28, &count.to_le_bytes()));
+    assert_eq!(bases(0), IndexError::Bases { count: 0 });
+    assert_eq!(bases(9), IndexError::Bases { count: 9 });
+    assert_eq!(bases(u32::MAX), IndexError::Bases { count: u32::MAX as usize });
+    assert_eq!(bases(1), malformed("table lengths"));
+    let second = |at: usize, value: &[u8]| refused_delta(|b| put(b, FILES + BASE_LEN + at, value));
+    let of_base = |what| IndexError::Base { position: 1, what };
+    assert_eq!(second(0, &u64::MAX.to_le_bytes()), of_base("index outside its pack"));
+    assert_eq!(second(8, &(MAX_INDEX_LEN + 1).to_le_bytes()), of_base("index outside its pack"));
+    assert_eq!(second(16, &10_099u64.to_le_bytes()), of_base("index outside its pack"));
+    assert_eq!(second(24, &[1; 32]), of_base("named twice"));
+    for hint in [&b"../x"[..], b"/etc/passwd", b"file:///x", b"http://a b", b"x\0y", b"\xff", b"\x1b[2J"] {
+        assert_eq!(second(56, hint), of_base("hint"), "{hint:?}");
+    }
+    let record = |number: usize, at: usize, value: &[u8]| {
+        refused_delta(|b| put(b, RECORDS + number * RECORD_LEN + at, value))
+    };
+    let of_record = |position, what| IndexError::Record { position, what };
+    assert_eq!(record(1, 7, &[3]), of_record(1, "frame in a base that is not named"));
+    assert_eq!(record(1, 7, &[255]), of_record(1, "frame in a base that is not named"));
+    assert_eq!(record(2, 8, &u64::MAX.to_le_bytes()), of_record(2, "frame outside its base"));
+    assert_eq!(
+        record(2, 8, &9_951u64.to_le_bytes()),
+        of_record(2, "frame outside its base"),
+        "inside the index"
+    );
+    assert_eq!(record(2, 4, &[0, 0, 0]), of_record(2, "frame length"));
+    assert_eq!(record(2, 0, &1u32.to_le_bytes()), of_record(2, "chunks out of order"));
 }
 
 #[test]

@@ -179,7 +179,7 @@ pub(super) fn source(
     options: &StoreOptions,
 ) -> Result<(Source, String), WholeError> {
     let name = location.describe();
-    match location.source(options) {
+    match options.source(location) {
         Ok(source) => Ok((source, name)),
         Err(source) => Err(WholeError::Source { location: name, source }),
     }

@@ -15,24 +15,36 @@ pub(super) struct Cut {
     pub(super) head_len: u64,
 }
 
-/// Cuts ascending record numbers into those that go into one request each.
-pub(super) fn coalesce<T>(index: &Index, cut: Cut, items: Vec<T>, record: impl Fn(&T) -> u32) -> Vec<Vec<T>> {
+/// Cuts records into those that go into one request each: frames of one pack, in its order. Nothing in a delta keeps
+/// two of its chunks from being the same frame of a base, which then comes twice.
+pub(super) fn coalesce<T>(
+    index: &Index,
+    cut: Cut,
+    mut items: Vec<T>,
+    record: impl Fn(&T) -> u32,
+) -> Vec<Vec<T>> {
     let Cut { max_gap, head_len } = cut;
     let mut runs: Vec<Vec<T>> = Vec::new();
-    let (mut start, mut end) = (0, 0);
+    let (mut pack, mut start, mut end) = (0, 0, 0);
+    items.sort_by_key(|item| {
+        let frame = index.record_at(record(item));
+        (frame.pack, frame.offset)
+    });
     for item in items {
         let frame = index.record_at(record(&item));
         let frame_end = frame.offset + u64::from(frame.length);
+        let is_in_head = |end| frame.pack == 0 && end <= head_len;
         match runs.last_mut() {
             Some(run)
-                if frame.offset - end <= max_gap
+                if frame.pack == pack
+                    && frame.offset.checked_sub(end).is_some_and(|gap| gap <= max_gap)
                     && frame_end - start <= MAX_RUN
-                    && (end <= head_len) == (frame_end <= head_len) =>
+                    && is_in_head(end) == is_in_head(frame_end) =>
             {
                 run.push(item)
             }
             _ => {
-                start = frame.offset;
+                (pack, start) = (frame.pack, frame.offset);
                 runs.push(vec![item]);
             }
         }
@@ -45,16 +57,21 @@ pub(super) fn coalesce<T>(index: &Index, cut: Cut, items: Vec<T>, record: impl F
 mod tests {
     use super::*;
     use crate::digest::Digest;
-    use crate::index::ChunkRecord;
+    use crate::index::{BasePack, ChunkRecord, IndexPin};
 
     #[test]
     fn neighbours_share_a_request_within_limits() {
         const MAX_GAP: u64 = 128 << 10;
-        let record =
-            |chunk: u32, offset| ChunkRecord { chunk, length: 1000, offset, digest: Digest::of(b"") };
+        let record = |chunk: u32, offset| ChunkRecord {
+            chunk,
+            length: 1000,
+            pack: 0,
+            offset,
+            digest: Digest::of(b""),
+        };
         let offsets = [0, 1000, 2000 + MAX_GAP, 3001 + 2 * MAX_GAP, 4000 + MAX_RUN, 4000 + 2 * MAX_RUN];
         let records = offsets.iter().enumerate().map(|(chunk, &at)| record(chunk as u32, at)).collect();
-        let index = Index::new(64 << 10, 1 << 30, vec![("m".into(), 1 << 20, records)]);
+        let index = Index::new(64 << 10, 1 << 30, Vec::new(), vec![("m".into(), 1 << 20, records)]);
         let cut = |wanted: &[u32], head_len| {
             coalesce(&index, Cut { max_gap: MAX_GAP, head_len }, wanted.to_vec(), |&r| r)
         };
@@ -64,5 +81,27 @@ mod tests {
         assert!(runs(&[]).is_empty());
         assert_eq!(cut(&[0, 1, 2], 1999), [vec![0], vec![1, 2]], "what is on its way is not asked for again");
         assert_eq!(cut(&[0, 1, 2], 2000), [vec![0, 1], vec![2]]);
+    }
+
+    #[test]
+    fn frames_of_different_packs_come_in_different_requests() {
+        let frames = [(0, 0), (1, 5000), (0, 1000), (1, 4000), (1, 4000), (2, 5000)];
+        let record = |(chunk, &(pack, offset))| ChunkRecord {
+            chunk: chunk as u32,
+            length: 1000,
+            pack,
+            offset,
+            digest: Digest::of(b""),
+        };
+        let records = frames.iter().enumerate().map(record).collect();
+        let base = |byte: u8| {
+            let index = IndexPin { offset: 1 << 20, length: 100, sha256: Digest([byte; 32]) };
+            BasePack::new(index, 1 << 21, "")
+        };
+        let index =
+            Index::new(64 << 10, 1 << 30, vec![base(1), base(2)], vec![("m".into(), 1 << 20, records)]);
+        let cut = Cut { max_gap: 1000, head_len: 10_000 };
+        let runs = coalesce(&index, cut, (0..6).collect(), |&r| r);
+        assert_eq!(runs, [vec![0, 2], vec![3], vec![4, 1], vec![5]]);
     }
 }

@@ -51,6 +51,35 @@ pub enum OpenError {
         /// What the bytes hash to.
         found: Digest,
     },
+    /// The pack is a delta, and what it builds on is nowhere.
+    #[error(
+        "{location} is a delta of a pack that is nowhere to be found: index sha256 {base}{}",
+        told(tried)
+    )]
+    NoBase {
+        /// URL or path of the delta.
+        location: String,
+        /// Digest of the missing pack's index.
+        base: Digest,
+        /// Where the missing pack was when the delta was made: a URL, a file's name, or nothing. The delta says so.
+        hint: String,
+        /// Where it was looked for, and why it was not had there.
+        tried: Vec<String>,
+    },
+    /// The pack is a delta, and where its base was is another pack.
+    #[error(
+        "{location} is a delta of the pack with index sha256 {base}; {place} is another one (index sha256 {found})"
+    )]
+    BaseReplaced {
+        /// URL or path of the delta.
+        location: String,
+        /// Digest of the missing pack's index.
+        base: Digest,
+        /// URL or path of the other pack.
+        place: String,
+        /// What hashes to where the index should be.
+        found: Digest,
+    },
     /// The index breaks the format's rules.
     #[error("the index of {location} cannot be used")]
     Index {
@@ -60,6 +89,10 @@ pub enum OpenError {
         #[source]
         source: IndexError,
     },
+}
+
+fn told(tried: &[String]) -> String {
+    if tried.is_empty() { String::new() } else { format!(" (tried {})", tried.join("; ")) }
 }
 
 /// Why a read failed. Cheap to clone: everyone waiting for the same chunk gets it.
@@ -75,6 +108,16 @@ pub enum ReadError {
         /// Why.
         #[source]
         source: Arc<SourceError>,
+    },
+    /// The chunk lies in a base that is nowhere, and is no longer in the disk cache.
+    #[error("chunk {chunk} of {file} is in a pack that is nowhere to be found: index sha256 {base}")]
+    NoBase {
+        /// The file.
+        file: String,
+        /// Which chunk.
+        chunk: u32,
+        /// Digest of the missing pack's index.
+        base: Digest,
     },
     /// The bytes were had twice and are not the ones the index vouches for.
     #[error("chunk {chunk} of {file} from {location} is corrupt: sha256 {found}, the index says {expected}")]

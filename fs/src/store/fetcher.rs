@@ -10,12 +10,14 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use super::bases::Holder;
 use super::coalesce::{Cut, coalesce};
 use super::decoded::Decoded;
 use super::error::ReadError;
 use super::flight::{Entry, Flights, Lead, Outcome, Waiter};
 use super::frames::{Frames, decode};
 use super::head::Head;
+use super::location::PackLocation;
 use super::options::StoreOptions;
 use crate::cache::ChunkCache;
 use crate::digest::Digest;
@@ -48,7 +50,8 @@ pub(super) struct Part {
 /// A pack's chunks, by the numbers of their records.
 #[derive(Debug)]
 pub(super) struct Fetcher {
-    pub(super) source: Source,
+    /// The pack itself, then its bases in the order of the index.
+    packs: Vec<Holder>,
     pub(super) index: Index,
     /// The first bytes of the pack, not trusted more than any others; may be empty.
     pub(super) head: Head,
@@ -69,12 +72,14 @@ enum Pending {
 }
 
 impl Fetcher {
-    pub(super) fn new(source: Source, index: Index, head: Head, options: StoreOptions) -> Self {
+    /// `packs` are the pack itself and its bases.
+    pub(super) fn new(packs: Vec<Holder>, index: Index, head: Head, options: StoreOptions) -> Self {
         let words = index.stored_chunk_count().div_ceil(64);
+        let uses_cache = packs.iter().any(|pack| pack.is_cached);
         Self {
-            source,
+            packs,
             head,
-            cache: options.cache,
+            cache: options.cache.filter(|_| uses_cache),
             decoded: Decoded::new(options.decoded_bytes),
             flights: Arc::default(),
             max_gap: options.max_gap,
@@ -83,6 +88,43 @@ impl Fetcher {
             observer: options.observer,
             index,
         }
+    }
+
+    /// What chunks are read from: the pack itself first, then the bases that are anywhere.
+    pub(super) fn sources(&self) -> impl Iterator<Item = &Source> {
+        self.packs.iter().filter_map(|pack| pack.source.as_ref())
+    }
+
+    /// URL or path of the pack itself.
+    pub(super) fn location(&self) -> &str {
+        self.sources().next().map_or("", Source::describe)
+    }
+
+    /// Where the bases are, as far as they were found.
+    pub(super) fn base_locations(&self) -> Vec<Option<&PackLocation>> {
+        self.packs[1..].iter().map(|pack| pack.place.as_ref()).collect()
+    }
+
+    fn holder(&self, number: u32) -> &Holder {
+        // The index has no records of bases that it does not name.
+        &self.packs[usize::from(self.index.record_at(number).pack)]
+    }
+
+    /// What the frame of a record is read from.
+    fn source(&self, number: u32) -> Result<&Source, ReadError> {
+        self.holder(number).source.as_ref().ok_or_else(|| self.no_base(number))
+    }
+
+    /// URL or path of what the frame of a record is read from.
+    fn location_of(&self, number: u32) -> String {
+        self.holder(number).source.as_ref().map_or_else(String::new, |source| source.describe().to_owned())
+    }
+
+    fn no_base(&self, number: u32) -> ReadError {
+        let record = self.index.record_at(number);
+        let base = usize::from(record.pack).checked_sub(1).and_then(|base| self.index.bases().get(base));
+        let base = base.map_or(record.digest, |base| base.index.sha256);
+        ReadError::NoBase { file: self.file_name(number), chunk: record.chunk, base }
     }
 
     /// Drops the decoded chunks kept in memory.
@@ -189,7 +231,12 @@ impl Fetcher {
         let cached =
             cached.chunks(CACHED_TOGETHER).map(|part| Part { wanted: part.to_vec(), keep_gaps: false });
         let missing = coalesce(&self.index, self.cut(), missing, |&record| record);
-        cached.chain(missing.into_iter().map(|wanted| Part { wanted, keep_gaps: true })).collect()
+        let missing = missing.into_iter().map(|mut wanted| {
+            wanted.sort_unstable();
+            let keep_gaps = wanted.iter().all(|&record| self.index.record_at(record).pack == 0);
+            Part { wanted, keep_gaps }
+        });
+        cached.chain(missing).collect()
     }
 
     /// Does one part of a bulk read.
@@ -224,7 +271,10 @@ impl Fetcher {
     ) -> (Vec<Lead>, Vec<(u32, Waiter)>) {
         let (mut leads, mut joins) = (Vec::new(), Vec::new());
         let records: Vec<u32> = match (work.keep_gaps, work.wanted.first(), work.wanted.last()) {
-            (true, Some(&first), Some(&last)) => (first..=last).collect(),
+            // What is not the pack's own does not come along.
+            (true, Some(&first), Some(&last)) => {
+                (first..=last).filter(|&record| self.index.record_at(record).pack == 0).collect()
+            }
             _ => work.wanted.clone(),
         };
         for record in records {
@@ -250,7 +300,7 @@ impl Fetcher {
         (leads, joins)
     }
 
-    /// Fetches the frames of `leads` (ascending) in one request and lands each as it arrives. The error of a demand run
+    /// Fetches the frames of `leads`, which lie in one pack in this order, in one request and lands each as it arrives. The error of a demand run
     /// lands with its waiters; a failing prefetch lets go of its frames, so that waiters try for themselves.
     async fn fetch_run(
         self: &Arc<Self>,
@@ -259,18 +309,19 @@ impl Fetcher {
         sink: Option<&Sink>,
     ) -> Result<(), ReadError> {
         let (Some(first), Some(last)) = (leads.first(), leads.last()) else { return Ok(()) };
+        let mut failure = self.source(first.record()).err();
         let (first, last) = (self.index.record_at(first.record()), self.index.record_at(last.record()));
         let (start, end) = (first.offset, last.offset + u64::from(last.length));
         let mut frames = None;
-        let mut failure = None;
         for lead in leads {
             let record = lead.record();
             let outcome = match &failure {
                 // The connection is gone for all that follows.
                 Some(ReadError::Source { source, .. }) => Err(self.source_error(record, source.clone())),
+                Some(ReadError::NoBase { .. }) => Err(self.no_base(record)),
                 _ => match self.next_frame(record, start..end, priority, &mut frames).await {
                     Ok(frame) => self.settle(record, frame).await,
-                    Err(source) => Err(self.source_error(record, Arc::new(source))),
+                    Err(error) => Err(error),
                 },
             };
             match (&outcome, priority.is_ahead()) {
@@ -299,18 +350,22 @@ impl Fetcher {
         range: Range<u64>,
         priority: Priority,
         request: &mut Option<Frames>,
-    ) -> Result<Bytes, SourceError> {
+    ) -> Result<Bytes, ReadError> {
         let record = self.index.record_at(number);
-        if range.end <= self.head.len()
+        if record.pack == 0
+            && range.end <= self.head.len()
             && let Some(frame) = self.head.bytes(record.offset, record.length).await
         {
             return Ok(frame);
         }
-        let frames = request.get_or_insert_with(|| {
-            let at = record.offset;
-            Frames::new(self.source.stream_at(at, range.end - at, priority), at)
-        });
-        frames.take(record).await
+        let frames = match request {
+            Some(frames) => frames,
+            None => {
+                let at = record.offset;
+                request.insert(Frames::new(self.source(number)?.stream_at(at, range.end - at, priority), at))
+            }
+        };
+        frames.take(record).await.map_err(|source| self.source_error(number, Arc::new(source)))
     }
 
     /// Checks a frame as it came from the source, decodes it and keeps it in the cache. A frame that is not the one the
@@ -327,11 +382,12 @@ impl Fetcher {
             attempts += 1;
             if attempts == FRAME_ATTEMPTS {
                 let (file, chunk) = (self.file_name(number), record.chunk);
-                let (expected, location) = (record.digest, self.source.describe().to_owned());
+                let (expected, location) = (record.digest, self.location_of(number));
                 return Err(ReadError::Corrupt { file, chunk, expected, found, location });
             }
-            tracing::warn!(location = self.source.describe(), offset = record.offset, %found, expected = %record.digest, "damaged frame, fetching it again");
-            let again = self.source.read_at(record.offset, u64::from(record.length), Priority::Demand).await;
+            let source = self.source(number)?;
+            tracing::warn!(location = source.describe(), offset = record.offset, %found, expected = %record.digest, "damaged frame, fetching it again");
+            let again = source.read_at(record.offset, u64::from(record.length), Priority::Demand).await;
             frame = again.map_err(|source| self.source_error(number, Arc::new(source)))?;
         }
     }
@@ -350,7 +406,7 @@ impl Fetcher {
                 return Ok(Err(found));
             }
             let plain = this.decode(number, &frame)?;
-            if let Some(cache) = &this.cache {
+            if let Some(cache) = this.cache_of(number) {
                 cache.put(found, frame);
             }
             this.mark_fetched(number);
@@ -387,14 +443,19 @@ impl Fetcher {
     /// A chunk from the disk cache; `None` when it is not there after all.
     fn read_cached(&self, number: u32) -> Option<Bytes> {
         let record = self.index.record_at(number);
-        let frame = self.cache.as_ref()?.get(record.digest, u64::from(record.length))?;
+        let frame = self.cache_of(number)?.get(record.digest, u64::from(record.length))?;
         let plain = self.decode(number, &frame).ok()?;
         self.mark_fetched(number);
         Some(plain)
     }
 
     fn is_cached(&self, number: u32) -> bool {
-        self.cache.as_ref().is_some_and(|cache| cache.contains(self.index.record_at(number).digest))
+        self.cache_of(number).is_some_and(|cache| cache.contains(self.index.record_at(number).digest))
+    }
+
+    /// The disk cache, if the frame of a record belongs into it.
+    fn cache_of(&self, number: u32) -> Option<&ChunkCache> {
+        self.cache.as_deref().filter(|_| self.holder(number).is_cached)
     }
 
     fn decode(&self, number: u32, frame: &[u8]) -> Result<Bytes, ReadError> {
@@ -407,7 +468,7 @@ impl Fetcher {
         }
         plain.ok_or_else(|| {
             let (file, chunk) = (self.file_name(number), self.index.record_at(number).chunk);
-            ReadError::Decode { file, chunk, location: self.source.describe().to_owned(), plain_len }
+            ReadError::Decode { file, chunk, location: self.location_of(number), plain_len }
         })
     }
 

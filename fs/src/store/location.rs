@@ -2,9 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::options::StoreOptions;
-use crate::digest::Digest;
-use crate::source::{FileSource, HttpSource, ReadDeadlines, Source, SourceError, redact_url};
+use crate::index::IndexPin;
+use crate::source::redact_url;
 
 /// Where a pack is.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,30 +33,4 @@ impl PackLocation {
             PackSource::Path(path) => path.display().to_string(),
         }
     }
-
-    /// Its bytes, checked by nobody yet. Of a URL nothing is requested so far.
-    pub fn source(&self, options: &StoreOptions) -> Result<Source, SourceError> {
-        let deadlines =
-            ReadDeadlines { demand: options.demand_deadline, prefetch: options.prefetch_deadline };
-        match &self.source {
-            PackSource::Url(url) => {
-                let source = HttpSource::new(&options.http, url, self.size, deadlines)?;
-                Ok(Source::Http(source.observed_by(options.observer.clone())))
-            }
-            PackSource::Path(path) => {
-                Ok(Source::File(FileSource::open(path)?.observed_by(options.observer.clone())))
-            }
-        }
-    }
-}
-
-/// The root of trust of a pack: its index frame.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct IndexPin {
-    /// Offset of the index frame in the pack.
-    pub offset: u64,
-    /// Its length in bytes.
-    pub length: u64,
-    /// Its digest.
-    pub sha256: Digest,
 }

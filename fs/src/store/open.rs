@@ -6,12 +6,12 @@ use bytes::Bytes;
 
 use super::error::OpenError;
 use super::head::Head;
-use super::location::{IndexPin, PackLocation};
+use super::location::{PackLocation, PackSource};
 use super::options::StoreOptions;
 use crate::cache::ChunkCache;
 use crate::digest::Digest;
 use crate::format::{self, MANIFEST, MAX_INDEX_LEN, PACK_VERSION, SEEK_FOOTER_LEN};
-use crate::index::{Index, TRAILER_LEN};
+use crate::index::{Index, IndexPin, TRAILER_LEN};
 use crate::manifest::{self, MAX_MANIFEST_LEN};
 use crate::source::{Priority, Source, SourceError};
 
@@ -43,10 +43,13 @@ pub(super) async fn open(location: &PackLocation, options: &StoreOptions) -> Res
         let index = opener.parse(&bytes, Some(opener.size().await?))?;
         return Ok(OpenedPack { source: opener.source, index, pin, head: Head::none() });
     };
-    let cached = options.cache.as_ref().and_then(|cache| cache.get(pin.sha256, pin.length));
+    // Local packs are as near as the cache.
+    let local = matches!(location.source, PackSource::Path(_));
+    let cache = options.cache.as_deref().filter(|_| !local);
+    let cached = cache.and_then(|cache| cache.get(pin.sha256, pin.length));
     let (bytes, head) = match cached {
         Some(bytes) => (bytes, Head::none()),
-        None => opener.fetch_pinned(&pin, options).await?,
+        None => opener.fetch_pinned(&pin, options.head_bytes, cache).await?,
     };
     let index = opener.parse(&bytes, opener.source.known_size())?;
     Ok(OpenedPack { source: opener.source, index, pin, head })
@@ -55,7 +58,7 @@ pub(super) async fn open(location: &PackLocation, options: &StoreOptions) -> Res
 impl PackOpener {
     fn new(location: &PackLocation, options: &StoreOptions) -> Result<Self, OpenError> {
         let name = location.describe();
-        match location.source(options) {
+        match options.source(location) {
             Ok(source) => Ok(Self { source, location: name }),
             Err(source) => Err(OpenError::Source { location: name, source }),
         }
@@ -63,12 +66,17 @@ impl PackOpener {
 
     /// The pinned index frame, checked against its digest. The head of the pack, if one is wanted, is asked for at
     /// the same time, as whoever opens a pack to restore it needs the small members next; it is not waited for.
-    async fn fetch_pinned(&self, pin: &IndexPin, options: &StoreOptions) -> Result<(Bytes, Head), OpenError> {
+    async fn fetch_pinned(
+        &self,
+        pin: &IndexPin,
+        head_bytes: u64,
+        cache: Option<&ChunkCache>,
+    ) -> Result<(Bytes, Head), OpenError> {
         let size = self.source.known_size().unwrap_or(u64::MAX);
         if pin.length > MAX_INDEX_LEN || pin.offset.checked_add(pin.length).is_none_or(|end| end > size) {
             return Err(OpenError::Truncated { location: self.location.clone(), size });
         }
-        let head = Head::fetch(&self.source, options.head_bytes.min(pin.offset));
+        let head = Head::fetch(&self.source, head_bytes.min(pin.offset));
         let mut index = self.read(pin.offset, pin.length).await?;
         let mut found = Digest::of(&index);
         if found != pin.sha256 {
@@ -83,7 +91,7 @@ impl PackOpener {
                 found,
             });
         }
-        remember(options.cache.as_deref(), pin.sha256, &index);
+        remember(cache, pin.sha256, &index);
         Ok((index, head))
     }
 

@@ -3,6 +3,7 @@
 //! | failure | errno |
 //! |---|---|
 //! | retries exhausted, bytes corrupt, the pack malformed or missing where the registry says it is | EIO |
+//! | the base of a delta is nowhere, or another pack is in its place | EIO |
 //! | the object was replaced or vanished since it was opened, or has another length until the deadline | ESTALE |
 //! | the hub or the file system denies access | EACCES |
 //! | a host without byte ranges, and no room for a copy of the pack | ENOSPC |
@@ -26,6 +27,8 @@ pub fn of_open_error(error: &OpenError) -> Errno {
         OpenError::Legacy { .. } => Errno::OPNOTSUPP,
         OpenError::Truncated { .. }
         | OpenError::NotAPack { .. }
+        | OpenError::NoBase { .. }
+        | OpenError::BaseReplaced { .. }
         | OpenError::IndexDigest { .. }
         | OpenError::Index { .. } => Errno::IO,
     }
@@ -63,6 +66,7 @@ pub fn of_read_error(error: &ReadError) -> Errno {
         ReadError::Corrupt { .. }
         | ReadError::Decode { .. }
         | ReadError::NoSuchChunk { .. }
+        | ReadError::NoBase { .. }
         | ReadError::Manifest(_)
         | ReadError::Stopped => Errno::IO,
     }

@@ -7,8 +7,7 @@ use zstd::bulk::Compressor;
 
 use crate::digest::{Digest, Hasher};
 use crate::format;
-use crate::index::{ChunkRecord, Index};
-use crate::store::IndexPin;
+use crate::index::{BasePack, ChunkRecord, Index, IndexPin};
 
 /// A compressed chunk.
 pub(super) struct Frame {
@@ -55,6 +54,7 @@ impl<'a> Output<'a> {
         let record = ChunkRecord {
             chunk,
             length: frame.bytes.len() as u32,
+            pack: 0,
             offset: self.offset,
             digest: frame.digest,
         };
@@ -62,18 +62,19 @@ impl<'a> Output<'a> {
         Ok(record)
     }
 
-    /// Appends the index of `files` (name, plain size, stored chunks) and the seek table; returns the index with its
-    /// place, and the pack's size.
+    /// Appends the index of `files` (name, plain size, chunks that are not zero) and the seek table; returns the index
+    /// with its place, and the pack's size.
     pub(super) fn finish(
         &mut self,
         chunk_size: u32,
+        bases: Vec<BasePack>,
         files: Vec<(String, u64, Vec<ChunkRecord>)>,
     ) -> io::Result<((Index, IndexPin), u64)> {
-        let index_len =
-            Index::encoded_len(files.len(), files.iter().map(|(.., records)| records.len()).sum());
+        let records = files.iter().map(|(.., records)| records.len()).sum();
+        let index_len = Index::encoded_len(bases.len(), files.len(), records);
         // The index frame itself has an entry in the seek table, with nothing in it.
         let pack_size = self.offset + index_len + format::seek_table_len(self.frames.len() as u64 + 1);
-        let index = Index::new(chunk_size, pack_size, files);
+        let index = Index::new(chunk_size, pack_size, bases, files);
         let bytes = index.encode();
         let pin = IndexPin { offset: self.offset, length: index_len, sha256: Digest::of(&bytes) };
         self.frame(&bytes, 0)?;
