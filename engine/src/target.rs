@@ -33,9 +33,19 @@ pub enum Target {
     /// A snapshot of this machine, by its tag.
     Tag(String),
     /// The path of a pack, of a snapshot's directory, or of nothing.
-    File(PathBuf),
+    File {
+        /// The path.
+        path: PathBuf,
+        /// The hub where a delta's bases are looked for, when one was named.
+        hub: Option<String>,
+    },
     /// The http(s) URL of a pack.
-    Url(String),
+    Url {
+        /// The URL.
+        url: String,
+        /// As of a file.
+        hub: Option<String>,
+    },
     /// A package of a hub.
     Package {
         /// The hub, when one was named.
@@ -137,7 +147,7 @@ impl Target {
     /// mount or a path when it looks like one or a file is there, otherwise a package, and a path when it is none of these.
     pub fn parse(paths: &Paths, text: &str, hub: Option<&str>) -> Target {
         if text.starts_with("http://") || text.starts_with("https://") {
-            return Target::Url(text.to_owned());
+            return Target::Url { url: text.to_owned(), hub: hub.map(str::to_owned) };
         }
         let spelled_path = text.strip_prefix("file://");
         let path = PathBuf::from(spelled_path.unwrap_or(text));
@@ -150,7 +160,7 @@ impl Target {
         }
         match path.is_dir().then(|| mounts::pack_behind(paths, &path)).flatten() {
             Some((hub, reference)) => Target::MountFolder { path, hub, reference },
-            None => Target::File(path),
+            None => Target::File { path, hub: hub.map(str::to_owned) },
         }
     }
 
@@ -165,10 +175,21 @@ impl Target {
     /// Says that a path is no name, where there is nothing and it does not look like a path.
     pub fn check_name(&self) -> Result<(), InvalidReference> {
         match self {
-            Target::File(path) if !is_explicit(path) && !path.exists() => {
+            Target::File { path, .. } if !is_explicit(path) && !path.exists() => {
                 path.to_string_lossy().parse::<Reference>().map(drop)
             }
             _ => Ok(()),
+        }
+    }
+
+    /// The hub that it names, or where the bases of a delta are looked for.
+    pub fn hub(&self) -> Option<&str> {
+        match self {
+            Target::Tag(_) => None,
+            Target::File { hub, .. } | Target::Url { hub, .. } | Target::Package { hub, .. } => {
+                hub.as_deref()
+            }
+            Target::MountFolder { hub, .. } => Some(hub),
         }
     }
 
@@ -179,8 +200,8 @@ impl Target {
             // The pack itself is read, without a detour through FUSE.
             Target::MountFolder { hub, reference, .. } => return PackPlace::Hub(Some(hub), reference),
             Target::Tag(tag) => PackSource::Path(tag.into()),
-            Target::File(path) => PackSource::Path(path.clone()),
-            Target::Url(url) => {
+            Target::File { path, .. } => PackSource::Path(path.clone()),
+            Target::Url { url, .. } => {
                 http.authorize(url);
                 PackSource::Url(url.clone())
             }
@@ -227,7 +248,7 @@ impl Target {
             demand_deadline: OPEN_DEADLINE,
             head_bytes,
             observer: options.observer,
-            ..client::store_options(paths, options.cache, &http)
+            ..client::store_options(paths, options.cache, &http, self.hub())
         };
         let cache = options.cache.clone();
         let store = Store::open(location, options).await?;
@@ -239,11 +260,11 @@ impl Target {
     fn snapshot(&self, paths: &Paths) -> Result<Option<LockedSnapshot>, TargetError> {
         match self {
             Target::Tag(tag) => Ok(Some(LockedSnapshot::find(paths, tag)?)),
-            Target::File(path) => {
+            Target::File { path, .. } => {
                 self.check_name()?;
                 snapshot_at(path)
             }
-            Target::Url(_) | Target::Package { .. } | Target::MountFolder { .. } => Ok(None),
+            Target::Url { .. } | Target::Package { .. } | Target::MountFolder { .. } => Ok(None),
         }
     }
 }
@@ -291,13 +312,15 @@ mod tests {
         let reference: Reference = "o/n@v1".parse().unwrap();
         let package = Target::Package { hub: Some("hub".to_owned()), reference: reference.clone() };
         assert_eq!(parse("o/n@v1"), package);
-        assert_eq!(parse("http://h/o/n"), Target::Url("http://h/o/n".to_owned()));
+        let hub = Some("hub".to_owned());
+        let file = |path: &str| Target::File { path: path.into(), hub: hub.clone() };
+        assert_eq!(parse("http://h/o/n"), Target::Url { url: "http://h/o/n".to_owned(), hub: hub.clone() });
         for path in ["/nowhere", "./o/n", "../x", ".", "not a name"] {
-            assert_eq!(parse(path), Target::File(path.into()), "{path}");
+            assert_eq!(parse(path), file(path), "{path}");
         }
-        assert_eq!(parse("file:///a/b"), Target::File("/a/b".into()));
+        assert_eq!(parse("file:///a/b"), file("/a/b"));
         // A file hides the package of its name, a directory does not.
-        assert_eq!(parse("src/target.rs"), Target::File("src/target.rs".into()));
+        assert_eq!(parse("src/target.rs"), file("src/target.rs"));
         assert!(matches!(parse("src/fork"), Target::Package { .. }));
         assert_eq!(Target::of(&paths, Some("t"), Some("o/n"), None), Target::Tag("t".to_owned()));
         assert!(parse("not a name").check_name().is_err() && parse("/nowhere").check_name().is_ok());

@@ -24,15 +24,27 @@ pub struct PackArgs {
     /// What the root disk was made from, for the record
     #[arg(long, value_name = "NAME", default_value = "")]
     pub base_image: String,
-    /// Plain bytes per chunk: a power of two from 64 KiB to 4 MiB
-    #[arg(long, value_name = "SIZE", default_value = "256KiB", value_parser = units::parse_size)]
-    pub chunk: u64,
+    /// Plain bytes per chunk: a power of two from 64 KiB to 4 MiB [default: 256KiB, or that of a delta's base]
+    #[arg(long, value_name = "SIZE", value_parser = units::parse_size)]
+    pub chunk: Option<u64>,
     /// zstd level
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(i32).range(1..=22))]
     pub level: i32,
     /// Replace FILE when it exists
     #[arg(long)]
     pub force: bool,
+    /// Hold only the chunks that a base does not have; the pack is of no use without the base
+    #[arg(long)]
+    pub delta: bool,
+    /// The base: a pack's file, an http(s):// URL, or a name of the hub (owner/name[@version])
+    #[arg(long, value_name = "FILE|URL|REF", requires = "delta")]
+    pub base: Option<String>,
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
 }
 
 /// `forkd unpack`.
@@ -46,6 +58,12 @@ pub struct UnpackArgs {
     /// Replace a snapshot of that name
     #[arg(long)]
     pub force: bool,
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
 }
 
 /// `forkd repack`.

@@ -7,7 +7,7 @@ use crate::failure::CommandError;
 use crate::output::Output;
 use crate::runtime::runtime;
 use crate::units::show_size;
-use forkd_engine::hub::publish::{PackContents, PublishRequest, Published, publish};
+use forkd_engine::hub::publish::{PackContents, PublishRequest, Published, PublishedBase, publish};
 use forkd_engine::progress::{Amount, Progress};
 
 /// Reads what the pack is, then copies it in and enters it.
@@ -25,8 +25,20 @@ pub fn run(args: &PublishArgs, output: &Output) -> Result<ExitCode, CommandError
     };
     let published = publish(&publication, &contents)?;
     drop(progress);
+    for base in published.bases.iter().filter(|base| base.reference.is_none()) {
+        output.note(missing_base(base));
+    }
     output.report(&published, show);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Said of a base that the registry does not have.
+fn missing_base(base: &PublishedBase) -> String {
+    let elsewhere = match base.hint.as_str() {
+        "" => "copies work where it is in a registry they read, or in their chunk cache".to_owned(),
+        hint => format!("it is looked for as {hint}, too"),
+    };
+    format!("note: its base, with index sha256 {}, is not in this registry; {elsewhere}", base.index_sha256)
 }
 
 fn show(published: &Published) -> String {

@@ -12,7 +12,7 @@ use crate::runtime::runtime;
 use crate::units::{show_share, show_size};
 use forkd_engine::chain::plain;
 use forkd_engine::inspect::child_memory::{self, ChildMemory};
-use forkd_engine::inspect::pack::{PackDescription, inspect};
+use forkd_engine::inspect::pack::{BaseDescription, PackDescription, inspect};
 use forkd_engine::inspect::working_set::WorkingSetWeight;
 use forkd_engine::local::paths::Paths;
 use forkd_engine::picture::svg::check_place;
@@ -99,6 +99,7 @@ fn show(report: &PackDescription) -> String {
         let text = format!("{} of {}, {zero} zero", chunks.total, show_size(u64::from(chunks.size)));
         rows.push(vec!["chunks".to_owned(), text]);
     }
+    rows.extend(report.bases.iter().enumerate().map(|(at, base)| base_row(at, base)));
     if let Some(set) = &report.working_set {
         rows.extend(working_set_rows(set));
     }
@@ -106,6 +107,22 @@ fn show(report: &PackDescription) -> String {
         rows.push(vec!["fork".to_owned(), format!("no: {why}")]);
     }
     format!("{}\n{}", table(&rows), files_table(report))
+}
+
+fn base_row(at: usize, base: &BaseDescription) -> Vec<String> {
+    let place = match (&base.location, base.chunks) {
+        (Some(place), _) => plain(place),
+        (None, 0) => "not needed".to_owned(),
+        (None, _) if base.hint.is_empty() => "not found".to_owned(),
+        (None, _) => format!("not found, it was {}", plain(&base.hint)),
+    };
+    let text = format!(
+        "{} chunks, {}, of the pack with index sha256 {}: {place}",
+        base.chunks,
+        show_size(base.stored_bytes),
+        base.index_sha256
+    );
+    vec![if at == 0 { "base".to_owned() } else { String::new() }, text]
 }
 
 fn working_set_rows(set: &WorkingSetWeight) -> Vec<Vec<String>> {

@@ -21,7 +21,7 @@ pub fn run(args: &RepackArgs, output: &Output) -> Result<ExitCode, CommandError>
         name: args.target.clone(),
         out: args.out.clone(),
         force: args.force,
-        compression: Compression { chunk_bytes: args.chunk, level: args.level },
+        compression: Compression { chunk_bytes: Some(args.chunk), level: args.level },
         cache: args.cache.options(),
     };
     let runtime = runtime().map_err(CommandError::Runtime)?;

@@ -9,13 +9,18 @@ use crate::output::Output;
 use crate::runtime::runtime;
 use crate::units::show_size;
 use forkd_engine::build::unpack::{Unpacked, unpack_file};
+use forkd_engine::hub::client;
 use forkd_fs::format::PACK_VERSION;
 
 /// Unpacks.
 pub fn run(args: &UnpackArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let paths = environment::paths()?;
-    let unpacking = unpack_file(&paths, &args.file, args.tag.as_deref(), args.force, output);
-    let unpacked = runtime().map_err(CommandError::Runtime)?.block_on(unpacking)?;
+    let (hub, tag) = (args.hub.hub.as_deref(), args.tag.as_deref());
+    let runtime = runtime().map_err(CommandError::Runtime)?;
+    let unpacked = runtime.block_on(async {
+        let options = client::store_options(&paths, args.cache.options(), &client::http_client(&paths), hub);
+        unpack_file(&paths, &args.file, options, tag, args.force, output).await
+    })?;
     output.report(&unpacked, |unpacked| format!("unpacked {}", line(unpacked)));
     Ok(ExitCode::SUCCESS)
 }

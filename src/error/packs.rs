@@ -1,6 +1,7 @@
 //! The rows of `error`'s table for packs, hubs and mounts.
 
 use forkd_fs::fuse::MountError;
+use forkd_fs::index::IndexError;
 use forkd_fs::source::{HttpError, SourceError};
 use forkd_fs::store::{OpenError, ReadError};
 use forkd_fs::unpack::UnpackError;
@@ -8,6 +9,7 @@ use forkd_fs::writer::WriteError;
 
 use super::row::{self, Row};
 use forkd_engine::build::pack::PackError;
+use forkd_engine::build::pack_base::BaseError;
 use forkd_engine::build::pull::PullError;
 use forkd_engine::build::repack::RepackError;
 use forkd_engine::build::unpack::UnpackPackError;
@@ -129,8 +131,24 @@ pub(super) fn open(error: &OpenError) -> Row {
         OpenError::IndexDigest { .. } => {
             row.hint("the pack was changed after it was registered: do not trust it, tell its publisher")
         }
+        OpenError::NoBase { hint, .. } => row.hint(hint_of_base(hint)),
+        OpenError::BaseReplaced { .. } => row.hint(
+            "only the pack that the delta was made of will do, whatever it is called: get it from who made the delta",
+        ),
+        OpenError::Index { source: IndexError::Unsupported { .. }, .. } => row.hint("a newer forkd may read it"),
         OpenError::NotAPack { .. } | OpenError::Index { .. } => row,
     }
+}
+
+/// What to do about a base that is nowhere. `called` is what the delta says about it.
+fn hint_of_base(called: &str) -> String {
+    let called = plain(called);
+    let place = match called.as_str() {
+        "" => "ask for it where the delta is from".to_owned(),
+        url if url.contains("://") => format!("it was at {url} when the delta was made"),
+        name => format!("put it beside the delta as {name}"),
+    };
+    format!("{place}, or name with --hub a hub that has it under any name")
 }
 
 pub(super) fn read(error: &ReadError) -> Row {
@@ -143,6 +161,7 @@ pub(super) fn read(error: &ReadError) -> Row {
         ReadError::Corrupt { .. } => {
             row.hint("the host serves damaged data: download or publish the pack again")
         }
+        ReadError::NoBase { .. } => row.hint(hint_of_base("")),
         ReadError::Decode { .. }
         | ReadError::NoSuchFile { .. }
         | ReadError::NoSuchChunk { .. }
@@ -231,6 +250,11 @@ pub(super) fn pack(error: &PackError) -> Row {
                 .hint("--chunk takes a power of two from 64KiB to 4MiB; 256KiB is the default")
         }
         PackError::Workspace(error) => workspace(row, error),
+        PackError::Base(error) => base(error),
+        PackError::Write(WriteError::BaseChunkSize { .. }) => {
+            Row::usage("pack the snapshot", "").hint("leave --chunk out: a delta has the chunks of its base")
+        }
+        PackError::Write(WriteError::Base(error)) => Row { what: "read the base", ..read(error) },
         PackError::Manifest { .. } => row.hint("only snapshots of this forkd can be packed; build it again"),
         PackError::Write(
             WriteError::Refused { .. }
@@ -240,6 +264,21 @@ pub(super) fn pack(error: &PackError) -> Row {
             | WriteError::TooManyChunks { .. }
             | WriteError::Compress(_),
         ) => row,
+    }
+}
+
+/// What a delta is to be packed against.
+fn base(error: &BaseError) -> Row {
+    const WHAT: &str = "pack a delta";
+    match error {
+        BaseError::Unknown { .. } => Row::usage(WHAT, "").hint("name a pack with --base FILE|URL|REF"),
+        BaseError::Snapshot { .. } => Row::usage(WHAT, "").hint(
+            "pack the base first, with `forkd pack --tag TAG --out FILE`, and name that file with --base",
+        ),
+        BaseError::Output { .. } => Row::usage(WHAT, "").hint("name another file with --out"),
+        BaseError::Reference(error) => reference(error),
+        BaseError::Registry(error) => registry(error),
+        BaseError::Open(error) => Row { what: "open the base", ..open(error) },
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod kernel;
 pub mod machine;
 pub mod pack;
+pub mod pack_base;
 pub mod pull;
 pub mod recipe;
 pub mod repack;

@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use forkd_fs::digest::Digest;
-use forkd_fs::format::MANIFEST;
+use forkd_fs::format::{DEFAULT_CHUNK_SIZE, MANIFEST};
 use forkd_fs::manifest::{Manifest, ManifestError};
 use forkd_fs::writer::{PackOptions, PackSummary, PackWriter, Pass, WriteError};
 use serde::Serialize;
 
+use crate::build::pack_base::{BaseError, BaseRequest, OpenedBase};
 use crate::interrupt::Interrupt;
 use crate::local::paths::Paths;
 use crate::local::run_dir::RunDir;
@@ -47,6 +48,9 @@ pub enum PackError {
     /// The pack cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
+    /// The base of the delta.
+    #[error(transparent)]
+    Base(#[from] BaseError),
     /// The directory to work in, or the pack's place.
     #[error(transparent)]
     Workspace(#[from] WorkspaceError),
@@ -73,8 +77,12 @@ pub struct PackReport {
     pub stored_bytes: u64,
     /// All chunks.
     pub chunks: u64,
-    /// Those that are not zero.
+    /// Those that it stores.
     pub stored_chunks: u64,
+    /// Of a delta, those that its bases store.
+    pub base_chunks: u64,
+    /// Digests of the indexes of the packs without which a delta is not whole, its base first.
+    pub bases: Vec<Digest>,
     /// Plain bytes to those of the pack.
     pub ratio: f64,
 }
@@ -90,8 +98,13 @@ impl PackReport {
             index_sha256: summary.index.sha256,
             plain_bytes: summary.plain_bytes,
             stored_bytes: summary.stored_bytes,
-            chunks: u64::from(summary.stored_chunks) + u64::from(summary.zero_chunks),
+            chunks: [summary.stored_chunks, summary.base_chunks, summary.zero_chunks]
+                .map(u64::from)
+                .iter()
+                .sum(),
             stored_chunks: u64::from(summary.stored_chunks),
+            base_chunks: u64::from(summary.base_chunks),
+            bases: summary.bases.iter().map(|base| base.index.sha256).collect(),
             ratio: summary.ratio(),
         }
     }
@@ -112,21 +125,23 @@ pub struct PackRequest {
     pub base_image: String,
     /// How it is compressed.
     pub compression: Compression,
+    /// What it is to be a delta of, if it is to be one.
+    pub base: Option<BaseRequest>,
 }
 
 /// How a pack is compressed.
 #[derive(Debug, Clone, Copy)]
 pub struct Compression {
-    /// Plain bytes of a chunk.
-    pub chunk_bytes: u64,
+    /// Plain bytes of a chunk; `None` for the usual, or for that of a delta's base.
+    pub chunk_bytes: Option<u64>,
     /// The zstd level.
     pub level: i32,
 }
 
 impl Compression {
-    /// As the writer takes it, if the chunk size is one.
-    pub(super) fn options(self) -> Result<PackOptions, PackError> {
-        let size = self.chunk_bytes;
+    /// As the writer takes it, if the chunk size is one; `usual` is what it is unless it was chosen.
+    pub(super) fn options(self, usual: u32) -> Result<PackOptions, PackError> {
+        let size = self.chunk_bytes.unwrap_or(usual.into());
         let chunk_size = u32::try_from(size).ok().filter(|&size| forkd_fs::format::is_chunk_size(size));
         let chunk_size = chunk_size.ok_or(PackError::Chunk { size })?;
         Ok(PackOptions { chunk_size, level: self.level, ..PackOptions::default() })
@@ -146,7 +161,9 @@ pub fn pack(
     if out.exists() && !request.force {
         return Err(PackError::Exists { path: out.to_owned() });
     }
-    let options = request.compression.options()?;
+    let base = request.base.as_ref().map(|base| OpenedBase::open(paths, base, out)).transpose()?;
+    let chunk_size = base.as_ref().map_or(DEFAULT_CHUNK_SIZE, OpenedBase::chunk_size);
+    let options = request.compression.options(chunk_size)?;
     let mut manifest = read_manifest(&directory)?;
     manifest.tag.clone_from(&request.tag);
     if !request.description.is_empty() {
@@ -159,16 +176,25 @@ pub fn pack(
     let interrupt = interrupt();
     let run_dir = RunDir::create(paths).map_err(WorkspaceError::from)?;
     let work = Workspace::create(out, &Arc::new(run_dir))?;
-    let summary = work.until(&interrupt, || write(options, &directory, manifest, (&work, out), progress))?;
+    let summary = work.until(&interrupt, || {
+        let files = Files { directory: &directory, manifest, base: base.as_ref() };
+        write(options, files, (&work, out), progress)
+    })?;
     publish(&work, out, request.force)?;
     Ok(PackReport::new(out, &summary))
+}
+
+/// What goes into a pack.
+pub(super) struct Files<'a> {
+    pub(super) directory: &'a Path,
+    pub(super) manifest: Manifest,
+    pub(super) base: Option<&'a OpenedBase>,
 }
 
 /// Packs the files of a directory into a workspace beside the new pack's place, and tells how far it is.
 pub(super) fn write(
     options: PackOptions,
-    directory: &Path,
-    manifest: Manifest,
+    Files { directory, manifest, base }: Files<'_>,
     (work, out): (&Workspace, &Path),
     progress: &dyn Progress,
 ) -> Result<PackSummary, PackError> {
@@ -178,10 +204,15 @@ pub(super) fn write(
         task.to(now.done);
         task.say(match now.pass {
             Pass::Scan => "reading",
+            Pass::Compare => "comparing",
             Pass::Compress => "packing",
         });
     };
-    let written = PackWriter::new(options).write(directory, manifest, &work.pack(), &on_progress);
+    let (writer, pack) = (PackWriter::new(options), work.pack());
+    let written = match base {
+        None => writer.write(directory, manifest, &pack, &on_progress),
+        Some(base) => base.lend(|base| writer.write_delta(directory, manifest, base, &pack, &on_progress)),
+    };
     Ok(written.map_err(|error| match error {
         // People know the pack's place, not the workspace.
         WriteError::Write { source, .. } => WriteError::Write { path: out.to_owned(), source },

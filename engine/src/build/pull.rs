@@ -66,11 +66,11 @@ pub async fn pull(
     let http = client::http_client(paths);
     let catalogue = client::catalogue(paths, request.hub.as_deref(), &http).await?;
     let resolved = catalogue.resolve(reference)?;
-    let options = client::store_options(paths, request.cache, &http);
+    let options = client::store_options(paths, request.cache, &http, request.hub.as_deref());
     let whole = registered_digest(&resolved)?;
     if resolved.location.index.is_none() && (whole.is_some() || is_legacy(&resolved, &options).await) {
         let download = Download::fetch(&resolved, whole, paths, &http, progress).await?;
-        return Ok(unpack_file(paths, download.path(), Some(tag), *force, progress).await?);
+        return Ok(unpack_file(paths, download.path(), options, Some(tag), *force, progress).await?);
     }
     let store = Store::open(resolved.location.clone(), options).await?;
     if resolved.location.index.is_none() {

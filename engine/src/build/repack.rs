@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use forkd_fs::format::{MANIFEST, MEMORY, PACK_VERSION, is_plain_name};
+use forkd_fs::format::{DEFAULT_CHUNK_SIZE, MANIFEST, MEMORY, PACK_VERSION, is_plain_name};
 use forkd_fs::legacy::{self, LegacyMember, LegacyPack};
 use forkd_fs::manifest::{FOREIGN_VMSTATE, KvmKind, Manifest, ManifestError, Requires};
 use forkd_fs::source::redact_url;
@@ -18,7 +18,7 @@ use forkd_fs::writer::PackOptions;
 use serde::Serialize;
 use tokio::runtime::Handle;
 
-use crate::build::pack::{self, Compression, PackError, PackReport};
+use crate::build::pack::{self, Compression, Files, PackError, PackReport};
 use crate::build::unpack::{LEGACY_LIMIT, UnpackPackError, take_out};
 use crate::hub::client;
 use crate::hub::download::{Download, DownloadError, registered_digest};
@@ -142,7 +142,7 @@ pub fn repack(
     interrupt: &Interrupt,
     progress: &dyn Progress,
 ) -> Result<RepackReport, RepackError> {
-    let options = request.compression.options()?;
+    let options = request.compression.options(DEFAULT_CHUNK_SIZE)?;
     let out = &request.out;
     if out.is_dir() {
         return Err(RepackError::Directory { path: out.clone() });
@@ -194,17 +194,14 @@ async fn obtain(
     let http = client::http_client(paths);
     let located = request.target.locate(paths, &http).await?;
     let location = located.pack().clone();
-    let options = match &located {
-        LocatedPack::Direct(PackLocation { source: PackSource::Path(_), .. }) => StoreOptions::default(),
-        _ => client::store_options(paths, request.cache, &http),
-    };
+    let options = client::store_options(paths, request.cache, &http, request.target.hub());
     if let LocatedPack::Registered(resolved) = &located
         && resolved.location.index.is_none()
     {
         match registered_digest(resolved)? {
             Some(digest) => {
                 let download = Download::fetch(resolved, Some(digest), paths, &http, progress).await;
-                return downloaded(download?, resolved.reference.to_string()).await;
+                return downloaded(download?, options, resolved.reference.to_string()).await;
             }
             None => progress.note(&format!(
                 "the registry has no digest of {}: it is taken as it comes",
@@ -219,16 +216,16 @@ async fn obtain(
         }
         (Err(OpenError::Legacy { .. }), PackSource::Url(url)) => {
             let download = Download::fetch_unknown(&location, work.path(), &http, progress).await;
-            downloaded(download?, redact_url(url)).await
+            downloaded(download?, StoreOptions::default(), redact_url(url)).await
         }
         (Err(error), _) => Err(UnpackPackError::from(error).into()),
     }
 }
 
-async fn downloaded(download: Download, name: String) -> Result<Input, RepackError> {
+async fn downloaded(download: Download, options: StoreOptions, name: String) -> Result<Input, RepackError> {
     let file = download.path().to_owned();
     let location = PackLocation { source: PackSource::Path(file.clone()), size: None, index: None };
-    match Store::open(location, StoreOptions::default()).await {
+    match Store::open(location, options).await {
         Ok(store) => Ok(Input::Indexed(store)),
         Err(OpenError::Legacy { .. }) => Ok(Input::Legacy { file, name, _download: Some(download) }),
         Err(error) => Err(UnpackPackError::from(error).into()),
@@ -336,7 +333,8 @@ fn put_together(
     manifest: Manifest,
     progress: &dyn Progress,
 ) -> Result<PackReport, RepackError> {
-    let summary = pack::write(options, &work.members(), manifest, (work, &request.out), progress)?;
+    let files = Files { directory: &work.members(), manifest, base: None };
+    let summary = pack::write(options, files, (work, &request.out), progress)?;
     // Text from outside has become longer by escapes and the list of files: it must still be one that can be read.
     Manifest::parse(summary.manifest.to_toml().as_bytes()).map_err(RepackError::Manifest)?;
     pack::publish(work, &request.out, request.force)?;

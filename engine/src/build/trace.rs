@@ -18,7 +18,7 @@ use serde::Serialize;
 
 use crate::build::machine::Machines;
 use crate::build::machine::recording::{self, TRIALS, TrialOptions};
-use crate::build::pack::{self, Compression, PackError};
+use crate::build::pack::{self, Compression, Files, PackError};
 use crate::build::recipe::{Probe, Recipe};
 use crate::build::snapshot::{BuildCaller, SnapshotBuildError, start_zygote};
 use crate::build::tools::ToolError;
@@ -220,8 +220,11 @@ fn retrace_pack(
     let configuration = configuration(&members, &manifest)?;
     let recording = Recording { machines, configuration, probe, paths, interrupt: &interrupt };
     let mut report = recording.record(name, &members, &members, caller.progress())?;
-    let options = Compression { chunk_bytes: chunk_size.into(), level: request.level }.options()?;
-    work.until(&interrupt, || pack::write(options, &members, manifest, (&work, out), caller.progress()))?;
+    let options = Compression { chunk_bytes: None, level: request.level }.options(chunk_size)?;
+    work.until(&interrupt, || {
+        let files = Files { directory: &members, manifest, base: None };
+        pack::write(options, files, (&work, out), caller.progress())
+    })?;
     pack::publish(&work, out, request.force)?;
     report.out = Some(out.to_owned());
     Ok(report)
@@ -238,7 +241,7 @@ fn take_apart(
     runtime.block_on(async {
         let http = client::http_client(paths);
         let located = request.target.locate(paths, &http).await?;
-        let options = client::store_options(paths, request.cache, &http);
+        let options = client::store_options(paths, request.cache, &http, request.target.hub());
         let store = Store::open(located.pack().clone(), options).await?;
         if store.manifest().await?.requires.is_foreign() {
             return Err(RetraceError::Foreign);

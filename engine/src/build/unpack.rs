@@ -49,16 +49,18 @@ pub struct Unpacked {
     pub plain_bytes: u64,
 }
 
-/// Unpacks the pack in a file of this machine. `tag` is the snapshot's name, the manifest's when there is none.
+/// Unpacks the pack in a file of this machine. `options` say where the bases of a delta are read from. `tag` is the
+/// snapshot's name, the manifest's when there is none.
 pub async fn unpack_file(
     paths: &Paths,
     file: &Path,
+    options: StoreOptions,
     tag: Option<&str>,
     force: bool,
     progress: &dyn Progress,
 ) -> Result<Unpacked, UnpackPackError> {
     let location = PackLocation { source: PackSource::Path(file.to_owned()), size: None, index: None };
-    match Store::open(location, StoreOptions::default()).await {
+    match Store::open(location, options).await {
         Ok(store) => from_store(&store, paths, tag, force, progress).await,
         Err(OpenError::Legacy { .. }) => from_legacy(file, paths, tag, force, progress),
         Err(error) => Err(error.into()),

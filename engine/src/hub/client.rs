@@ -6,6 +6,7 @@ use forkd_fs::cache::{CacheOptions, ChunkCache};
 use forkd_fs::source::{Credentials, HttpClient, HttpOptions};
 use forkd_fs::store::StoreOptions;
 
+use crate::hub::bases::HubBases;
 use crate::hub::registry::{Catalogue, HubAddress, RegistryCopies, RegistryError, Resolved};
 use crate::local::paths::Paths;
 
@@ -42,10 +43,21 @@ pub async fn catalogue(
     HubAddress::find(hub)?.load(http, &RegistryCopies::new(paths)).await
 }
 
-/// Options for reading packs through the chunk cache of this user.
-pub fn store_options(paths: &Paths, cache: CacheOptions, http: &HttpClient) -> StoreOptions {
+/// Options for reading packs through the chunk cache of this user. The bases of deltas are looked for on `hub` too.
+pub fn store_options(
+    paths: &Paths,
+    cache: CacheOptions,
+    http: &HttpClient,
+    hub: Option<&str>,
+) -> StoreOptions {
     let cache = chunk_cache(paths, cache);
-    StoreOptions { http: http.clone(), cache: Some(Arc::new(cache)), ..StoreOptions::default() }
+    let bases = HubBases::new(paths, hub, http);
+    StoreOptions {
+        http: http.clone(),
+        cache: Some(Arc::new(cache)),
+        bases: Some(Arc::new(bases)),
+        ..StoreOptions::default()
+    }
 }
 
 /// The chunk cache of this user.

@@ -1,5 +1,6 @@
 //! Packs of a hub: its registry, and publishing, serving and downloading them.
 
+pub mod bases;
 pub mod cached;
 pub mod client;
 pub mod download;

@@ -54,7 +54,7 @@ impl Hub {
     pub async fn open(paths: &Paths, options: &MountOptions) -> Result<Hub, MountHubError> {
         let http = client::http_client(paths);
         let catalogue = client::catalogue(paths, options.hub.as_deref(), &http).await?;
-        let mut store = client::store_options(paths, options.cache, &http);
+        let mut store = client::store_options(paths, options.cache, &http, options.hub.as_deref());
         store.demand_deadline = options.deadline;
         let cache = store.cache.clone();
         let tree = Arc::new(Tree::new(listings(&catalogue), store));

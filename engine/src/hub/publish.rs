@@ -14,9 +14,9 @@ use std::sync::Arc;
 
 use forkd_fs::digest::{Digest, Hasher};
 use forkd_fs::format::TRACE;
+use forkd_fs::index::BasePack;
 use forkd_fs::manifest::Manifest;
 use forkd_fs::prefetch;
-use forkd_fs::source::HttpClient;
 use forkd_fs::store::{IndexPin, OpenError, PackLocation, PackSource, ReadError, Store, StoreOptions};
 use forkd_fs::trace::{MAX_TRACE_LEN, Trace};
 use rustix::fs::{FlockOperation, flock};
@@ -58,6 +58,8 @@ pub enum PackContents {
         manifest: Box<Manifest>,
         /// How many bytes at its start a copy needs before its first instruction, where it has a trace.
         head_size: Option<u64>,
+        /// The packs without which a delta is not whole, its base first.
+        bases: Vec<BasePack>,
     },
     /// A pack of the predecessor.
     Legacy {
@@ -70,14 +72,22 @@ impl PackContents {
     /// Of the pack at `path`. Opening it checks the index; a broken pack is not published.
     pub async fn read(path: &Path) -> Result<PackContents, PublishError> {
         let location = PackLocation { source: PackSource::Path(path.to_owned()), size: None, index: None };
-        let options = StoreOptions { http: HttpClient::default(), ..StoreOptions::default() };
+        let options = StoreOptions { open_without_bases: true, ..StoreOptions::default() };
         let store = match Store::open(location, options).await {
             Ok(store) => store,
             Err(OpenError::Legacy { version, .. }) => return Ok(PackContents::Legacy { version }),
             Err(error) => return Err(error.into()),
         };
         let manifest = Box::new((*store.manifest().await?).clone());
-        Ok(PackContents::Indexed { pin: store.index_pin(), manifest, head_size: head_size(&store).await? })
+        let (pin, bases) = (store.index_pin(), store.index().bases().to_vec());
+        Ok(PackContents::Indexed { pin, manifest, head_size: head_size(&store).await?, bases })
+    }
+
+    fn bases(&self) -> &[BasePack] {
+        match self {
+            PackContents::Indexed { bases, .. } => bases,
+            PackContents::Legacy { .. } => &[],
+        }
     }
 
     /// What its manifest says of it to people, if anything.
@@ -115,9 +125,23 @@ pub struct Published {
     pub size_bytes: u64,
     /// Its digest.
     pub sha256: Digest,
+    /// The packs without which a delta is not whole, its base first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<PublishedBase>,
     /// The release to be made, without which the entry leads nowhere.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub release: Option<Release>,
+}
+
+/// A pack that holds chunks of a delta.
+#[derive(Debug, Serialize)]
+pub struct PublishedBase {
+    /// The digest of its index, by which it is known.
+    pub index_sha256: Digest,
+    /// owner/name@version in the same registry; null when it is not there.
+    pub reference: Option<String>,
+    /// Where it is looked for otherwise: a URL, a file's name beside the delta, or nowhere.
+    pub hint: String,
 }
 
 /// Why a pack cannot be published.
@@ -216,7 +240,19 @@ pub fn publish(publication: &PublishRequest<'_>, contents: &PackContents) -> Res
     listed.versions.insert(version.clone(), entry.clone());
     listed.versions.insert(LATEST.to_owned(), entry);
     write_registry(&path, &registry)?;
-    Ok(Published { package: package.to_string(), version, file, size_bytes, sha256, release })
+    let bases = contents.bases().iter().map(|base| published_base(&registry, base)).collect();
+    Ok(Published { package: package.to_string(), version, file, size_bytes, sha256, bases, release })
+}
+
+/// Where the registry has a delta's base: its newest version by name that is not [`LATEST`], which moves.
+fn published_base(registry: &Registry, base: &BasePack) -> PublishedBase {
+    let sha256 = base.index.sha256.to_string();
+    let is_it = |entry: &PackageVersion| entry.index_sha256.as_ref() == Some(&sha256);
+    let listed = registry.packages.iter().flat_map(|(name, package)| {
+        let versions = package.versions.iter().filter(|(version, entry)| *version != LATEST && is_it(entry));
+        versions.map(move |(version, _)| format!("{name}@{version}"))
+    });
+    PublishedBase { index_sha256: base.index.sha256, reference: listed.last(), hint: base.hint.clone() }
 }
 
 fn lock(hub: &Path) -> Result<File, PublishError> {
@@ -283,7 +319,8 @@ fn entry(
         ..PackageVersion::default()
     };
     match contents {
-        PackContents::Indexed { pin, manifest, head_size } => {
+        PackContents::Indexed { pin, manifest, head_size, bases } => {
+            entry.bases = bases.iter().map(|base| base.index.sha256.to_string()).collect();
             entry.head_size = *head_size;
             entry.pack_format = Some(manifest.forkd_pack_version);
             entry.memory_mib = Some(manifest.requires.memory_mib);

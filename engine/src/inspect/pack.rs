@@ -8,10 +8,11 @@ use forkd_fs::format::MANIFEST;
 use forkd_fs::legacy::head::{HeadError, LegacyHead};
 use forkd_fs::legacy::{self, LegacyManifest};
 use forkd_fs::source::redact_url;
-use forkd_fs::store::{OpenError, PackSource, ReadError, Store, StoreOptions};
+use forkd_fs::store::{OpenError, PackLocation, PackSource, ReadError, Store, StoreOptions};
 use serde::Serialize;
 
 use crate::build::unpack::LEGACY_LIMIT;
+use crate::hub::bases::HubBases;
 use crate::hub::client;
 use crate::hub::registry::RegistryError;
 use crate::inspect::heatmap;
@@ -52,6 +53,8 @@ pub struct PackDescription {
     pub requires: Option<forkd_fs::manifest::Requires>,
     /// Its chunks.
     pub chunks: Option<ChunkDescription>,
+    /// The packs without which a delta is not whole, its base first; empty of any other pack.
+    pub bases: Vec<BaseDescription>,
     /// What a fork touches, as recorded; null without a trace.
     pub working_set: Option<WorkingSetWeight>,
     /// Its index.
@@ -71,7 +74,7 @@ pub struct FileDescription {
     pub sha256: Option<Digest>,
     /// All chunks.
     pub chunks: Option<u32>,
-    /// Those that are not zero.
+    /// Those that are not zero, here or in a base.
     pub stored_chunks: Option<u32>,
     /// Their bytes, compressed.
     pub stored_bytes: Option<u64>,
@@ -84,10 +87,14 @@ pub struct ChunkDescription {
     pub size: u32,
     /// All chunks.
     pub total: u64,
-    /// Those that are not zero.
+    /// Those that are not zero, here or in a base.
     pub stored: u64,
     /// Their bytes, compressed.
     pub stored_bytes: u64,
+    /// Of these, chunks that lie in bases.
+    pub in_bases: u64,
+    /// Their bytes, compressed.
+    pub base_bytes: u64,
     /// Share of the chunks that are zero and not stored.
     pub zero_share: f64,
     /// Stored chunks the recorded working set touches; null without a trace.
@@ -96,6 +103,23 @@ pub struct ChunkDescription {
     pub traced_bytes: Option<u64>,
     /// Share of the stored bytes that the working set needs.
     pub trace_share: Option<f64>,
+}
+
+/// A pack that holds chunks of a delta.
+#[derive(Debug, Serialize)]
+pub struct BaseDescription {
+    /// The digest of its index, by which it is known.
+    pub index_sha256: Digest,
+    /// Its size.
+    pub size_bytes: u64,
+    /// What the delta says about where it was: a URL, a file's name or nothing.
+    pub hint: String,
+    /// Chunks of the delta that it holds.
+    pub chunks: u64,
+    /// Their bytes, compressed.
+    pub stored_bytes: u64,
+    /// Where it is; null when it was not found, or when nothing is needed of it.
+    pub location: Option<String>,
 }
 
 /// What pins the index.
@@ -139,7 +163,13 @@ pub async fn inspect(
     let located = target.locate(paths, &http).await?;
     let location = located.pack().clone();
     // No cache: what is shown is what is there now.
-    let options = StoreOptions { http, ..StoreOptions::default() };
+    let bases = HubBases::new(paths, target.hub(), &http);
+    let options = StoreOptions {
+        http,
+        bases: Some(Arc::new(bases)),
+        open_without_bases: true,
+        ..StoreOptions::default()
+    };
     match (Store::open(location.clone(), options.clone()).await, &location.source) {
         (Ok(store), _) => {
             let working_set = WorkingSet::read(&store).await?;
@@ -205,15 +235,36 @@ async fn of_store(
             total,
             stored,
             stored_bytes,
+            in_bases: stored - u64::from(index.held_by(0).0),
+            base_bytes: index.base_bytes(),
             zero_share: share(total - stored, total),
             traced: traced.map(|(chunks, _)| chunks),
             traced_bytes: traced.map(|(_, bytes)| bytes),
             trace_share: traced.map(|(_, bytes)| share(bytes, stored_bytes)),
         }),
+        bases: bases(store),
         working_set,
         index: Some(IndexDescription { offset: pin.offset, size: pin.length, sha256: pin.sha256 }),
         fetched_bytes: Some(store.progress().bytes_fetched),
     })
+}
+
+fn bases(store: &Store) -> Vec<BaseDescription> {
+    let index = store.index();
+    let found = (1..).zip(index.bases()).zip(store.base_locations());
+    found
+        .map(|((pack, base), location)| {
+            let (chunks, stored_bytes) = index.held_by(pack);
+            BaseDescription {
+                index_sha256: base.index.sha256,
+                size_bytes: base.pack_size,
+                hint: base.hint.clone(),
+                chunks: chunks.into(),
+                stored_bytes,
+                location: location.map(PackLocation::describe),
+            }
+        })
+        .collect()
 }
 
 fn of_legacy(path: &Path) -> Result<PackDescription, legacy::LegacyError> {
@@ -266,6 +317,7 @@ fn legacy_report(
         unforkable: Some(FOREIGN_MACHINE.to_owned()),
         requires: None,
         chunks: None,
+        bases: Vec::new(),
         working_set: None,
         index: None,
         fetched_bytes,

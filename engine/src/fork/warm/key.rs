@@ -45,13 +45,13 @@ impl Named {
             Target::Tag(tag) => {
                 Named::Tag { tag: tag.clone(), path: paths.snapshot(tag).map_err(SnapshotError::from)? }
             }
-            Target::File(path) => {
+            Target::File { path, .. } => {
                 target.check_name()?;
                 Named::File(path.clone())
             }
             // Another image may be mounted there the next time.
             Target::MountFolder { path, .. } => Named::File(path.clone()),
-            Target::Url(url) => Named::Url(url.clone()),
+            Target::Url { url, .. } => Named::Url(url.clone()),
             // A relative path is another hub in another directory.
             Target::Package { hub, reference } => Named::Package {
                 reference: reference.to_string(),

@@ -82,7 +82,7 @@ fn a_replaced_file_has_another_key_and_the_same_family() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("pack");
     let paths = paths(dir.path());
-    let target = Target::File(file.clone());
+    let target = Target::File { path: file.clone(), hub: None };
     let key = || WarmSocket::of(&paths, &target).unwrap().0;
     let family = || -> Vec<_> {
         WarmSocket::family_of(&paths, &target).unwrap().into_iter().map(|address| address.0).collect()

@@ -86,6 +86,9 @@ pub struct PackageVersion {
     /// Ours: digest of the index frame.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index_sha256: Option<String>,
+    /// Ours: digests of the indexes of the packs without which a delta is not whole, its base first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub bases: Vec<String>,
     /// Fields this version does not know.
     #[serde(flatten)]
     pub other: BTreeMap<String, serde_json::Value>,
