@@ -21,6 +21,7 @@ use forkd_engine::hub::mount::MountHubError;
 use forkd_engine::hub::publish::PublishError;
 use forkd_engine::hub::registry::RegistryError;
 use forkd_engine::hub::serve::ServeError;
+use forkd_engine::inspect::diff::DiffError;
 use forkd_engine::inspect::pack::InspectError;
 use forkd_engine::local::mounts::MountsError;
 use forkd_engine::local::paths::PathsError;
@@ -121,6 +122,9 @@ pub enum CommandError {
     /// `forkd inspect`.
     #[error(transparent)]
     Inspect(Box<InspectError>),
+    /// `forkd diff`.
+    #[error(transparent)]
+    Diff(Box<DiffError>),
     /// `forkd hub serve`.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -213,6 +217,7 @@ boxed! {
     ForkError => Fork,
     HoldError => Warm,
     InspectError => Inspect,
+    DiffError => Diff,
     MountHubError => Mount,
     PublishError => Publish,
     PullError => Pull,

@@ -257,7 +257,7 @@ impl Target {
     }
 
     /// The snapshot that it names; `None` where a pack may be.
-    fn snapshot(&self, paths: &Paths) -> Result<Option<LockedSnapshot>, TargetError> {
+    pub fn snapshot(&self, paths: &Paths) -> Result<Option<LockedSnapshot>, TargetError> {
         match self {
             Target::Tag(tag) => Ok(Some(LockedSnapshot::find(paths, tag)?)),
             Target::File { path, .. } => {

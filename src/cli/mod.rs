@@ -24,8 +24,8 @@ pub use copies::{BranchArgs, EvalArgs, ForkArgs, KillArgs, LogsArgs, WarmArgs};
 pub use doors::{CommandArgs, CpArgs, ExecArgs, ShellArgs};
 pub use network::{NetArgs, NetworkArgs};
 pub use packs::{
-    CacheGcArgs, CacheVerb, HubVerb, ImagesArgs, InspectArgs, MountArgs, PackArgs, PageArgs, PublishArgs,
-    PullArgs, RepackArgs, ServeArgs, UmountArgs, UnpackArgs,
+    CacheGcArgs, CacheVerb, DiffArgs, HubVerb, ImagesArgs, InspectArgs, MountArgs, PackArgs, PageArgs,
+    PublishArgs, PullArgs, RepackArgs, ServeArgs, UmountArgs, UnpackArgs,
 };
 pub use ports::{ForwardArgs, PauseArgs};
 pub use shared::{CacheArgs, HubSource};
@@ -87,6 +87,8 @@ pub enum Verb {
     Trace(TraceArgs),
     /// Show what is in a pack without downloading it
     Inspect(InspectArgs),
+    /// Compare two machines: what differs of memory, saved state and disks
+    Diff(DiffArgs),
     /// Publish packs and serve them
     #[command(subcommand)]
     Hub(HubVerb),

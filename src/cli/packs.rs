@@ -110,6 +110,26 @@ pub struct InspectArgs {
     pub hub: HubSource,
 }
 
+/// `forkd diff`.
+#[derive(Debug, Args)]
+pub struct DiffArgs {
+    /// What has changed: a local snapshot's tag, a pack's file, an http(s):// URL, or a name of the hub
+    #[arg(value_name = "TAG|FILE|URL|REF")]
+    pub target: String,
+    /// What it was before, named likewise [default: the base of a delta]
+    #[arg(value_name = "BASE")]
+    pub base: Option<String>,
+    /// Draw it chunk by chunk, as an SVG picture
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Which hub.
+    #[command(flatten)]
+    pub hub: HubSource,
+    /// The cache.
+    #[command(flatten)]
+    pub cache: CacheArgs,
+}
+
 /// `forkd hub`.
 #[derive(Debug, Subcommand)]
 pub enum HubVerb {

@@ -15,6 +15,7 @@ mod cache;
 mod cleanup;
 mod completions;
 mod cp;
+mod diff;
 mod doctor;
 mod eval;
 mod exec;
@@ -60,6 +61,7 @@ pub fn dispatch(verb: Verb, early: Option<EarlyZygote>, output: &Output) -> Resu
         Verb::Unpack(args) => unpack::run(&args, output),
         Verb::Repack(args) => repack::run(&args, output),
         Verb::Inspect(args) => inspect::run(&args, output),
+        Verb::Diff(args) => diff::run(&args, output),
         Verb::Hub(HubVerb::Page(args)) => hub_page::run(&args, output),
         Verb::Hub(HubVerb::Publish(args)) => hub_publish::run(&args, output),
         Verb::Hub(HubVerb::Serve(args)) => hub_serve::run(&args, output),

@@ -34,6 +34,7 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Reference(error) => packs::reference(error),
         CommandError::Registry(error) => packs::registry(error),
         CommandError::Inspect(error) => packs::inspect(error),
+        CommandError::Diff(error) => packs::diff(error),
         CommandError::Environment { .. } => Row::usage("run the command", ""),
         CommandError::NeedsGateway { .. } => Row::usage("fork", "").hint("add --net nat"),
         CommandError::TimedOut { .. } => {

@@ -20,12 +20,14 @@ use forkd_engine::hub::publish::PublishError;
 use forkd_engine::hub::registry::RegistryError;
 use forkd_engine::hub::release::ReleaseError;
 use forkd_engine::hub::serve::ServeError;
+use forkd_engine::inspect::diff::{DiffError, SideError};
 use forkd_engine::inspect::pack::InspectError;
 use forkd_engine::local::mounts::MountsError;
 use forkd_engine::local::run_dir::RunDirError;
 use forkd_engine::local::snapshots::SnapshotError;
 use forkd_engine::local::workspace::WorkspaceError;
 use forkd_engine::reference::InvalidReference;
+use forkd_engine::target::TargetError;
 
 pub(super) fn snapshot(error: &SnapshotError) -> Row {
     let row = Row::failed("use the snapshot", "");
@@ -189,6 +191,25 @@ pub(super) fn serve(error: &ServeError) -> Row {
             row.hint("choose another address with --listen; port 0 takes a free one")
         }
         ServeError::AccessLog { .. } => row,
+    }
+}
+
+pub(super) fn diff(error: &DiffError) -> Row {
+    let row = Row::failed("compare", "");
+    match error {
+        DiffError::NoBase { .. } => {
+            Row::usage("compare", "").hint("name what to compare it with: forkd diff TARGET BASE")
+        }
+        DiffError::BaseAway { .. } => row.hint("name it: forkd diff TARGET BASE"),
+        DiffError::Target(TargetError::Reference(error)) => reference(error),
+        DiffError::Target(TargetError::Registry(error)) => registry(error),
+        DiffError::Target(TargetError::Open(error)) => open(error),
+        DiffError::Target(TargetError::Snapshot(error)) => snapshot(error),
+        DiffError::Side(SideError::Pack(error)) => read(error),
+        DiffError::Picture(_) => row::picture(),
+        DiffError::Target(TargetError::NoSuchPath { .. })
+        | DiffError::Side(SideError::File { .. })
+        | DiffError::Stopped => row,
     }
 }
 
