@@ -126,7 +126,26 @@ fn packs(failures: &mut Failures) -> String {
     failures.fail("repack-in-the-way", &["repack", &pack, "--out", &pack]);
     failures.fail("repack-onto-directory", &["repack", &pack, "--out", "."]);
     failures.fail("repack-without-place", &["repack", &pack, "--out", "/nonexistent/x"]);
+    deltas(failures, &pack);
     pack
+}
+
+/// Deltas, and what they lack.
+fn deltas(failures: &mut Failures, pack: &str) {
+    let base = failures.write("bases/base.tar.zst", &fs::read(pack).unwrap());
+    let delta = text(&failures.lab.path("bases/delta.tar.zst")).to_owned();
+    let args = ["pack", "--tag", "demo", "--delta", "--out", &delta];
+    failures.fail("delta-without-base", &args);
+    let dir = text(&failures.lab.snapshot_dir("demo")).to_owned();
+    failures.fail("delta-of-snapshot", &[&args[..], &["--base", &dir]].concat());
+    failures.fail("delta-chunk-size", &[&args[..], &["--base", &base, "--chunk", "1MiB"]].concat());
+    run(&failures.lab, &[&args[..], &["--base", &base]].concat()).ok();
+    failures.write("bases/base.tar.zst", b"something else");
+    failures.fail("base-replaced", &["unpack", &delta, "--tag", "x"]);
+    fs::remove_file(&base).unwrap();
+    failures.fail("base-missing", &["unpack", &delta, "--tag", "x"]);
+    failures.fail("base-missing-compared", &["diff", &delta]);
+    failures.fail("diff-without-base", &["diff", "demo"]);
 }
 
 fn snapshots(failures: &mut Failures, pack: &str) {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -113,7 +114,27 @@ impl Stage {
         self.say("inspect-heatmap", &["inspect", relative, "--heatmap", text(&picture)]);
         self.files.push(("heatmap.svg", fs::read_to_string(&picture).unwrap()));
         self.repack("repack", &[text(&pack), "--out", text(&again), "--chunk", "128KiB"]);
+        self.delta(&pack);
         pack
+    }
+
+    /// What the machine of a pack has become, beside the pack.
+    fn delta(&mut self, base: &Path) {
+        let dir = self.lab.snapshot("later", 16);
+        for (member, at) in [("memory.bin", 5 << 20), ("memory.bin", 9 << 20), ("vmstate", 0)] {
+            let bytes = fs::read(self.lab.snapshot_dir("demo").join(member)).unwrap();
+            let file = fs::File::options().write(true).open(dir.join(member)).unwrap();
+            file.write_all_at(&bytes, 0).unwrap();
+            file.write_all_at(&noise(5, 5000), at).unwrap();
+        }
+        date(&dir);
+        let delta = self.lab.path("later.forkd-snapshot.tar.zst");
+        let args = ["pack", "--tag", "later", "--delta", "--base", text(base), "--out", text(&delta)];
+        self.say("pack-delta", &args);
+        self.say("inspect-delta", &["inspect", text(&delta)]);
+        self.say("diff", &["diff", text(&delta)]);
+        self.say("diff-tags", &["diff", "later", "demo"]);
+        fs::remove_dir_all(dir).unwrap();
     }
 
     /// Packs of the predecessor.
