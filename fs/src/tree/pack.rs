@@ -170,7 +170,7 @@ impl PackNode {
 
     pub(super) fn pack_bytes(&self) -> Option<u64> {
         let whole = || self.legacy.get().map(|whole| whole.packed_size);
-        self.store.get().map(|store| store.index().pack_size()).or_else(whole).or(self.location.size)
+        self.store.get().map(|store| store.progress().bytes_total).or_else(whole).or(self.location.size)
     }
 
     /// The directory of a tag, or with `None` the version's own, of a pack of the predecessor.
