@@ -37,6 +37,8 @@ pub(super) fn snapshot(error: &SnapshotError) -> Row {
         SnapshotError::File { .. }
         | SnapshotError::Configuration(_)
         | SnapshotError::Format { .. }
+        | SnapshotError::Lineage { .. }
+        | SnapshotError::LineageFormat { .. }
         | SnapshotError::Layout(_)
         | SnapshotError::Vcpus { .. }
         | SnapshotError::Scratch { .. } => row,

@@ -2,6 +2,7 @@
 
 pub mod branches;
 pub mod host;
+pub mod lineage;
 pub mod mounts;
 pub mod paths;
 pub mod run_dir;

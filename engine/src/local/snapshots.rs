@@ -11,6 +11,8 @@
 //! | `rootfs.erofs` | root disk |
 //! | `.console` | what its machine printed while it was built; not in packs, as all names that start with a dot |
 //!
+//! A snapshot of a child has a difference in place of `memory.bin` (`lineage.rs`).
+//!
 //! A snapshot comes into being in a temporary directory beside its final place and is renamed, so a tag is either
 //! whole or absent.
 
@@ -98,6 +100,23 @@ pub enum SnapshotError {
     /// `snapshot.json` is of another version or too long.
     #[error("snapshot.json has format {found}; this forkd reads format {FORMAT}")]
     Format {
+        /// Its format.
+        found: u32,
+    },
+    /// `.lineage.json` cannot be read.
+    #[error("{} does not say what the snapshot is based on", path.display())]
+    Lineage {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// `.lineage.json` is of another version.
+    #[error("{} has format {found}, which this forkd does not read", path.display())]
+    LineageFormat {
+        /// The file.
+        path: PathBuf,
         /// Its format.
         found: u32,
     },
