@@ -39,6 +39,7 @@ pub(super) fn snapshot(error: &SnapshotError) -> Row {
         | SnapshotError::Format { .. }
         | SnapshotError::Lineage { .. }
         | SnapshotError::LineageFormat { .. }
+        | SnapshotError::OtherMachine { .. }
         | SnapshotError::Layout(_)
         | SnapshotError::Vcpus { .. }
         | SnapshotError::Scratch { .. } => row,

@@ -23,7 +23,7 @@ use crate::fork::identity;
 use crate::fork::scratch::Scratch;
 use crate::fork::start_queue::StartQueue;
 use crate::fork::template::Template;
-use crate::local::branches::{BranchRequest, Branched};
+use crate::local::branches::{BranchRequest, Branched, SnapshotRequest, TakenSnapshot};
 use crate::local::paths::Paths;
 use crate::local::run_dir::{ChildState, ChildStatus, ForkControl, ForkStatus, PublishedPort, RunDir};
 use crate::network::wire::{ChildNetwork, ChildNetworks, GatewayStatus, KeptNetwork};
@@ -287,7 +287,7 @@ impl Supervisor {
         let scratch = Scratch { dir: &self.cache, mib: configuration.scratch_mib };
         let disk = scratch.create()?;
         let frozen = branch.map(|branch| &*branch.frozen);
-        let delta = frozen.map(|frozen| &frozen.delta);
+        let delta = frozen.map(|frozen| &frozen.delta).or(self.template.delta());
         let spec = MachineSpec {
             layout: configuration.layout,
             limits: self.limits.limits(id, &configuration.layout),
@@ -462,6 +462,10 @@ impl ForkControl for Supervisor {
 
     fn branch(&self, request: &BranchRequest) -> Result<Branched, String> {
         Supervisor::branch(self, request).map_err(|error| chain(&error))
+    }
+
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, String> {
+        Supervisor::snapshot(self, request).map_err(|error| chain(&error))
     }
 }
 

@@ -84,7 +84,7 @@ impl BasePack {
             PackSource::Url(url) => url.clone(),
             PackSource::Path(path) => {
                 let text = std::path::absolute(path)?.into_os_string().into_string();
-                text.map_err(|_| io::Error::other("the path of the base pack is not UTF-8"))?
+                text.map_err(|_| io::Error::from(io::ErrorKind::InvalidFilename))?
             }
         };
         let IndexPin { offset, length, sha256 } = index;

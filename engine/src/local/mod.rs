@@ -8,5 +8,6 @@ pub mod paths;
 pub mod run_dir;
 pub mod snapshot_list;
 pub mod snapshots;
+pub mod whole_memory;
 pub mod work_dir;
 pub mod workspace;

@@ -15,7 +15,7 @@ mod fork_dir;
 
 pub use fork_dir::ForkDir;
 
-use crate::local::branches::{BranchRequest, Branched};
+use crate::local::branches::{BranchRequest, Branched, SnapshotRequest, TakenSnapshot};
 use crate::local::paths::{Paths, PathsError};
 use crate::network::wire::{GatewayStatus, NetworkStatus};
 use forkd_vmm::cgroup::CgroupError;
@@ -146,6 +146,7 @@ enum Query {
     Resume(Option<String>),
     Gateway(String),
     Branch(BranchRequest),
+    Snapshot(SnapshotRequest),
 }
 
 /// The answer to a query of a later forkd.
@@ -165,6 +166,8 @@ pub trait ForkControl {
     fn gateway(&self, child: &str) -> Option<GatewayStatus>;
     /// Branches a child, or says why not.
     fn branch(&self, request: &BranchRequest) -> Result<Branched, String>;
+    /// Takes a snapshot of a child, or says why not.
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, String>;
 }
 
 /// A run directory cannot be used.
@@ -338,14 +341,14 @@ impl RunDir {
             Ok(Ok(Query::Resume(id))) => serde_json::to_string(&fork.resume(id.as_deref())),
             Ok(Ok(Query::Gateway(id))) => serde_json::to_string(&fork.gateway(&id)),
             Ok(Ok(Query::Branch(request))) => {
-                // It takes its time, in which others have to be answered.
-                let fork = Arc::clone(fork);
-                let answering =
-                    std::thread::Builder::new().spawn(move || answer_branch(&mut stream, &*fork, &request));
-                if let Err(error) = answering {
-                    tracing::warn!(%error, "there is no thread to branch a child");
-                }
-                return;
+                return answer_later(fork, move |fork| answer_branch(&mut stream, fork, &request));
+            }
+            Ok(Ok(Query::Snapshot(request))) => {
+                return answer_later(fork, move |fork| {
+                    // Whoever asked publishes it, or nobody does.
+                    let taken = serde_json::to_string(&fork.snapshot(&request));
+                    drop(taken.map(|answer| writeln!(stream, "{answer}")));
+                });
             }
             Ok(Err(_)) => Ok(UNKNOWN_QUERY.to_owned()),
             Err(_) => return,
@@ -369,6 +372,17 @@ impl RunDir {
 impl Drop for RunDir {
     fn drop(&mut self) {
         self.remove();
+    }
+}
+
+/// Answers what takes its time, in which others have to be answered.
+fn answer_later<F: ForkControl + Send + Sync + 'static>(
+    fork: &Arc<F>,
+    answer: impl FnOnce(&F) + Send + 'static,
+) {
+    let fork = Arc::clone(fork);
+    if let Err(error) = std::thread::Builder::new().spawn(move || answer(&fork)) {
+        tracing::warn!(%error, "there is no thread to branch a child");
     }
 }
 

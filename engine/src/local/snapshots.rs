@@ -120,6 +120,12 @@ pub enum SnapshotError {
         /// Its format.
         found: u32,
     },
+    /// Its base has a machine of other sizes.
+    #[error("the base of {} is of another machine", dir.display())]
+    OtherMachine {
+        /// The snapshot.
+        dir: PathBuf,
+    },
     /// Impossible sizes.
     #[error("snapshot.json describes an impossible machine")]
     Layout(#[from] MemoryError),

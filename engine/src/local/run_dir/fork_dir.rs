@@ -4,7 +4,7 @@ use super::{
     ANSWER_TIMEOUT, BRANCH_TIMEOUT, CGROUPS, CONTROL, ForkStatus, LOCK, MESSAGE_MAX, PAUSED, Query,
     RunDirError, UNBORN_AGE, UNBORN_PREFIX, UNKNOWN_QUERY, WORKSPACE_PARENT, file_error,
 };
-use crate::local::branches::{BranchRequest, Branched};
+use crate::local::branches::{BranchRequest, Branched, SnapshotRequest, TakenSnapshot};
 use crate::local::paths::Paths;
 use crate::network::wire::GatewayStatus;
 use forkd_vmm::cgroup;
@@ -140,6 +140,13 @@ impl ForkDir {
     pub fn branch(&self, request: &BranchRequest) -> Result<Branched, RunDirError> {
         let answer: Result<Branched, String> =
             self.known(self.ask_within(&Query::Branch(request.clone()), BRANCH_TIMEOUT))?;
+        answer.map_err(|error| RunDirError::Refused { error })
+    }
+
+    /// Has its supervisor take a snapshot of a child.
+    pub fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, RunDirError> {
+        let answer: Result<TakenSnapshot, String> =
+            self.known(self.ask_within(&Query::Snapshot(request.clone()), BRANCH_TIMEOUT))?;
         answer.map_err(|error| RunDirError::Refused { error })
     }
 
