@@ -71,7 +71,7 @@ pub enum Verb {
     /// Check a recipe without building it
     #[command(subcommand)]
     Recipe(RecipeVerb),
-    /// Boot a root disk and snapshot it, without a recipe
+    /// Keep a running child as a local snapshot, or boot a root disk and snapshot it, without a recipe
     Snapshot(SnapshotArgs),
     /// List local snapshots
     Snapshots,
@@ -229,6 +229,10 @@ mod tests {
             &["forward", "a1b2c3-1", "53/udp"],
             &["pause"],
             &["resume", "--all", "a1b2c3"],
+            &["snapshot", "--tag", "t"],
+            &["snapshot", "--tag", "t", "--kernel", "k"],
+            &["snapshot", "--tag", "t", "--child", "a-1", "--kernel", "k", "--rootfs", "r"],
+            &["snapshot", "--child", "a-1"],
         ] {
             assert!(parsed(bad).is_err(), "{bad:?} was taken");
         }

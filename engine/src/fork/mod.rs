@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod ask;
 pub mod branch;
+pub mod child_snapshot;
 pub mod children;
 pub mod copy;
 pub mod forward;

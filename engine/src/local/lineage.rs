@@ -109,6 +109,30 @@ impl BasePack {
     }
 }
 
+/// A base, as `forkd snapshots --json` shows it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct BaseDescription {
+    /// What it was called.
+    pub name: String,
+    /// Digest of its `vmstate`.
+    pub vmstate_sha256: Digest,
+    /// Digest of its index, when it is a pack.
+    pub index_sha256: Option<Digest>,
+    /// Where it was, when it is a pack.
+    pub location: Option<String>,
+}
+
+impl From<&Base> for BaseDescription {
+    fn from(Base { name, vmstate_sha256, pack }: &Base) -> BaseDescription {
+        BaseDescription {
+            name: name.clone(),
+            vmstate_sha256: *vmstate_sha256,
+            index_sha256: pack.as_ref().map(|pack| pack.index_sha256),
+            location: pack.as_ref().map(BasePack::shown),
+        }
+    }
+}
+
 impl Lineage {
     /// Of a snapshot of `child`, which was forked from `forked_from`.
     pub fn new(child: &str, forked_from: &str, base: Option<Base>) -> Lineage {
