@@ -11,6 +11,7 @@ use forkd_engine::build::pack::PackError;
 use forkd_engine::build::pull::PullError;
 use forkd_engine::build::repack::RepackError;
 use forkd_engine::build::unpack::UnpackPackError;
+use forkd_engine::build::whole::WholeError;
 use forkd_engine::chain::plain;
 use forkd_engine::hub::download::DownloadError;
 use forkd_engine::hub::mount::MountHubError;
@@ -234,6 +235,7 @@ pub(super) fn pack(error: &PackError) -> Row {
                 .hint("--chunk takes a power of two from 64KiB to 4MiB; 256KiB is the default")
         }
         PackError::Workspace(error) => workspace(row, error),
+        PackError::Whole(error) => whole(row, error),
         PackError::Manifest { .. } => row.hint("only snapshots of this forkd can be packed; build it again"),
         PackError::Write(
             WriteError::Refused { .. }
@@ -243,6 +245,16 @@ pub(super) fn pack(error: &PackError) -> Row {
             | WriteError::TooManyChunks { .. }
             | WriteError::Compress(_),
         ) => row,
+    }
+}
+
+/// For a command that takes the files of a snapshot that is stored as a difference.
+pub(super) fn whole(row: Row, error: &WholeError) -> Row {
+    match error {
+        WholeError::Base { source, .. } => open(source),
+        WholeError::Snapshot(error) => snapshot(error),
+        WholeError::Runtime(_) => row::threads(),
+        WholeError::Delta(_) | WholeError::Unpack(_) => row,
     }
 }
 

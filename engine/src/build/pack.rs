@@ -4,12 +4,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use forkd_fs::cache::CacheOptions;
 use forkd_fs::digest::Digest;
 use forkd_fs::format::MANIFEST;
 use forkd_fs::manifest::{Manifest, ManifestError};
 use forkd_fs::writer::{PackOptions, PackSummary, PackWriter, Pass, WriteError};
 use serde::Serialize;
 
+use crate::build::whole::{WholeError, whole_files};
 use crate::interrupt::Interrupt;
 use crate::local::paths::Paths;
 use crate::local::run_dir::RunDir;
@@ -44,6 +46,9 @@ pub enum PackError {
         /// What was given.
         size: u64,
     },
+    /// It is stored as a difference, and cannot be made whole.
+    #[error(transparent)]
+    Whole(#[from] WholeError),
     /// The pack cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -159,7 +164,10 @@ pub fn pack(
     let interrupt = interrupt();
     let run_dir = RunDir::create(paths).map_err(WorkspaceError::from)?;
     let work = Workspace::create(out, &Arc::new(run_dir))?;
-    let summary = work.until(&interrupt, || write(options, &directory, manifest, (&work, out), progress))?;
+    let summary = work.until(&interrupt, || {
+        let files = whole_files(paths, &directory, CacheOptions::default(), &work, progress)?;
+        write(options, &files, manifest, (&work, out), progress)
+    })?;
     publish(&work, out, request.force)?;
     Ok(PackReport::new(out, &summary))
 }
