@@ -55,8 +55,7 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
 }
 
 fn snapshot_of_child(args: &SnapshotArgs, child: &str, output: &Output) -> Result<ExitCode, CommandError> {
-    let request =
-        ChildSnapshotRequest { child: child.to_owned(), tag: args.tag.clone(), force: args.force };
+    let request = ChildSnapshotRequest { child: child.to_owned(), tag: args.tag.clone(), force: args.force };
     let taken = snapshot_child(&environment::paths()?, &request, &interrupt::watch(), output)?;
     output.report(&taken, show_of_child);
     Ok(ExitCode::SUCCESS)

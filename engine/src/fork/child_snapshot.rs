@@ -8,9 +8,11 @@ use crate::local::lineage::BaseDescription;
 use crate::local::paths::Paths;
 use crate::local::run_dir::{ForkDir, RunDirError};
 use crate::local::snapshot_list::own_bytes;
-use crate::local::snapshots::{SnapshotDraft, SnapshotError};
+use crate::local::snapshots::{SnapshotDraft, SnapshotError, file_error};
 use crate::progress::{Amount, Progress};
 use serde::Serialize;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -77,9 +79,11 @@ pub fn snapshot_child(
     let ChildSnapshotRequest { child, tag, force } = request;
     let fork = ForkDir::of_child(paths, child).map_err(ChildrenError::from)?;
     let draft = SnapshotDraft::create(paths, tag, *force)?;
+    // What is in a child's memory is nobody else's to read.
+    let private = fs::set_permissions(draft.path(), Permissions::from_mode(0o700));
+    private.map_err(file_error("protecting", draft.path()))?;
     let _task = progress.begin("snapshot", Amount::Unknown);
-    let asked =
-        SnapshotRequest { child: child.clone(), tag: tag.clone(), into: draft.path().to_owned() };
+    let asked = SnapshotRequest { child: child.clone(), tag: tag.clone(), into: draft.path().to_owned() };
     let taken = match ask(fork, asked, interrupt) {
         Ok(taken) => taken?,
         Err(interrupted) => {

@@ -29,13 +29,14 @@ use tokio::runtime::Handle;
 
 mod child_snapshot;
 mod hot_pages;
+mod provenance;
 mod quality;
 mod resident;
 mod store_pages;
 
 pub use child_snapshot::{SaveChildError, SavedChild};
-use child_snapshot::Provenance;
 use hot_pages::HotPages;
+use provenance::Provenance;
 use quality::FaultCounts;
 pub use quality::{FaultFigures, PrefetchFigures};
 #[cfg(test)]

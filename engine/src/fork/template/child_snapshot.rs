@@ -4,43 +4,21 @@
 //! and outlive the base's tag. Where they cannot be linked (their tag is gone, or they lie on another file system), all of
 //! the memory is stored. The base of a fork of a pack is the pack, by its index's digest.
 
+use super::provenance::{Provenance, ResidentProvenance};
 use super::{IMAGE_FILES, Images, Template, images_of};
 use crate::local::lineage::{self, Base, BasePack, Lineage};
 use crate::local::snapshots::{self, SnapshotError, file_error};
 use crate::local::whole_memory;
 use forkd_fs::digest::Hasher;
-use forkd_fs::manifest::Manifest;
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::memory::{Delta, ImageId};
 use rustix::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::{AtFlags, CWD, linkat};
-use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::SystemTime;
-
-/// What a template was opened from.
-#[derive(Debug, Default)]
-pub(super) struct Provenance {
-    /// What it was called, as far as that is settled.
-    name: String,
-    manifest: Option<Manifest>,
-    /// What it is a difference from itself.
-    base: Option<Base>,
-    /// The pages of a first restore, where there is a file of them.
-    trace: Option<File>,
-    /// The images on disk, in their order, where those that are mapped are in memory.
-    on_disk: Vec<OwnedFd>,
-}
-
-/// What another process that holds the images says of them.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct ResidentProvenance {
-    manifest: Manifest,
-    base: Base,
-}
 
 /// A moment of a child cannot be saved.
 #[derive(Debug, thiserror::Error)]
@@ -67,36 +45,17 @@ pub struct SavedChild<'a> {
     pub delta: &'a Delta,
 }
 
-impl Provenance {
-    pub(super) fn of_snapshot(
-        manifest: Option<Manifest>,
-        lineage: Option<Lineage>,
-        trace: Option<File>,
-    ) -> Option<Provenance> {
-        let base = lineage.and_then(|lineage| lineage.base);
-        Some(Provenance { manifest, base, trace, ..Provenance::default() })
-    }
-
-    pub(super) fn of_pack(manifest: Manifest) -> Provenance {
-        Provenance { manifest: Some(manifest), ..Provenance::default() }
-    }
-
-    pub(super) fn of_resident(said: ResidentProvenance, on_disk: Vec<OwnedFd>) -> Provenance {
-        let ResidentProvenance { manifest, base } = said;
-        Provenance { manifest: Some(manifest), base: Some(base), on_disk, ..Provenance::default() }
-    }
-
-    /// The images' files are about to be replaced by others in memory.
-    pub(super) fn keep_on_disk(&mut self, file: OwnedFd) {
-        self.on_disk.push(file);
-    }
-}
-
 impl Template {
     /// The same, which people call `name`.
     pub fn called(mut self, name: &str) -> Template {
         self.provenance.get_or_insert_default().name = name.to_owned();
         self
+    }
+
+    /// What people call it, where it was opened by a name.
+    pub fn name(&self) -> Option<&str> {
+        let provenance = self.provenance.as_ref();
+        provenance.map(|provenance| &*provenance.name).filter(|name| !name.is_empty())
     }
 
     /// What is said of it to a process that is handed its images, and their files on disk.
@@ -253,5 +212,155 @@ fn read_all(file: &File, mut each: impl FnMut(&[u8]) -> io::Result<()>) -> io::R
                 at += read as u64;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::local::snapshots::MachineConfiguration;
+    use forkd_fs::digest::Digest;
+    use forkd_fs::format::PACK_VERSION;
+    use forkd_fs::manifest::{self, Manifest, Requires};
+    use forkd_vmm::kvm::KvmKind;
+    use forkd_vmm::memory::{MemoryLayout, PAGE_BYTES as PAGE, create_image};
+    use rustix::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+
+    const RAM: u64 = 64 << 20;
+
+    /// A snapshot with `byte` in page 5 of its memory.
+    fn write_snapshot(dir: &Path, byte: u8) {
+        let layout = MemoryLayout::new(64, PAGE).unwrap();
+        let configuration = MachineConfiguration::new(layout, 1, KvmKind::Pvm, 0);
+        let manifest = Manifest {
+            forkd_pack_version: PACK_VERSION,
+            tag: "t".to_owned(),
+            description: "described".to_owned(),
+            base_image: String::new(),
+            created_at: String::new(),
+            forkd_version: String::new(),
+            requires: Requires {
+                memory_mib: 64,
+                vcpus: 1,
+                kvm_kind: manifest::KvmKind::Pvm,
+                kernel: String::new(),
+                vmstate_version: 1,
+                cpu_features: Vec::new(),
+                cpu_vendor: String::new(),
+            },
+            files: Vec::new(),
+            probe: None,
+        };
+        fs::create_dir_all(dir).unwrap();
+        let write = |name: &str, bytes: &[u8]| fs::write(dir.join(name), bytes).unwrap();
+        write(snapshots::CONFIGURATION, &serde_json::to_vec(&configuration).unwrap());
+        write(snapshots::MANIFEST, manifest.to_toml().as_bytes());
+        write(snapshots::VMSTATE, b"state");
+        let disk = File::create(dir.join(snapshots::ROOT_DISK)).unwrap();
+        disk.set_len(layout.root_disk_bytes).unwrap();
+        disk.write_all_at(&[7; PAGE as usize], 0).unwrap();
+        let memory = File::create(dir.join(snapshots::MEMORY)).unwrap();
+        memory.set_len(RAM).unwrap();
+        memory.write_all_at(&[byte; PAGE as usize], 5 * PAGE).unwrap();
+    }
+
+    fn open(dir: &Path) -> Template {
+        Template::open_local(dir, KvmKind::Pvm).unwrap()
+    }
+
+    /// What `page` of the memory is, byte for byte, in a delta.
+    fn delta(page: u64, byte: u8) -> Delta {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&[byte; PAGE as usize], page * PAGE).unwrap();
+        let table = [page * PAGE, (page + 1) * PAGE].map(u64::to_le_bytes).concat();
+        file.write_all_at(&table, RAM).unwrap();
+        Delta::open(file.into(), RAM).unwrap()
+    }
+
+    fn save(template: &Template, delta: &Delta, into: &Path) -> Option<Base> {
+        let vmstate = create_image("state", 3).unwrap();
+        rustix::io::pwrite(&vmstate, b"new", 0).unwrap();
+        fs::create_dir_all(into).unwrap();
+        let child = SavedChild { child: "a-1", vmstate: vmstate.as_fd(), delta };
+        template.save_child(child, "kept", into).unwrap()
+    }
+
+    fn byte_of(file: impl rustix::fd::AsFd, page: u64) -> u8 {
+        let mut byte = [0];
+        rustix::io::pread(file, &mut byte, page * PAGE).unwrap();
+        byte[0]
+    }
+
+    #[test]
+    fn a_childs_snapshot_is_what_differs_and_outlives_its_base() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, kept, again) = (dir.path().join("t"), dir.path().join("kept"), dir.path().join("again"));
+        write_snapshot(&base, 50);
+        let saved = save(&open(&base).called("t"), &delta(9, 90), &kept).unwrap();
+        assert_eq!((&*saved.name, saved.vmstate_sha256), ("t", Digest::of(b"state")));
+        assert!(!kept.join(snapshots::MEMORY).exists());
+        assert!(fs::metadata(kept.join(lineage::DELTA)).unwrap().blocks() * 512 <= 4 * PAGE);
+        let manifest = Manifest::parse(&fs::read(kept.join(snapshots::MANIFEST)).unwrap()).unwrap();
+        assert_eq!((&*manifest.tag, &*manifest.description), ("kept", "described"));
+        assert_eq!(fs::read(kept.join(snapshots::VMSTATE)).unwrap(), b"new");
+
+        // Another of the base's name is not its base.
+        fs::remove_dir_all(&base).unwrap();
+        write_snapshot(&base, 51);
+        let template = open(&kept).called("kept");
+        let (image, own) = (template.images()[0], template.delta().unwrap());
+        assert_eq!((byte_of(image, 5), byte_of(image, 9), byte_of(own.file(), 9)), (50, 0, 90));
+
+        // A snapshot of a child of its has the same base.
+        let next = save(&template, &delta(9, 91), &again).unwrap();
+        assert_eq!(next, saved);
+        let lineage = Lineage::read(&again).unwrap().unwrap();
+        assert_eq!((&*lineage.forked_from, &*lineage.child), ("kept", "a-1"));
+        fs::remove_dir_all(&kept).unwrap();
+        let template = open(&again);
+        assert_eq!(
+            (byte_of(template.images()[0], 5), byte_of(template.delta().unwrap().file(), 9)),
+            (50, 91)
+        );
+    }
+
+    #[test]
+    fn all_is_stored_where_the_base_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, whole) = (dir.path().join("t"), dir.path().join("whole"));
+        write_snapshot(&base, 50);
+        let template = open(&base).called("t");
+        fs::remove_dir_all(&base).unwrap();
+        assert_eq!(save(&template, &delta(9, 90), &whole), None);
+        assert!(!whole.join(lineage::BASE).exists() && !whole.join(lineage::DELTA).exists());
+        let template = open(&whole);
+        let image = template.images()[0];
+        assert!(template.delta().is_none());
+        assert_eq!((byte_of(image, 5), byte_of(image, 9), byte_of(template.images()[1], 0)), (50, 90, 7));
+        assert!(fs::metadata(whole.join(snapshots::MEMORY)).unwrap().blocks() * 512 <= 8 * PAGE);
+    }
+
+    #[test]
+    fn what_is_held_in_memory_has_the_same_base_and_the_same_difference() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, kept, again) = (dir.path().join("t"), dir.path().join("kept"), dir.path().join("again"));
+        write_snapshot(&base, 50);
+        let saved = save(&open(&base).called("t"), &delta(9, 90), &kept);
+        let held = open(&kept).into_memory().unwrap();
+        let (said, files) = held.resident().unwrap();
+        let template = Template::from_resident(said, files, KvmKind::Pvm).unwrap().called("kept");
+        let image = template.images()[0];
+        assert_eq!((byte_of(image, 5), byte_of(template.delta().unwrap().file(), 9)), (50, 90));
+        assert_eq!(save(&template, &delta(9, 91), &again), saved);
+        assert!(again.join(lineage::BASE).join(snapshots::MEMORY).exists());
+    }
+
+    #[test]
+    fn nothing_can_be_kept_of_what_nobody_describes() {
+        let template = crate::fork::template::empty_template();
+        let child = SavedChild { child: "a-1", vmstate: template.vmstate(), delta: &delta(9, 90) };
+        let refused = template.save_child(child, "kept", Path::new("/nowhere"));
+        assert!(matches!(refused, Err(SaveChildError::NoManifest)), "{refused:?}");
     }
 }

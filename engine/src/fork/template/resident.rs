@@ -1,6 +1,6 @@
 //! A template whose images are whole and in memory, on its way from one process to another.
 
-use super::child_snapshot::{Provenance, ResidentProvenance};
+use super::provenance::{Provenance, ResidentProvenance};
 use super::{Images, Template, TemplateError, images_of};
 use crate::local::snapshots::{MachineConfiguration, SnapshotError, file_error};
 use forkd_vmm::kvm::KvmKind;
@@ -106,7 +106,8 @@ impl Template {
             Ok(OwnedFd::from(File::open(path)?))
         };
         let on_disk = on_disk.into_iter().flatten().map(AsFd::as_fd);
-        let mapped = std::iter::once(self.vmstate()).chain(self.images()).chain(self.delta().map(Delta::file));
+        let mapped =
+            std::iter::once(self.vmstate()).chain(self.images()).chain(self.delta().map(Delta::file));
         let files = mapped.chain(on_disk).map(read_only);
         Ok((resident, files.collect::<io::Result<_>>()?))
     }
@@ -127,9 +128,11 @@ impl Template {
             return Err(ResidentError::Files { found, wanted: mapped });
         }
         let provenance = provenance.map(|said| Provenance::of_resident(said, files.split_off(mapped)));
-        let delta = files.drain(first..).next().zip(delta_runs).map(|(file, runs)| {
-            Delta::from_file(file, configuration.layout.ram_bytes(), runs)
-        });
+        let delta = files
+            .drain(first..)
+            .next()
+            .zip(delta_runs)
+            .map(|(file, runs)| Delta::from_file(file, configuration.layout.ram_bytes(), runs));
         let delta = delta.transpose()?;
         let vmstate = files.remove(0);
         for (id, file) in ids.iter().zip(&files) {
@@ -201,7 +204,12 @@ pub(crate) fn empty_template() -> Template {
     let configuration = MachineConfiguration::new(layout, 1, KvmKind::Pvm, 0);
     let ram = layout.image_bytes(forkd_vmm::memory::ImageId::Ram);
     let files = [100, ram].map(|bytes| create_image("empty", bytes).unwrap()).into();
-    let resident = ResidentTemplate { configuration, zero_runs: vec![vec![(0, ram)]], delta_runs: None, provenance: None };
+    let resident = ResidentTemplate {
+        configuration,
+        zero_runs: vec![vec![(0, ram)]],
+        delta_runs: None,
+        provenance: None,
+    };
     Template::from_resident(resident, files, KvmKind::Pvm).unwrap()
 }
 
