@@ -109,6 +109,8 @@ pub enum Verb {
     Warm(WarmArgs),
     /// List running children
     Ps,
+    /// Draw what comes from what: packs and snapshots, forks, children, branches, snapshots of children
+    Tree,
     /// Run a command in a running child
     Exec(ExecArgs),
     /// Open a shell in a running child

@@ -17,5 +17,6 @@ pub mod scratch;
 pub mod start_queue;
 pub mod supervisor;
 pub mod template;
+pub mod tree;
 pub mod variables;
 pub mod warm;

@@ -129,11 +129,14 @@ pub struct PublishedPort {
 pub struct ForkStatus {
     /// What was forked.
     pub pack: String,
+    /// What that was then: owner/name@version for a package of the hub, otherwise the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forked_from: Option<String>,
     /// Bytes fetched of the pack.
     pub bytes_fetched: u64,
     /// Size of the pack.
     pub bytes_total: u64,
-    /// Its children.
+    /// Its children. Of branches those that live, and those that such were branched from.
     pub children: Vec<ChildStatus>,
 }
 
@@ -305,6 +308,20 @@ impl RunDir {
                 tracing::warn!(path = %path.display(), %error, "it cannot be noted whether a child is paused");
             }
             _ => {}
+        }
+    }
+
+    /// Removes what is kept of a branch that is over. The console stays of one that failed.
+    pub fn forget(&self, branch: &str, failed: bool) {
+        self.note_paused(branch, false);
+        let console = (!failed).then(|| self.console(branch));
+        for path in std::iter::once(self.socket(branch)).chain(console) {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "what a branch leaves is left");
+                }
+                _ => {}
+            }
         }
     }
 

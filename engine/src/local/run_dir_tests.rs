@@ -7,7 +7,7 @@ struct Fork;
 impl ForkControl for Fork {
     fn status(&self) -> ForkStatus {
         let (pack, children) = ("p".to_owned(), Vec::new());
-        ForkStatus { pack, bytes_fetched: 1, bytes_total: 2, children }
+        ForkStatus { pack, forked_from: None, bytes_fetched: 1, bytes_total: 2, children }
     }
 
     fn kill(&self, child: Option<&str>) -> usize {

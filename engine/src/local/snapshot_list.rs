@@ -14,7 +14,7 @@ use crate::local::paths::{Paths, checked_tag};
 use crate::local::snapshots::{self, MANIFEST, SnapshotError, file_error};
 
 /// A local snapshot, as `forkd snapshots --json` shows it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub struct SnapshotDescription {
     /// Its name.
     pub tag: String,
@@ -84,8 +84,7 @@ fn describe(
     counted: &mut BTreeSet<(u64, u64)>,
 ) -> SnapshotDescription {
     let new = |file: &Metadata| counted.insert((file.dev(), file.ino()));
-    let disk_bytes =
-        files(&directory).into_iter().filter(new).map(|file| file.blocks() * 512).sum();
+    let disk_bytes = files(&directory).into_iter().filter(new).map(|file| file.blocks() * 512).sum();
     let (manifest, broken) = match (read_manifest(&directory), &lineage) {
         (Ok(manifest), Ok(_)) => (Some(manifest), None),
         (Ok(manifest), Err(why)) => (Some(manifest), Some(why.clone())),

@@ -64,8 +64,7 @@ impl Supervisor {
         let parent = self.parent(&request.child)?;
         let (frozen, pause_ms) = self.freeze(&parent)?;
         let (copied_bytes, ranges) = (frozen.delta.bytes(), frozen.delta.runs().len() as u64);
-        let saved =
-            SavedChild { child: &parent.id, vmstate: frozen.vmstate.as_fd(), delta: &frozen.delta };
+        let saved = SavedChild { child: &parent.id, vmstate: frozen.vmstate.as_fd(), delta: &frozen.delta };
         let base = self.template.save_child(saved, &request.tag, &request.into)?;
         Ok(TakenSnapshot { pause_ms, copied_bytes, ranges, base })
     }

@@ -15,7 +15,12 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long a supervisor may take to die once its connections are closed.
+const DYING: Duration = Duration::from_millis(200);
+/// Pause between two looks at whether it has.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// A fork's directory, seen from another process.
 #[derive(Debug, Clone)]
@@ -111,6 +116,18 @@ impl ForkDir {
         }
     }
 
+    /// The same, where it may be dying: its connections are closed a moment before its lock.
+    fn lives_on(&self) -> bool {
+        let until = Instant::now() + DYING;
+        while self.is_alive() {
+            if Instant::now() > until {
+                return true;
+            }
+            std::thread::sleep(LOOK);
+        }
+        false
+    }
+
     /// Asks its supervisor how it is.
     pub fn status(&self) -> Result<ForkStatus, RunDirError> {
         self.ask(&Query::Status)
@@ -158,7 +175,7 @@ impl ForkDir {
     fn known<T>(&self, answer: Result<T, RunDirError>) -> Result<T, RunDirError> {
         match answer {
             // What builds machines listens to nobody.
-            Err(RunDirError::Dead { fork }) if self.path.join(CONTROL).exists() && self.is_alive() => {
+            Err(RunDirError::Dead { fork }) if self.path.join(CONTROL).exists() && self.lives_on() => {
                 Err(RunDirError::OtherVersion { fork })
             }
             answer => answer,
