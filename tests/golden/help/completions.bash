@@ -109,6 +109,9 @@ _forkd() {
             forkd,trace)
                 cmd="forkd__subcmd__trace"
                 ;;
+            forkd,tree)
+                cmd="forkd__subcmd__tree"
+                ;;
             forkd,umount)
                 cmd="forkd__subcmd__umount"
                 ;;
@@ -152,7 +155,7 @@ _forkd() {
 
     case "${cmd}" in
         forkd)
-            opts="-v -h -V --json --verbose --help --version doctor kernel build recipe snapshot snapshots rmi pack unpack repack trace inspect hub pull images mount umount cache fork branch warm ps exec shell cp eval net forward pause resume logs kill cleanup completions"
+            opts="-v -h -V --json --verbose --help --version doctor kernel build recipe snapshot snapshots rmi pack unpack repack trace inspect hub pull images mount umount cache fork branch warm ps tree exec shell cp eval net forward pause resume logs kill cleanup completions"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1012,13 +1015,17 @@ _forkd() {
             return 0
             ;;
         forkd__subcmd__snapshot)
-            opts="-v -h --tag --kernel --initrd --rootfs --mem-size-mib --memory --vcpus --scratch --second-console --warm --force --json --verbose --help"
+            opts="-v -h --tag --child --kernel --initrd --rootfs --mem-size-mib --memory --vcpus --scratch --second-console --warm --force --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --tag)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --child)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1118,6 +1125,20 @@ _forkd() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        forkd__subcmd__tree)
+            opts="-v -h --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
                 *)
                     COMPREPLY=()
                     ;;
