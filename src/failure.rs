@@ -11,6 +11,7 @@ use forkd_engine::build::snapshot::SnapshotBuildError;
 use forkd_engine::build::trace::RetraceError;
 use forkd_engine::build::unpack::UnpackPackError;
 use forkd_engine::cleanup::CleanupError;
+use forkd_engine::fork::child_snapshot::ChildSnapshotError;
 use forkd_engine::fork::children::ChildrenError;
 use forkd_engine::fork::copy::CopyError;
 use forkd_engine::fork::forward::ForwardError;
@@ -45,6 +46,9 @@ pub enum CommandError {
     /// Children that run.
     #[error(transparent)]
     Children(#[from] ChildrenError),
+    /// `forkd snapshot --child`.
+    #[error(transparent)]
+    ChildSnapshot(#[from] ChildSnapshotError),
     /// `forkd forward`.
     #[error(transparent)]
     Forward(#[from] ForwardError),

@@ -1,4 +1,5 @@
-//! Branches of a running Linux guest. Needs what `linux.rs` needs, and root.
+//! Branches of a running Linux guest. Needs what `linux.rs` needs, and root. `FORKD_SOAK=full` looks for torn pages in 500
+//! branches of 128 MiB.
 
 #[path = "linux/copies.rs"]
 mod copies;
@@ -135,12 +136,13 @@ pages = memoryview(mmap.mmap(os.open('/run/pages', os.O_RDWR), 0)).cast('Q')[::5
 
 #[test]
 fn no_page_of_a_branch_is_older_or_newer_than_its_moment() {
-    const BYTES: usize = 8 << 20;
+    let full = std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full");
+    let (mib, branches) = if full { (128, 500) } else { (8, 5) };
     let copies = parent();
-    copies.eval(0, &format!("os.truncate(os.open('/run/pages', os.O_RDWR | os.O_CREAT), {BYTES})"));
+    copies.eval(0, &format!("os.truncate(os.open('/run/pages', os.O_RDWR | os.O_CREAT), {mib} << 20)"));
     copies.json(&["exec", "--detach", copies.id(0), "--", "python3", "-c", WRITER]);
     let mut last = 0;
-    for _ in 0..5 {
+    for _ in 0..branches {
         let report = copies.json(&["branch", copies.id(0), "--eval", LOOK]);
         let answer = report["children"][0]["answer"].as_str().unwrap_or_else(|| panic!("{report}"));
         let parts: Vec<_> = answer.trim_matches(['(', ')']).split(", ").collect();

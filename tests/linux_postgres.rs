@@ -1,5 +1,6 @@
-//! A PostgreSQL that was up before the snapshot, used from the host through `forkd forward` by PostgreSQL's own programs.
-//! Needs what `linux.rs` needs and the machine `postgres` (CONTRIBUTING.md). `FORKD_PGBENCH_SECONDS` says how long.
+//! A PostgreSQL that was up before the snapshot, used from the host through `forkd forward` by PostgreSQL's own programs, and
+//! branched while it is busy. Needs what `linux.rs` needs and the machine `postgres` (CONTRIBUTING.md).
+//! `FORKD_PGBENCH_SECONDS` says how long, `FORKD_SOAK=full` branches 50 times.
 
 #[path = "linux/copies.rs"]
 mod copies;
@@ -92,4 +93,37 @@ fn a_hosts_psql_and_pgbench_use_a_copys_postgres_through_a_forward() {
     // A sibling has none of it.
     let sibling = Database::fork();
     assert_eq!(sibling.client("psql", &["-tAc", "select to_regclass('mine') is null"]), "t\n");
+}
+
+/// Whether every index and row is as it must be (amcheck), and what pgbench keeps equal in each transaction.
+const CHECK: &str = "select (select count(bt_index_check(c.oid, true)) > 100 from pg_class c join pg_am a on c.relam = a.oid \
+    where a.amname = 'btree' and c.relpersistence = 'p'), (select count(*) from verify_heapam('pgbench_accounts')), \
+    (select count(*) from pgbench_accounts), (select sum(abalance) from pgbench_accounts), \
+    (select sum(tbalance) from pgbench_tellers), (select sum(bbalance) from pgbench_branches), \
+    (select coalesce(sum(delta), 0) from pgbench_history), (select count(*) from pgbench_history)";
+
+#[test]
+fn branches_of_a_busy_database_are_whole() {
+    let full = std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full");
+    let database = Database::fork();
+    database.client("psql", &["-qc", "create extension amcheck"]);
+    database.client("pgbench", &["-i", "-I", "dtGp", "-s", SCALE, "-q"]);
+    let (copies, id) = (&database.copies, database.copies.id(0));
+    let busy = ["-h", "127.0.0.1", "-U", "bench", "-n", "-c", "2", "-T", "100000", "bench"];
+    copies.json(&[&["exec", "--detach", id, "--", "/usr/lib/postgresql/15/bin/pgbench"][..], &busy].concat());
+    let mut before = 0;
+    for _ in 0..if full { 50 } else { 5 } {
+        let ask = ["psql", "-h", "127.0.0.1", "-U", "bench", "-tAc", CHECK, "bench"];
+        let report = copies.json(&[&["branch", id, "--exec", "--"][..], &ask].concat());
+        let said = report["children"][0]["answer"].as_str().unwrap_or_else(|| panic!("{report}"));
+        println!("{}: stood still for {} ms", said.trim_end(), report["pause_ms"]);
+        let parts: Vec<_> = said.trim_end().split('|').collect();
+        let [indexes, damaged, accounts, sums @ .., transactions] = &parts[..] else { panic!("{report}") };
+        assert_eq!([*indexes, *damaged, *accounts], ["t", "0", "100000"], "{report}");
+        assert!(sums.len() == 4 && sums.iter().all(|sum| *sum == sums[0]), "{report}");
+        let transactions = transactions.parse().unwrap();
+        assert!(transactions >= before, "a branch is older than the one before: {said} after {before}");
+        before = transactions;
+    }
+    assert!(before > 0, "nothing was written meanwhile");
 }

@@ -2,6 +2,7 @@
 
 use crate::hub::client;
 use crate::hub::registry::{RegistryError, Resolved};
+use crate::local::lineage::BasePack;
 use crate::local::mounts;
 use crate::local::paths::Paths;
 use crate::local::snapshots::{self, LockedSnapshot, SnapshotError, file_error};
@@ -267,6 +268,24 @@ impl Target {
             Target::Url { .. } | Target::Package { .. } | Target::MountFolder { .. } => Ok(None),
         }
     }
+}
+
+/// Opens the pack that a child's snapshot is a difference from: the one whose index has this digest, or none.
+pub async fn open_base(
+    paths: &Paths,
+    base: &BasePack,
+    options: OpenOptions,
+) -> Result<(Arc<Store>, Option<Arc<ChunkCache>>), OpenError> {
+    let http = client::http_client(paths);
+    client::authorize_hub(&http);
+    let options = StoreOptions {
+        demand_deadline: OPEN_DEADLINE,
+        head_bytes: HEAD_BYTES,
+        observer: options.observer,
+        ..client::store_options(paths, options.cache, &http, None)
+    };
+    let cache = options.cache.clone();
+    Ok((Store::open(base.location(), options).await?, cache))
 }
 
 /// Where to look for a pack.

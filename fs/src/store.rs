@@ -77,6 +77,7 @@ pub struct FetchProgress {
 pub struct Store {
     fetcher: Arc<Fetcher>,
     pin: IndexPin,
+    origin: PackSource,
     manifest: OnceCell<Arc<Manifest>>,
     zeros: OnceLock<Bytes>,
 }
@@ -92,7 +93,12 @@ impl Store {
         let mut packs = vec![Holder::new(source)];
         packs.extend(bases::find(&index, &location, &options).await?);
         let fetcher = Arc::new(Fetcher::new(packs, index, head, options));
-        Ok(Arc::new(Self { fetcher, pin, manifest: OnceCell::new(), zeros: OnceLock::new() }))
+        let origin = match location.source {
+            // Whoever opens it again may stand elsewhere.
+            PackSource::Path(path) => PackSource::Path(std::path::absolute(&path).unwrap_or(path)),
+            url => url,
+        };
+        Ok(Arc::new(Self { fetcher, pin, origin, manifest: OnceCell::new(), zeros: OnceLock::new() }))
     }
 
     /// The verified index.
@@ -103,6 +109,11 @@ impl Store {
     /// Where the index is and what it hashes to: what a registry should pin.
     pub fn index_pin(&self) -> IndexPin {
         self.pin
+    }
+
+    /// What was opened: a URL as it was given, or an absolute path.
+    pub fn origin(&self) -> &PackSource {
+        &self.origin
     }
 
     /// URL or path, for messages.

@@ -5,6 +5,7 @@ import asyncio
 import importlib
 import json
 import os
+import time
 import uuid
 from concurrent.futures import Future
 
@@ -13,10 +14,11 @@ import scientific
 import zmq
 from ipykernel.heartbeat import Heartbeat
 from ipykernel.kernelapp import IPKernelApp
-from tornado.ioloop import IOLoop
 from traitlets.config import Config
 
 ADDRESS = "127.0.0.1"
+# Seconds.
+LAST_ANSWERS = 0.5
 CHANNELS = ("shell", "iopub", "stdin", "control", "hb")
 
 # What a kernel imports only when it starts, or when it is used.
@@ -101,9 +103,11 @@ class Kernel:
             ("iopub", application.iopub_thread.io_loop, application.iopub_thread.socket),
             ("control", application.control_thread.io_loop, application.control_socket),
         )
-        self.bound = [(loop, socket, address(ports[f"{name}_port"])) for name, loop, socket in owners]
-        for loop, socket, at in self.bound:
-            in_thread_of(loop, socket.bind, at).result()
+        for name, loop, socket in owners:
+            in_thread_of(loop, socket.bind, address(ports[f"{name}_port"])).result()
+        # Not of the control channel: with its address its connections end, and the answer to the request to shut down has
+        # not gone out when this is asked.
+        self.unbound_first = [(loop, socket, address(ports[f"{name}_port"])) for name, loop, socket in owners[:2]]
         application.stdin_socket.bind(address(ports["stdin_port"]))
         # The one that there is waits in the library, and cannot be told.
         Heartbeat(zmq.Context(), ("tcp", ADDRESS, ports["hb_port"])).start()
@@ -111,11 +115,8 @@ class Kernel:
 
     async def do_shutdown(self, restart):
         """Listens no more before it says that it ends: who hears that and connects is to reach the next kernel."""
-        for loop, socket, at in self.bound:
-            if loop is IOLoop.current():
-                socket.unbind(at)
-            else:
-                await asyncio.wrap_future(in_thread_of(loop, socket.unbind, at))
+        for loop, socket, at in self.unbound_first:
+            await asyncio.wrap_future(in_thread_of(loop, socket.unbind, at))
         return type(self.kernel).do_shutdown(self.kernel, restart)
 
     def run(self):
@@ -127,7 +128,9 @@ class Kernel:
             self.loop.start()
             if not self.asked or not self.answer():
                 break
-        self.application.close()
+        # The process ends with this. ipykernel's own way to close may wait for ever for sockets whose clients are gone; the
+        # last answers only need a moment to go out.
+        time.sleep(LAST_ANSWERS)
 
     def on_request(self, channel, events):
         # Outside of the loop, so that an eval may run it to await something.

@@ -50,6 +50,7 @@ def run(connection, limit):
     say("the kernel answers")
     if restart:
         client.shutdown(restart=True, reply=True, timeout=limit)
+        say("the kernel says that it ends")
         client.stop_channels()
         connect(connection, limit).stop_channels()
         return

@@ -66,32 +66,37 @@ pub struct SnapshotArgs {
     /// The snapshot's name
     #[arg(long)]
     pub tag: String,
+    /// A running child, as `forkd ps` names it: what it has changed is kept, and it goes on
+    #[arg(long, value_name = "ID")]
+    pub child: Option<String>,
     /// The guest kernel: a vmlinux, or a bzImage as distributions ship it
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "child", conflicts_with = "child")]
+    pub kernel: Option<PathBuf>,
     /// An initramfs for it, whose /init makes the root disk (/dev/pmem0) the root and executes /forkd/agent
     ///
     /// Kernels whose drivers are modules need one; the kernel of `forkd kernel build` does not.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "child")]
     pub initrd: Option<PathBuf>,
     /// The root disk, an EROFS image
-    #[arg(long, value_name = "FILE")]
-    pub rootfs: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "child", conflicts_with = "child")]
+    pub rootfs: Option<PathBuf>,
     /// Guest memory in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 512, visible_alias = "mem-size-mib",
+    #[arg(long, value_name = "MIB", default_value_t = 512, visible_alias = "mem-size-mib", conflicts_with = "child",
           value_parser = clap::value_parser!(u32).range(64..=16_384))]
     pub memory: u32,
     /// Guest CPUs
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=8))]
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "child",
+          value_parser = clap::value_parser!(u32).range(1..=8))]
     pub vcpus: u32,
     /// Size of each copy's empty scratch disk (/dev/vda) in MiB; 0 for none
-    #[arg(long, value_name = "MIB", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=65_536))]
+    #[arg(long, value_name = "MIB", default_value_t = 0, conflicts_with = "child",
+          value_parser = clap::value_parser!(u32).range(0..=65_536))]
     pub scratch: u32,
     /// Give the machine a second console, /dev/hvc0, with the serial port's output
-    #[arg(long)]
+    #[arg(long, conflicts_with = "child")]
     pub second_console: bool,
     /// The command to start before the snapshot; it prints {"ready":true} when warm
-    #[arg(long, value_name = "CMD")]
+    #[arg(long, value_name = "CMD", conflicts_with = "child")]
     pub warm: Option<String>,
     /// Replace a snapshot of that name
     #[arg(long)]

@@ -71,7 +71,7 @@ pub enum Verb {
     /// Check a recipe without building it
     #[command(subcommand)]
     Recipe(RecipeVerb),
-    /// Boot a root disk and snapshot it, without a recipe
+    /// Keep a running child as a local snapshot, or boot a root disk and snapshot it, without a recipe
     Snapshot(SnapshotArgs),
     /// List local snapshots
     Snapshots,
@@ -111,6 +111,8 @@ pub enum Verb {
     Warm(WarmArgs),
     /// List running children
     Ps,
+    /// Draw what comes from what: packs and snapshots, forks, children, branches, snapshots of children
+    Tree,
     /// Run a command in a running child
     Exec(ExecArgs),
     /// Open a shell in a running child
@@ -231,6 +233,10 @@ mod tests {
             &["forward", "a1b2c3-1", "53/udp"],
             &["pause"],
             &["resume", "--all", "a1b2c3"],
+            &["snapshot", "--tag", "t"],
+            &["snapshot", "--tag", "t", "--kernel", "k"],
+            &["snapshot", "--tag", "t", "--child", "a-1", "--kernel", "k", "--rootfs", "r"],
+            &["snapshot", "--child", "a-1"],
         ] {
             assert!(parsed(bad).is_err(), "{bad:?} was taken");
         }

@@ -36,7 +36,8 @@ pub struct PackArgs {
     /// Hold only the chunks that a base does not have; the pack is of no use without the base
     #[arg(long)]
     pub delta: bool,
-    /// The base: a pack's file, an http(s):// URL, or a name of the hub (owner/name[@version])
+    /// The base: a pack's file, an http(s):// URL, or a name of the hub (owner/name[@version]) [default: of a child's
+    /// snapshot, the pack that its fork was of]
     #[arg(long, value_name = "FILE|URL|REF", requires = "delta")]
     pub base: Option<String>,
     /// Which hub.

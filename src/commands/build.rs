@@ -13,6 +13,7 @@ use forkd_engine::build::machine::BuildStep;
 use forkd_engine::build::snapshot::{
     BuildCaller, BuiltSnapshot, RecipeRequest, RootDiskRequest, build_recipe, build_root_disk,
 };
+use forkd_engine::fork::child_snapshot::{ChildSnapshot, ChildSnapshotRequest, snapshot_child};
 use forkd_engine::interrupt::Interrupt;
 use forkd_engine::progress::Progress;
 
@@ -29,13 +30,18 @@ pub fn build(args: &BuildArgs, output: &Output) -> Result<ExitCode, CommandError
     Ok(ExitCode::SUCCESS)
 }
 
-/// `forkd snapshot`.
+/// `forkd snapshot`: of a root disk, or of a child.
 pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, CommandError> {
+    let (kernel, root_disk) = match (&args.child, &args.kernel, &args.rootfs) {
+        (Some(child), _, _) => return snapshot_of_child(args, child, output),
+        (None, kernel, root_disk) => (kernel.clone(), root_disk.clone()),
+    };
     let request = RootDiskRequest {
         tag: args.tag.clone(),
-        kernel: args.kernel.clone(),
+        // Both are there: the command line asks for them.
+        kernel: kernel.unwrap_or_default(),
         initrd: args.initrd.clone(),
-        root_disk: args.rootfs.clone(),
+        root_disk: root_disk.unwrap_or_default(),
         memory_mib: args.memory,
         vcpus: args.vcpus,
         warm: args.warm.clone(),
@@ -46,6 +52,23 @@ pub fn snapshot(args: &SnapshotArgs, output: &Output) -> Result<ExitCode, Comman
     let built = build_root_disk(&environment::paths()?, &request, &Caller::new(output))?;
     output.report(&built, show);
     Ok(ExitCode::SUCCESS)
+}
+
+fn snapshot_of_child(args: &SnapshotArgs, child: &str, output: &Output) -> Result<ExitCode, CommandError> {
+    let request = ChildSnapshotRequest { child: child.to_owned(), tag: args.tag.clone(), force: args.force };
+    let taken = snapshot_child(&environment::paths()?, &request, &interrupt::watch(), output)?;
+    output.report(&taken, show_of_child);
+    Ok(ExitCode::SUCCESS)
+}
+
+fn show_of_child(taken: &ChildSnapshot) -> String {
+    let ChildSnapshot { tag, child, pause_ms, .. } = taken;
+    let (stored, differs) = (show_size(taken.disk_bytes), show_size(taken.copied_bytes));
+    let stored = match &taken.base {
+        Some(base) => format!("{differs} of memory that differ from {}, {stored} on disk", base.name),
+        None => format!("all of the machine, {stored} on disk"),
+    };
+    format!("{tag}: {stored}; {child} stood still for {pause_ms:.1} ms\n")
 }
 
 fn show(built: &BuiltSnapshot) -> String {

@@ -41,6 +41,7 @@ mod repack;
 mod shell;
 mod snapshots;
 mod trace;
+mod tree;
 mod umount;
 mod unpack;
 mod warm;
@@ -77,6 +78,7 @@ pub fn dispatch(verb: Verb, early: Option<EarlyZygote>, output: &Output) -> Resu
         Verb::Branch(args) => branch::run(&args, output),
         Verb::Warm(args) => warm::run(&args, output),
         Verb::Ps => ps::run(output),
+        Verb::Tree => tree::run(output),
         Verb::Exec(args) => exec::run(&args, output),
         Verb::Cp(args) => cp::run(&args, output),
         Verb::Shell(args) => shell::run(&args, output),

@@ -9,24 +9,22 @@ use crate::interrupt;
 use crate::output::Output;
 use crate::runtime::runtime;
 use crate::units::{show_share, show_size};
-use forkd_engine::build::pack::{Compression, PackError, PackReport, PackRequest, pack};
-use forkd_engine::build::pack_base::{BaseError, BaseRequest};
+use forkd_engine::build::pack::{Compression, PackReport, PackRequest, pack};
+use forkd_engine::build::pack_base::BaseRequest;
 use forkd_engine::target::{Target, shown_name};
 
 /// Packs.
 pub fn run(args: &PackArgs, output: &Output) -> Result<ExitCode, CommandError> {
     let paths = environment::paths()?;
     let runtime = args.delta.then(runtime).transpose().map_err(CommandError::Runtime)?;
-    let base = match (&args.base, &runtime) {
-        (Some(name), Some(runtime)) => Some(BaseRequest {
-            target: Target::parse(&paths, name, args.hub.hub.as_deref()),
-            name: shown_name(name),
-            cache: args.cache.options(),
-            runtime: runtime.handle().clone(),
-        }),
-        (None, Some(_)) => return Err(PackError::from(BaseError::Unknown { tag: args.tag.clone() }).into()),
-        (_, None) => None,
-    };
+    let base = runtime.as_ref().map(|runtime| BaseRequest {
+        named: args
+            .base
+            .as_ref()
+            .map(|name| (Target::parse(&paths, name, args.hub.hub.as_deref()), shown_name(name))),
+        cache: args.cache.options(),
+        runtime: runtime.handle().clone(),
+    });
     let request = PackRequest {
         tag: args.tag.clone(),
         out: args.out.clone(),

@@ -27,6 +27,9 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
         let mut rows = vec![["CHILD", ">PID", "STATE", ">FETCHED", "PACK"].map(str::to_owned).to_vec()];
         let has_ports = |fork: &RunningFork| fork.status.children.iter().any(|child| !child.ports.is_empty());
         let ports = forks.iter().any(has_ports);
+        let is_branch = |fork: &RunningFork| fork.status.children.iter().any(|child| child.parent.is_some());
+        let branches = forks.iter().any(is_branch);
+        rows[0].extend(branches.then(|| "BRANCH OF".to_owned()));
         rows[0].extend(ports.then(|| "PORTS".to_owned()));
         for RunningFork { status, .. } in forks {
             let fetched = match status.bytes_total {
@@ -45,6 +48,7 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
                     fetched.clone(),
                     status.pack.clone(),
                 ];
+                row.extend(branches.then(|| child.parent.clone().unwrap_or_else(|| "-".to_owned())));
                 row.extend(ports.then(|| show_ports(&child.ports)));
                 rows.push(row);
             }

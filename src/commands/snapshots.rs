@@ -54,20 +54,21 @@ fn show(report: &Report) -> String {
         return "no snapshots; `forkd build` or `forkd pull` makes one".to_owned();
     }
     let mut rows = vec![["TAG", ">MEMORY", ">DISK", "CREATED", "DESCRIPTION"].map(str::to_owned).to_vec()];
+    let bases = report.snapshots.iter().any(|snapshot| snapshot.base.is_some());
+    if bases {
+        rows[0].insert(1, "BASE".to_owned());
+    }
     for snapshot in &report.snapshots {
         let memory = snapshot.memory_mib.map_or_else(|| "-".to_owned(), |mib| format!("{mib} MiB"));
         let description = match &snapshot.broken {
             Some(why) => format!("unusable: {why}"),
             None => snapshot.description.clone(),
         };
-        let tag = snapshot.tag.clone();
-        rows.push(vec![
-            tag,
-            memory,
-            show_size(snapshot.disk_bytes),
-            snapshot.created_at.clone(),
-            description,
-        ]);
+        let base = snapshot.base.as_ref().map_or_else(|| "-".to_owned(), |base| base.name.clone());
+        let mut row = vec![snapshot.tag.clone()];
+        row.extend(bases.then_some(base));
+        row.extend([memory, show_size(snapshot.disk_bytes), snapshot.created_at.clone(), description]);
+        rows.push(row);
     }
     table(&rows)
 }

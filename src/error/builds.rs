@@ -97,6 +97,7 @@ pub(super) fn trace(error: &RetraceError) -> Row {
         RetraceError::Registry(error) => packs::registry(error),
         RetraceError::Open(error) => packs::open(error),
         RetraceError::Read(error) => packs::read(error),
+        RetraceError::Whole(error) => packs::whole(row, error),
         RetraceError::Pack(error) => Row { what: WHAT, ..packs::pack(error) },
         RetraceError::Workspace(error) => packs::workspace(row, error),
         RetraceError::RunDir(RunDirError::Paths(error)) => row::paths(error),

@@ -4,6 +4,7 @@ use super::packs;
 use super::row::{self, Row};
 use forkd_engine::cleanup::CleanupError;
 use forkd_engine::fork::agent::ClientError;
+use forkd_engine::fork::child_snapshot::ChildSnapshotError;
 use forkd_engine::fork::children::ChildrenError;
 use forkd_engine::fork::copy::{CopyError, UnpackError};
 use forkd_engine::fork::forward::ForwardError;
@@ -14,6 +15,7 @@ use forkd_engine::fork::template::TemplateError;
 use forkd_engine::fork::warm::hold::HoldError;
 use forkd_engine::fork::warm::{WarmError, WarmKeyError};
 use forkd_engine::local::host::HostError;
+use forkd_engine::local::run_dir::RunDirError;
 use forkd_engine::network::wire::NetworkError;
 use forkd_engine::target::TargetError;
 use forkd_vmm::kvm::KvmError;
@@ -118,6 +120,7 @@ pub(super) fn template(error: &TemplateError) -> Row {
         TemplateError::Snapshot(error) => packs::snapshot(error),
         TemplateError::Pager(error) => pager(error),
         TemplateError::Read(error) => packs::read(error),
+        TemplateError::Base { source, .. } => packs::open(source),
         TemplateError::Foreign => {
             row.hint("its files can be mounted and unpacked; to fork it, build it again with this forkd")
         }
@@ -156,6 +159,18 @@ pub(super) fn children(error: &ChildrenError) -> Row {
         ChildrenError::Agent { .. } => {
             row.hint("`forkd ps` says whether it is stalled, `forkd logs` shows its console")
         }
+    }
+}
+
+pub(super) fn child_snapshot(error: &ChildSnapshotError) -> Row {
+    let row = Row::failed("take the snapshot", "");
+    match error {
+        ChildSnapshotError::Children(ChildrenError::RunDir(RunDirError::Refused { .. })) => {
+            row.hint("nothing was kept, and the child is as it was")
+        }
+        ChildSnapshotError::Children(error) => children(error),
+        ChildSnapshotError::Snapshot(error) => packs::snapshot(error),
+        ChildSnapshotError::Interrupted(_) => row,
     }
 }
 

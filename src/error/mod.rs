@@ -25,6 +25,7 @@ fn describe(error: &CommandError) -> Row {
         CommandError::Paths(error) => row::paths(error),
         CommandError::Kernel(error) => builds::kernel(error),
         CommandError::Children(error) => machine::children(error),
+        CommandError::ChildSnapshot(error) => machine::child_snapshot(error),
         CommandError::Forward(error) => machine::forward(error),
         CommandError::RunDir(error) => row::run_dir(error),
         CommandError::Build(error) => builds::build(error),

@@ -13,6 +13,7 @@ use forkd_engine::build::pack_base::BaseError;
 use forkd_engine::build::pull::PullError;
 use forkd_engine::build::repack::RepackError;
 use forkd_engine::build::unpack::UnpackPackError;
+use forkd_engine::build::whole::WholeError;
 use forkd_engine::chain::plain;
 use forkd_engine::hub::download::DownloadError;
 use forkd_engine::hub::mount::MountHubError;
@@ -41,6 +42,9 @@ pub(super) fn snapshot(error: &SnapshotError) -> Row {
         SnapshotError::File { .. }
         | SnapshotError::Configuration(_)
         | SnapshotError::Format { .. }
+        | SnapshotError::Lineage { .. }
+        | SnapshotError::LineageFormat { .. }
+        | SnapshotError::OtherMachine { .. }
         | SnapshotError::Layout(_)
         | SnapshotError::Vcpus { .. }
         | SnapshotError::Scratch { .. } => row,
@@ -276,6 +280,7 @@ pub(super) fn pack(error: &PackError) -> Row {
             Row::usage("pack the snapshot", "").hint("leave --chunk out: a delta has the chunks of its base")
         }
         PackError::Write(WriteError::Base(error)) => Row { what: "read the base", ..read(error) },
+        PackError::Whole(error) => whole(row, error),
         PackError::Manifest { .. } => row.hint("only snapshots of this forkd can be packed; build it again"),
         PackError::Write(
             WriteError::Refused { .. }
@@ -297,9 +302,20 @@ fn base(error: &BaseError) -> Row {
             "pack the base first, with `forkd pack --tag TAG --out FILE`, and name that file with --base",
         ),
         BaseError::Output { .. } => Row::usage(WHAT, "").hint("name another file with --out"),
+        BaseError::Lineage(error) => snapshot(error),
         BaseError::Reference(error) => reference(error),
         BaseError::Registry(error) => registry(error),
         BaseError::Open(error) => Row { what: "open the base", ..open(error) },
+    }
+}
+
+/// For a command that takes the files of a snapshot that is stored as a difference.
+pub(super) fn whole(row: Row, error: &WholeError) -> Row {
+    match error {
+        WholeError::Base { source, .. } => open(source),
+        WholeError::Snapshot(error) => snapshot(error),
+        WholeError::Runtime(_) => row::threads(),
+        WholeError::Delta(_) | WholeError::Unpack(_) => row,
     }
 }
 

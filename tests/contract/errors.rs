@@ -167,6 +167,7 @@ fn children(failures: &mut Failures) {
     failures.fail("child-unknown-kill", &["kill", "abc-1"]);
     failures.fail("child-unknown-forward", &["forward", "abc-1", "80"]);
     failures.fail("child-unknown-branch", &["branch", "abc-1"]);
+    failures.fail("child-unknown-snapshot", &["snapshot", "--child", "abc-1", "--tag", "t"]);
     failures.fail("child-unknown-pause", &["pause", "abc-1"]);
     failures.fail("fork-unknown-resume", &["resume", "abcdef"]);
     failures.fail("child-unknown-inspect", &["inspect", "--child", "abc-1"]);

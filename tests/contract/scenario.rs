@@ -79,6 +79,7 @@ impl Stage {
             ("cache-ls-empty", &["cache", "ls"]),
             ("cache-verify-empty", &["cache", "verify"]),
             ("ps-empty", &["ps"]),
+            ("tree-empty", &["tree"]),
             ("warm-list-empty", &["warm", "--list"]),
             ("warm-stop-all-empty", &["warm", "--stop", "--all"]),
             ("kill-all-empty", &["kill", "--all"]),

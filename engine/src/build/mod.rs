@@ -11,3 +11,4 @@ pub mod snapshot;
 pub mod tools;
 pub mod trace;
 pub mod unpack;
+pub mod whole;

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use forkd_fs::cache::CacheOptions;
 use forkd_fs::digest::Digest;
 use forkd_fs::format::{DEFAULT_CHUNK_SIZE, MANIFEST};
 use forkd_fs::manifest::{Manifest, ManifestError};
@@ -11,6 +12,7 @@ use forkd_fs::writer::{PackOptions, PackSummary, PackWriter, Pass, WriteError};
 use serde::Serialize;
 
 use crate::build::pack_base::{BaseError, BaseRequest, OpenedBase};
+use crate::build::whole::{WholeError, whole_files};
 use crate::interrupt::Interrupt;
 use crate::local::paths::Paths;
 use crate::local::run_dir::RunDir;
@@ -45,6 +47,9 @@ pub enum PackError {
         /// What was given.
         size: u64,
     },
+    /// It is stored as a difference, and cannot be made whole.
+    #[error(transparent)]
+    Whole(#[from] WholeError),
     /// The pack cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
@@ -161,7 +166,8 @@ pub fn pack(
     if out.exists() && !request.force {
         return Err(PackError::Exists { path: out.to_owned() });
     }
-    let base = request.base.as_ref().map(|base| OpenedBase::open(paths, base, out)).transpose()?;
+    let open_base = |base| OpenedBase::open(paths, base, (&request.tag, &directory), out);
+    let base = request.base.as_ref().map(open_base).transpose()?;
     let chunk_size = base.as_ref().map_or(DEFAULT_CHUNK_SIZE, OpenedBase::chunk_size);
     let options = request.compression.options(chunk_size)?;
     let mut manifest = read_manifest(&directory)?;
@@ -177,7 +183,8 @@ pub fn pack(
     let run_dir = RunDir::create(paths).map_err(WorkspaceError::from)?;
     let work = Workspace::create(out, &Arc::new(run_dir))?;
     let summary = work.until(&interrupt, || {
-        let files = Files { directory: &directory, manifest, base: base.as_ref() };
+        let files = whole_files(paths, &directory, CacheOptions::default(), &work, progress)?;
+        let files = Files { directory: &files, manifest, base: base.as_ref() };
         write(options, files, (&work, out), progress)
     })?;
     publish(&work, out, request.force)?;

@@ -14,8 +14,9 @@ use tokio::runtime::Handle;
 
 use crate::hub::client;
 use crate::hub::registry::RegistryError;
+use crate::local::lineage::Lineage;
 use crate::local::paths::Paths;
-use crate::local::snapshots::CONFIGURATION;
+use crate::local::snapshots::{CONFIGURATION, SnapshotError};
 use crate::reference::InvalidReference;
 use crate::target::Target;
 
@@ -28,6 +29,9 @@ pub enum BaseError {
         /// The snapshot.
         tag: String,
     },
+    /// What it is stored as a difference from cannot be read.
+    #[error(transparent)]
+    Lineage(#[from] SnapshotError),
     /// A local snapshot, which has no index that a delta could name.
     #[error("the base {name} is a local snapshot, and a delta is made of a pack")]
     Snapshot {
@@ -54,10 +58,8 @@ pub enum BaseError {
 /// What a pack is to be a delta of.
 #[derive(Debug)]
 pub struct BaseRequest {
-    /// The base.
-    pub target: Target,
-    /// What people call it.
-    pub name: String,
+    /// The base, and what people call it. Without it the pack that the snapshot is stored as a difference from.
+    pub named: Option<(Target, String)>,
     /// The chunk cache's limits.
     pub cache: CacheOptions,
     /// Where it is read.
@@ -72,32 +74,34 @@ pub(super) struct OpenedBase {
 }
 
 impl OpenedBase {
-    /// Opens it, for a delta at `out`.
-    pub(super) fn open(paths: &Paths, request: &BaseRequest, out: &Path) -> Result<OpenedBase, BaseError> {
-        let BaseRequest { target, name, cache, runtime } = request;
-        let is_snapshot = match target {
-            Target::Tag(_) => true,
-            Target::File { path, .. } => path.join(CONFIGURATION).exists(),
-            Target::Url { .. } | Target::Package { .. } | Target::MountFolder { .. } => false,
-        };
-        if is_snapshot {
-            return Err(BaseError::Snapshot { name: name.clone() });
-        }
-        target.check_name()?;
+    /// Opens it, for a delta at `out` of the snapshot `tag` in `directory`.
+    pub(super) fn open(
+        paths: &Paths,
+        request: &BaseRequest,
+        (tag, directory): (&str, &Path),
+        out: &Path,
+    ) -> Result<OpenedBase, BaseError> {
+        let BaseRequest { named, cache, runtime } = request;
         runtime.block_on(async {
             let http = client::http_client(paths);
-            let located = target.locate(paths, &http).await?;
-            let location = located.pack().clone();
+            let (location, hub) = match named {
+                Some((target, name)) => {
+                    check(target, name)?;
+                    (target.locate(paths, &http).await?.pack().clone(), target.hub())
+                }
+                None => {
+                    client::authorize_hub(&http);
+                    (known(tag, directory)?, None)
+                }
+            };
             if let PackSource::Path(path) = &location.source
                 && is_same_file(path, out)
             {
                 return Err(BaseError::Output { path: out.to_owned() });
             }
             // A base that is a delta itself is named with its own bases, which are not needed now.
-            let options = StoreOptions {
-                open_without_bases: true,
-                ..client::store_options(paths, *cache, &http, target.hub())
-            };
+            let options =
+                StoreOptions { open_without_bases: true, ..client::store_options(paths, *cache, &http, hub) };
             let hint = hint(&location);
             let store = Store::open(location, options).await?;
             let pack = BasePack::new(store.index_pin(), store.index().pack_size(), &hint);
@@ -117,6 +121,26 @@ impl OpenedBase {
         };
         write(&DeltaBase { index: self.store.index(), pack: self.pack.clone(), read: &read })
     }
+}
+
+/// Whether a pack is meant.
+fn check(target: &Target, name: &str) -> Result<(), BaseError> {
+    let is_snapshot = match target {
+        Target::Tag(_) => true,
+        Target::File { path, .. } => path.join(CONFIGURATION).exists(),
+        Target::Url { .. } | Target::Package { .. } | Target::MountFolder { .. } => false,
+    };
+    if is_snapshot {
+        return Err(BaseError::Snapshot { name: name.to_owned() });
+    }
+    Ok(target.check_name()?)
+}
+
+/// The pack that a child's fork was of.
+fn known(tag: &str, directory: &Path) -> Result<PackLocation, BaseError> {
+    let base = Lineage::read(directory)?.and_then(|lineage| lineage.base);
+    let pack = base.and_then(|base| base.pack).ok_or_else(|| BaseError::Unknown { tag: tag.to_owned() })?;
+    Ok(pack.location())
 }
 
 /// What the delta says about where its base is: nothing that is secret, and no path of this machine.

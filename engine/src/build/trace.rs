@@ -22,10 +22,12 @@ use crate::build::pack::{self, Compression, Files, PackError};
 use crate::build::recipe::{Probe, Recipe};
 use crate::build::snapshot::{BuildCaller, SnapshotBuildError, start_zygote};
 use crate::build::tools::ToolError;
+use crate::build::whole::{WholeError, whole_files};
 use crate::hub::client;
 use crate::hub::registry::RegistryError;
 use crate::interrupt::Interrupt;
 use crate::local::host::{self, HostError};
+use crate::local::lineage::BASE;
 use crate::local::paths::Paths;
 use crate::local::run_dir::{RunDir, RunDirError};
 use crate::local::snapshots::{
@@ -80,6 +82,9 @@ pub enum RetraceError {
     /// Reading the pack.
     #[error(transparent)]
     Read(#[from] ReadError),
+    /// It is stored as a difference, and cannot be made whole.
+    #[error(transparent)]
+    Whole(#[from] WholeError),
     /// Unpacking it.
     #[error(transparent)]
     Unpack(#[from] UnpackError),
@@ -180,13 +185,21 @@ fn retrace_snapshot(
     let manifest = pack::read_manifest(&dir)?;
     let probe = probe(request, &manifest)?;
     let configuration = configuration(&dir, &manifest)?;
-    let machines = Machines::new(start_zygote()?, RunDir::create(paths)?.into())?;
+    let zygote = start_zygote()?;
+    let run_dir = Arc::new(RunDir::create(paths)?);
+    let machines = Machines::new(zygote, Arc::clone(&run_dir))?;
     let interrupt = caller.interrupt();
     let draft = SnapshotDraft::create(paths, tag, true)?;
+    // A child's is nobody else's to read.
+    let same = fs::metadata(&dir).and_then(|old| fs::set_permissions(draft.path(), old.permissions()));
+    same.map_err(file_error("protecting", draft.path()))?;
     link_files(&dir, draft.path())?;
-    let recording = Recording { machines, configuration, probe, paths, interrupt: &interrupt };
-    let report = recording.record(tag, &dir, draft.path(), caller.progress())?;
     let place = paths.snapshot(tag).map_err(SnapshotError::from)?;
+    let work = Workspace::create(&place, &run_dir)?;
+    let files =
+        work.until(&interrupt, || whole_files(paths, &dir, request.cache, &work, caller.progress()))?;
+    let recording = Recording { machines, configuration, probe, paths, interrupt: &interrupt };
+    let report = recording.record(tag, &files, draft.path(), caller.progress())?;
     let identity = |path: &Path| fs::metadata(path).map(|metadata| (metadata.dev(), metadata.ino())).ok();
     if identity(&place) != identity(&dir) {
         return Err(RetraceError::Replaced { tag: tag.to_owned() });
@@ -296,6 +309,11 @@ fn link_files(from: &Path, to: &Path) -> Result<(), SnapshotError> {
             continue;
         }
         let target = to.join(&name);
+        if name == BASE {
+            fs::create_dir(&target).map_err(file_error("creating", &target))?;
+            link_files(&from.join(&name), &target)?;
+            continue;
+        }
         fs::hard_link(from.join(&name), &target).map_err(file_error("linking", &target))?;
     }
     Ok(())

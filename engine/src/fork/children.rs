@@ -99,8 +99,17 @@ pub struct RunningFork {
     pub status: ForkStatus,
 }
 
-/// All forks that run.
+/// All forks that run, with their children but for branches that are over.
 pub fn list(paths: &Paths) -> Result<Vec<RunningFork>, RunDirError> {
+    let mut forks = list_with_ancestors(paths)?;
+    for fork in &mut forks {
+        fork.status.children.retain(|child| child.parent.is_none() || !child.state.is_over());
+    }
+    Ok(forks)
+}
+
+/// All forks that run, with branches that are over, too, where others were branched from them.
+pub fn list_with_ancestors(paths: &Paths) -> Result<Vec<RunningFork>, RunDirError> {
     let mut forks = Vec::new();
     for fork in ForkDir::all(paths)? {
         match fork.status() {

@@ -3,6 +3,7 @@
 pub mod agent;
 pub mod ask;
 pub mod branch;
+pub mod child_snapshot;
 pub mod children;
 pub mod copy;
 pub mod forward;
@@ -16,5 +17,6 @@ pub mod scratch;
 pub mod start_queue;
 pub mod supervisor;
 pub mod template;
+pub mod tree;
 pub mod variables;
 pub mod warm;

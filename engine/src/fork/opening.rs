@@ -1,10 +1,14 @@
-//! From an opened pack to a template, and to one that lacks nothing.
+//! From an opened pack or a snapshot's directory to a template, and to one that lacks nothing.
 
 use crate::fork::template::{Template, TemplateError};
+use crate::local::lineage::Lineage;
+use crate::local::paths::Paths;
 use crate::progress::{Amount, Progress, follow};
-use crate::target::DEMAND_DEADLINE;
+use crate::target::{self, DEMAND_DEADLINE, OpenOptions};
+use forkd_fs::cache::ChunkCache;
 use forkd_fs::store::{ReadError, Store};
 use forkd_vmm::kvm::KvmKind;
+use std::path::Path;
 use std::sync::Arc;
 use tokio::runtime::Handle;
 
@@ -14,6 +18,35 @@ pub fn open_pack(runtime: &Handle, store: Arc<Store>) -> Result<Template, Templa
     let opened = runtime.block_on(opening);
     store.set_demand_deadline(DEMAND_DEADLINE);
     opened
+}
+
+/// A machine of a snapshot's directory.
+pub struct OpenedSnapshot {
+    /// The machine.
+    pub template: Template,
+    /// The chunk cache that its base uses; to be flushed before the process exits.
+    pub cache: Option<Arc<ChunkCache>>,
+}
+
+/// Opens the machine in a snapshot's directory. `runtime` is asked for only where its base is a pack.
+pub fn open_snapshot<E: From<TemplateError>>(
+    paths: &Paths,
+    dir: &Path,
+    options: OpenOptions,
+    runtime: impl FnOnce() -> Result<Handle, E>,
+) -> Result<OpenedSnapshot, E> {
+    let lineage = Lineage::read(dir).map_err(TemplateError::from)?;
+    let base = lineage.and_then(|lineage| lineage.base);
+    let Some((base, pack)) = base.and_then(|base| base.pack.clone().map(|pack| (base, pack))) else {
+        return Ok(OpenedSnapshot { template: Template::open_local(dir, KvmKind::detect())?, cache: None });
+    };
+    let runtime = runtime()?;
+    let failed = |source| TemplateError::Base { name: base.name.clone(), location: pack.shown(), source };
+    let (store, cache) = runtime.block_on(target::open_base(paths, &pack, options)).map_err(failed)?;
+    let opening = Template::open_on_pack(dir, store.clone(), runtime.clone(), KvmKind::detect());
+    let template = runtime.block_on(opening)?;
+    store.set_demand_deadline(DEMAND_DEADLINE);
+    Ok(OpenedSnapshot { template, cache })
 }
 
 /// Downloads all that a template lacks, which is shown as `what`. Returns whether nothing is missing any more.

@@ -2,7 +2,7 @@
 
 use crate::chain::chain;
 use crate::fork::ask::{ChildOutcome, ChildRequest, ask_all};
-use crate::fork::opening::{download, open_pack};
+use crate::fork::opening::{OpenedSnapshot, download, open_pack, open_snapshot};
 use crate::fork::report::{ForkReport, ForkTimeline, ForkedPackReport, WarmReport};
 use crate::fork::supervisor::{ChildrenSpec, StartError, Supervisor, milliseconds_since};
 use crate::fork::template::{Template, TemplateError};
@@ -245,29 +245,40 @@ impl OpenedTemplate {
         let since_start = || milliseconds_since(request.started_ns, monotonic_ns());
         let recorder = request.timeline.as_ref().map(|_| Arc::new(EventRecorder::new(since_start())));
         let (mut timeline, mut cache, mut runtime) = (ForkTimeline::default(), None, None);
+        let observer = recorder.clone().map(|recorder| recorder as Arc<dyn Observer>);
+        let options = OpenOptions { cache: request.cache, observer };
         let (mut template, warm) = match (resident(paths, request), &request.target) {
-            (Some((template, image)), _) => (template, Some(image)),
+            (Some((template, image)), _) => {
+                let template = template.called(&image.resolved);
+                (template, Some(image))
+            }
             (None, Target::Tag(tag)) => {
                 let snapshot = LockedSnapshot::find(paths, tag).map_err(TargetError::from)?;
-                (open_snapshot(&request.name, &snapshot)?, None)
+                let opened = open_directory(paths, request, &snapshot, options, &mut runtime, caller)?;
+                cache = opened.cache;
+                (opened.template.called(tag), None)
             }
             (None, target) => {
-                let runtime = runtime.insert(caller.runtime().map_err(ForkError::Runtime)?);
-                let observer = recorder.clone().map(|recorder| recorder as Arc<dyn Observer>);
-                let options = OpenOptions { cache: request.cache, observer };
-                let opening = target.open(paths, &request.name, options, |at| match at {
+                let handle = caller.runtime().map_err(ForkError::Runtime)?;
+                runtime = Some(handle.clone());
+                let opening = target.open(paths, &request.name, options.clone(), |at| match at {
                     OpenStage::Registry => timeline.registry_ms = Some(since_start()),
                     OpenStage::Index => timeline.index_ms = Some(since_start()),
                 });
-                let opened = runtime.block_on(opening)?;
-                cache = opened.cache;
+                let opened = handle.block_on(opening)?;
                 let template = match opened.origin {
-                    Origin::Directory(snapshot) => open_snapshot(&request.name, &snapshot)?,
+                    Origin::Directory(snapshot) => {
+                        let opened =
+                            open_directory(paths, request, &snapshot, options, &mut runtime, caller)?;
+                        cache = opened.cache;
+                        opened.template
+                    }
                     Origin::Pack(store) => {
-                        open_pack(runtime, store).map_err(template_error(&request.name))?
+                        cache = opened.cache;
+                        open_pack(&handle, store).map_err(template_error(&request.name))?
                     }
                 };
-                (template, None)
+                (template.called(&opened.resolved), None)
             }
         };
         if let Some(runtime) = runtime.as_ref().filter(|_| request.eager) {
@@ -319,8 +330,42 @@ impl Drop for Filling {
     }
 }
 
-fn open_snapshot(name: &str, snapshot: &LockedSnapshot) -> Result<Template, ForkError> {
-    Template::open_local(&snapshot.path(), KvmKind::detect()).map_err(template_error(name))
+fn open_directory(
+    paths: &Paths,
+    request: &ForkRequest,
+    snapshot: &LockedSnapshot,
+    options: OpenOptions,
+    runtime: &mut Option<Handle>,
+    caller: &dyn ForkCaller,
+) -> Result<OpenedSnapshot, ForkError> {
+    let needed = || match runtime {
+        Some(runtime) => Ok(runtime.clone()),
+        None => Ok(runtime.insert(caller.runtime().map_err(OpenFailure::Runtime)?).clone()),
+    };
+    let opened = open_snapshot(paths, &snapshot.path(), options, needed);
+    opened.map_err(|failure: OpenFailure| failure.of(&request.name))
+}
+
+/// Why a snapshot's directory cannot be opened.
+enum OpenFailure {
+    Runtime(io::Error),
+    Template(TemplateError),
+}
+
+impl From<TemplateError> for OpenFailure {
+    fn from(error: TemplateError) -> OpenFailure {
+        OpenFailure::Template(error)
+    }
+}
+
+impl OpenFailure {
+    /// The failure to fork `name`.
+    fn of(self, name: &str) -> ForkError {
+        match self {
+            OpenFailure::Runtime(error) => ForkError::Runtime(error),
+            OpenFailure::Template(error) => template_error(name)(error),
+        }
+    }
 }
 
 fn template_error(name: &str) -> impl FnOnce(TemplateError) -> ForkError {

@@ -9,6 +9,7 @@ mod moment;
 mod own_pages;
 mod reports;
 mod spec;
+mod status;
 mod wake;
 
 pub use branch_error::BranchError;
@@ -23,9 +24,9 @@ use crate::fork::identity;
 use crate::fork::scratch::Scratch;
 use crate::fork::start_queue::StartQueue;
 use crate::fork::template::Template;
-use crate::local::branches::{BranchRequest, Branched};
+use crate::local::branches::{BranchRequest, Branched, SnapshotRequest, TakenSnapshot};
 use crate::local::paths::Paths;
-use crate::local::run_dir::{ChildState, ChildStatus, ForkControl, ForkStatus, PublishedPort, RunDir};
+use crate::local::run_dir::{ChildState, ForkControl, ForkStatus, PublishedPort, RunDir};
 use crate::network::wire::{ChildNetwork, ChildNetworks, GatewayStatus, KeptNetwork};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::Delta;
@@ -43,13 +44,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use wake::Wake;
 
 /// How long the control socket is left alone when it cannot be served.
 const PAUSE: Duration = Duration::from_millis(200);
-/// A child that waits longer than this for one chunk counts as stalled.
-const STALLED_AFTER: Duration = Duration::from_secs(1);
 
 /// When something happened, and how much of the pack was there.
 #[derive(Debug, Clone, Copy)]
@@ -287,7 +286,7 @@ impl Supervisor {
         let scratch = Scratch { dir: &self.cache, mib: configuration.scratch_mib };
         let disk = scratch.create()?;
         let frozen = branch.map(|branch| &*branch.frozen);
-        let delta = frozen.map(|frozen| &frozen.delta);
+        let delta = frozen.map(|frozen| &frozen.delta).or(self.template.delta());
         let spec = MachineSpec {
             layout: configuration.layout,
             limits: self.limits.limits(id, &configuration.layout),
@@ -402,41 +401,6 @@ impl Supervisor {
         let child = children.iter().find(|child| child.id == id)?;
         child.network.as_ref()?.gateway_status()
     }
-
-    /// What `forkd ps` shows.
-    pub fn status(&self) -> ForkStatus {
-        let progress = self.template.progress();
-        let waits = self.template.pager().map(|pager| pager.waits()).unwrap_or_default();
-        let shown = |child: &Child| {
-            let stuck = waits.get(&child.client).is_some_and(|wait| *wait > STALLED_AFTER);
-            let state = match child.state {
-                state if state.is_over() => state,
-                _ if child.paused => ChildState::Paused,
-                _ if stuck => ChildState::Stalled,
-                state => state,
-            };
-            let unfetched = || progress.last_error.clone().filter(|_| state == ChildState::Stalled);
-            let deadline = child.deadline.as_ref().filter(|_| !state.is_over());
-            let left = |deadline: &Deadline| deadline.at.saturating_duration_since(Instant::now());
-            ChildStatus {
-                id: child.id.clone(),
-                pid: child.pid,
-                state,
-                error: child.error.clone().or_else(|| child.overdue.clone()).or_else(unfetched),
-                network: child.network.as_ref().map(KeptNetwork::status),
-                ports: child.ports.clone(),
-                parent: child.parent.clone(),
-                expires_in_ms: deadline
-                    .map(|deadline| left(deadline).as_millis().try_into().unwrap_or(u64::MAX)),
-            }
-        };
-        ForkStatus {
-            pack: self.pack.clone(),
-            bytes_fetched: progress.bytes_fetched,
-            bytes_total: progress.bytes_total,
-            children: self.children().iter().map(shown).collect(),
-        }
-    }
 }
 
 impl ForkControl for Supervisor {
@@ -462,6 +426,10 @@ impl ForkControl for Supervisor {
 
     fn branch(&self, request: &BranchRequest) -> Result<Branched, String> {
         Supervisor::branch(self, request).map_err(|error| chain(&error))
+    }
+
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, String> {
+        Supervisor::snapshot(self, request).map_err(|error| chain(&error))
     }
 }
 

@@ -4,6 +4,7 @@
 //! *local* one maps the files of a snapshot on disk.
 
 use crate::local::host::{self, HostError};
+use crate::local::lineage::{self, Lineage};
 use crate::local::snapshots::{
     self, CONFIGURATION_MAX, FOREIGN_MACHINE, MachineConfiguration, SnapshotError, file_error,
 };
@@ -12,7 +13,7 @@ use forkd_fs::index::ChunkId as PackChunk;
 use forkd_fs::manifest::{Manifest, ManifestError};
 use forkd_fs::prefetch;
 use forkd_fs::source::Priority;
-use forkd_fs::store::{ChunkData, FetchProgress, OnChunk, ReadError, Store};
+use forkd_fs::store::{ChunkData, FetchProgress, OnChunk, OpenError, ReadError, Store};
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{Delta, ImageId, MemoryError, add_run, create_image, longest_runs};
@@ -26,12 +27,16 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 use tokio::runtime::Handle;
 
+mod child_snapshot;
 mod hot_pages;
+mod provenance;
 mod quality;
 mod resident;
 mod store_pages;
 
+pub use child_snapshot::{SaveChildError, SavedChild};
 use hot_pages::HotPages;
+use provenance::Provenance;
 use quality::FaultCounts;
 pub use quality::{FaultFigures, PrefetchFigures};
 #[cfg(test)]
@@ -68,6 +73,17 @@ pub enum TemplateError {
     /// Memory.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The pack that a snapshot of a child is a difference from.
+    #[error("its base {name}, the pack {location}, cannot be opened")]
+    Base {
+        /// What it was called.
+        name: String,
+        /// Where it was.
+        location: String,
+        /// Why not.
+        #[source]
+        source: OpenError,
+    },
     /// The pager.
     #[error("the pager cannot start")]
     Pager(#[from] PagerError),
@@ -125,33 +141,37 @@ pub struct Template {
     images: Images,
     zero_runs: Vec<Vec<(u64, u64)>>,
     complete: bool,
+    /// What its machines have in their memory in place of what the image has: it is of a child's snapshot.
+    delta: Option<Delta>,
+    /// What it was opened from.
+    provenance: Option<Provenance>,
 }
 
 impl Template {
     /// Opens a snapshot on this machine's disk.
     pub fn open_local(dir: &Path, host: KvmKind) -> Result<Template, TemplateError> {
-        let open = |name: &str| {
-            let path = dir.join(name);
-            File::open(&path).map_err(file_error("opening", &path))
-        };
-        match manifest_of(dir) {
+        let open = |name: &str| open_file(&dir.join(name));
+        let manifest = match manifest_of(dir) {
             Ok(manifest) if manifest.requires.is_foreign() => return Err(TemplateError::Foreign),
-            Ok(manifest) => host::check_cpu(&manifest.requires)?,
+            Ok(manifest) => Some(manifest),
             Err(Some(ManifestError::Version { found })) if found < forkd_fs::format::PACK_VERSION => {
                 return Err(TemplateError::Foreign);
             }
             // Nothing else about it is of any matter here.
-            Err(_) => {}
-        }
-        let path = dir.join(snapshots::CONFIGURATION);
-        let configuration = std::fs::read(&path).map_err(file_error("reading", &path))?;
-        let configuration = MachineConfiguration::parse(&configuration)?;
-        configuration.check_host(host)?;
+            Err(_) => None,
+        };
+        manifest.as_ref().map(|manifest| host::check_cpu(&manifest.requires)).transpose()?;
+        let configuration = configuration_in(dir, host)?;
         let vmstate = open(snapshots::VMSTATE)?.into();
+        let delta = delta_in(dir, &configuration)?;
+        let image_dir = lineage::image_dir(dir);
         let mut files = Vec::new();
         for id in images_of(&configuration) {
             let name = IMAGE_FILES[id.index()];
-            let file = open(name)?;
+            let file = match id {
+                ImageId::Ram => open_file(&image_dir.join(name))?,
+                ImageId::RootDisk => open(name)?,
+            };
             // Reading past the end of a mapped file kills the reader, so the lengths must agree exactly.
             let found = file.metadata().map_err(file_error("reading the size of", &dir.join(name)))?.len();
             let allowed = configuration.layout.image_bytes(id);
@@ -160,8 +180,29 @@ impl Template {
             }
             files.push(file.into());
         }
-        let images = Images::Local { files };
-        Ok(Template { configuration, vmstate, images, zero_runs: Vec::new(), complete: true })
+        let trace = File::open(dir.join(snapshots::TRACE)).ok();
+        let provenance = Provenance::of_snapshot(manifest, Lineage::read(dir)?, trace);
+        let (images, zero_runs) = (Images::Local { files }, Vec::new());
+        Ok(Template { configuration, vmstate, images, zero_runs, complete: true, delta, provenance })
+    }
+
+    /// Opens the snapshot of a child in `dir`, whose base is this pack.
+    pub async fn open_on_pack(
+        dir: &Path,
+        store: Arc<Store>,
+        runtime: Handle,
+        host: KvmKind,
+    ) -> Result<Template, TemplateError> {
+        let configuration = configuration_in(dir, host)?;
+        let delta = delta_in(dir, &configuration)?;
+        let path = dir.join(snapshots::VMSTATE);
+        let vmstate = File::open(&path).map_err(file_error("opening", &path))?.into();
+        let base = Template::open_pack(store, runtime, host).await?;
+        if base.configuration.layout != configuration.layout {
+            return Err(SnapshotError::OtherMachine { dir: dir.to_owned() }.into());
+        }
+        let provenance = Provenance::of_snapshot(manifest_of(dir).ok(), Lineage::read(dir)?, None);
+        Ok(Template { configuration, vmstate, delta, provenance, ..base })
     }
 
     /// Opens a pack whose images will be filled as machines need them.
@@ -220,14 +261,16 @@ impl Template {
                 |chunk: PackChunk, data: ChunkData| hot.install_chunk(&pager, &pages, chunk.chunk, &data);
             pages.store.fetch(&[hot.first()], Priority::Demand, &install).await?;
         }
+        let provenance = Some(Provenance::of_pack(Manifest::clone(&manifest)));
         let images = Images::Lazy { pager, pages, trace, hot };
-        Ok(Template { configuration, vmstate: vmstate_file, images, zero_runs, complete: false })
+        let vmstate = vmstate_file;
+        Ok(Template { configuration, vmstate, images, zero_runs, complete: false, delta: None, provenance })
     }
 
     /// A machine whose images `pager` fills from a source of the caller's.
     pub fn served(configuration: MachineConfiguration, vmstate: OwnedFd, pager: Arc<Pager>) -> Template {
-        let images = Images::Served { pager };
-        Template { configuration, vmstate, images, zero_runs: Vec::new(), complete: false }
+        let (images, zero_runs) = (Images::Served { pager }, Vec::new());
+        Template { configuration, vmstate, images, zero_runs, complete: false, delta: None, provenance: None }
     }
 
     /// Fills the images: at once what the trace names, and after `rest_wanted` the rest; then ends all watching. Goes on
@@ -280,7 +323,12 @@ impl Template {
         self.complete = true;
     }
 
-    /// How machines of this template start; with `delta`, those that are branches of one of them.
+    /// What its machines have in place of what the image has.
+    pub fn delta(&self) -> Option<&Delta> {
+        self.delta.as_ref()
+    }
+
+    /// How machines of this template start that have `delta` in place of what the image has.
     pub fn start(&self, delta: Option<&Delta>) -> MachineStart {
         let delta_runs = delta.map_or(0, |delta| delta.runs().len());
         MachineStart::Restore { lazy: !self.complete, zero_runs: self.zero_runs.clone(), delta_runs }
@@ -363,6 +411,28 @@ impl Template {
 fn manifest_of(dir: &Path) -> Result<Manifest, Option<ManifestError>> {
     let bytes = snapshots::manifest_bytes(dir).map_err(|_| None)?;
     Manifest::parse(&bytes).map_err(Some)
+}
+
+fn open_file(path: &Path) -> Result<File, SnapshotError> {
+    File::open(path).map_err(file_error("opening", path))
+}
+
+fn configuration_in(dir: &Path, host: KvmKind) -> Result<MachineConfiguration, SnapshotError> {
+    let path = dir.join(snapshots::CONFIGURATION);
+    let configuration = std::fs::read(&path).map_err(file_error("reading", &path))?;
+    let configuration = MachineConfiguration::parse(&configuration)?;
+    configuration.check_host(host)?;
+    Ok(configuration)
+}
+
+/// What a snapshot's memory has in place of what its base's has, where it is a child's.
+fn delta_in(dir: &Path, configuration: &MachineConfiguration) -> Result<Option<Delta>, TemplateError> {
+    let path = dir.join(lineage::DELTA);
+    match File::open(&path) {
+        Ok(file) => Ok(Some(Delta::open(file.into(), configuration.layout.ram_bytes())?)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(file_error("opening", &path)(error).into()),
+    }
 }
 
 fn images_of(configuration: &MachineConfiguration) -> impl Iterator<Item = ImageId> + use<> {

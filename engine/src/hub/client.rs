@@ -34,6 +34,13 @@ pub fn preconnect(hub: Option<&str>, http: &HttpClient) {
     }
 }
 
+/// The hub that is meant when none is named may learn who we are.
+pub fn authorize_hub(http: &HttpClient) {
+    if let Ok(HubAddress::Url(url)) = HubAddress::find(None) {
+        http.authorize(url.as_str());
+    }
+}
+
 /// The hub's registry; the copy kept of it while the hub is away.
 pub async fn catalogue(
     paths: &Paths,

@@ -1,7 +1,10 @@
-//! What a fork's supervisor is told to branch, and what it says of it: on its control socket (`run_dir.rs`).
+//! What a fork's supervisor is told to branch or to take a snapshot of, and what it says of it: on its control socket
+//! (`run_dir.rs`).
 
+use crate::local::lineage::Base;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 /// What is to be branched, and how.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -38,4 +41,28 @@ pub struct BranchedChild {
     pub ready_ns: Option<u64>,
     /// Why it is over.
     pub error: Option<String>,
+}
+
+/// A snapshot of a child that is to be taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SnapshotRequest {
+    /// The child.
+    pub child: String,
+    /// What the snapshot will be called.
+    pub tag: String,
+    /// The empty directory that its files go into.
+    pub into: PathBuf,
+}
+
+/// A snapshot of a child that was taken.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TakenSnapshot {
+    /// How long the child stood still, ms.
+    pub pause_ms: f64,
+    /// Memory that it has in place of what the image has, bytes.
+    pub copied_bytes: u64,
+    /// In how many ranges that lies.
+    pub ranges: u64,
+    /// What it is a difference from; `None` where all of it is stored.
+    pub base: Option<Base>,
 }

@@ -2,10 +2,12 @@
 
 pub mod branches;
 pub mod host;
+pub mod lineage;
 pub mod mounts;
 pub mod paths;
 pub mod run_dir;
 pub mod snapshot_list;
 pub mod snapshots;
+pub mod whole_memory;
 pub mod work_dir;
 pub mod workspace;

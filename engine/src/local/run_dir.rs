@@ -15,7 +15,7 @@ mod fork_dir;
 
 pub use fork_dir::ForkDir;
 
-use crate::local::branches::{BranchRequest, Branched};
+use crate::local::branches::{BranchRequest, Branched, SnapshotRequest, TakenSnapshot};
 use crate::local::paths::{Paths, PathsError};
 use crate::network::wire::{GatewayStatus, NetworkStatus};
 use forkd_vmm::cgroup::CgroupError;
@@ -129,11 +129,14 @@ pub struct PublishedPort {
 pub struct ForkStatus {
     /// What was forked.
     pub pack: String,
+    /// What that was then: owner/name@version for a package of the hub, otherwise the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forked_from: Option<String>,
     /// Bytes fetched of the pack.
     pub bytes_fetched: u64,
     /// Size of the pack.
     pub bytes_total: u64,
-    /// Its children.
+    /// Its children. Of branches those that live, and those that such were branched from.
     pub children: Vec<ChildStatus>,
 }
 
@@ -146,6 +149,7 @@ enum Query {
     Resume(Option<String>),
     Gateway(String),
     Branch(BranchRequest),
+    Snapshot(SnapshotRequest),
 }
 
 /// The answer to a query of a later forkd.
@@ -165,6 +169,8 @@ pub trait ForkControl {
     fn gateway(&self, child: &str) -> Option<GatewayStatus>;
     /// Branches a child, or says why not.
     fn branch(&self, request: &BranchRequest) -> Result<Branched, String>;
+    /// Takes a snapshot of a child, or says why not.
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, String>;
 }
 
 /// A run directory cannot be used.
@@ -305,6 +311,20 @@ impl RunDir {
         }
     }
 
+    /// Removes what is kept of a branch that is over. The console stays of one that failed.
+    pub fn forget(&self, branch: &str, failed: bool) {
+        self.note_paused(branch, false);
+        let console = (!failed).then(|| self.console(branch));
+        for path in std::iter::once(self.socket(branch)).chain(console) {
+            match fs::remove_file(&path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    tracing::warn!(path = %path.display(), %error, "what a branch leaves is left");
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// Notes where the children's cgroups are, for whoever cleans up after a killed fork.
     pub fn note_cgroups(&self, parent: &Path) -> Result<(), RunDirError> {
         let path = self.path.join(CGROUPS);
@@ -338,14 +358,14 @@ impl RunDir {
             Ok(Ok(Query::Resume(id))) => serde_json::to_string(&fork.resume(id.as_deref())),
             Ok(Ok(Query::Gateway(id))) => serde_json::to_string(&fork.gateway(&id)),
             Ok(Ok(Query::Branch(request))) => {
-                // It takes its time, in which others have to be answered.
-                let fork = Arc::clone(fork);
-                let answering =
-                    std::thread::Builder::new().spawn(move || answer_branch(&mut stream, &*fork, &request));
-                if let Err(error) = answering {
-                    tracing::warn!(%error, "there is no thread to branch a child");
-                }
-                return;
+                return answer_later(fork, move |fork| answer_branch(&mut stream, fork, &request));
+            }
+            Ok(Ok(Query::Snapshot(request))) => {
+                return answer_later(fork, move |fork| {
+                    // Whoever asked publishes it, or nobody does.
+                    let taken = serde_json::to_string(&fork.snapshot(&request));
+                    drop(taken.map(|answer| writeln!(stream, "{answer}")));
+                });
             }
             Ok(Err(_)) => Ok(UNKNOWN_QUERY.to_owned()),
             Err(_) => return,
@@ -369,6 +389,17 @@ impl RunDir {
 impl Drop for RunDir {
     fn drop(&mut self) {
         self.remove();
+    }
+}
+
+/// Answers what takes its time, in which others have to be answered.
+fn answer_later<F: ForkControl + Send + Sync + 'static>(
+    fork: &Arc<F>,
+    answer: impl FnOnce(&F) + Send + 'static,
+) {
+    let fork = Arc::clone(fork);
+    if let Err(error) = std::thread::Builder::new().spawn(move || answer(&fork)) {
+        tracing::warn!(%error, "there is no thread to branch a child");
     }
 }
 

@@ -7,7 +7,7 @@ struct Fork;
 impl ForkControl for Fork {
     fn status(&self) -> ForkStatus {
         let (pack, children) = ("p".to_owned(), Vec::new());
-        ForkStatus { pack, bytes_fetched: 1, bytes_total: 2, children }
+        ForkStatus { pack, forked_from: None, bytes_fetched: 1, bytes_total: 2, children }
     }
 
     fn kill(&self, child: Option<&str>) -> usize {
@@ -29,6 +29,10 @@ impl ForkControl for Fork {
     fn branch(&self, request: &BranchRequest) -> Result<Branched, String> {
         Err(format!("{} is not there", request.child))
     }
+
+    fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, String> {
+        Err(format!("{} cannot be written", request.into.display()))
+    }
 }
 
 fn paths(dir: &Path) -> Paths {
@@ -45,7 +49,7 @@ fn a_fork_answers_while_it_lives_and_is_removed_when_dead() {
     File::create(run.socket(&id)).unwrap();
     let fork = ForkDir::of_child(&paths, &id).unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(|| (0..7).for_each(|_| run.answer(listener.accept().unwrap().0, &Arc::new(Fork))));
+        scope.spawn(|| (0..8).for_each(|_| run.answer(listener.accept().unwrap().0, &Arc::new(Fork))));
         assert_eq!(fork.status().unwrap().pack, "p");
         assert_eq!(fork.kill(Some("abc")).unwrap(), 3);
         assert_eq!((fork.pause(None).unwrap(), fork.pause(Some("ab")).unwrap()), (10, 2));
@@ -57,6 +61,9 @@ fn a_fork_answers_while_it_lives_and_is_removed_when_dead() {
             matches!(&refused, RunDirError::Refused { error } if error == "abc is not there"),
             "{refused:?}"
         );
+        let (child, tag, into) = ("abc".to_owned(), "t".to_owned(), "/nowhere".into());
+        let refused = fork.snapshot(&SnapshotRequest { child, tag, into }).unwrap_err();
+        assert_eq!(refused.to_string(), "/nowhere cannot be written");
     });
     assert!(!fork.remove_if_dead().unwrap());
     drop((run, listener));

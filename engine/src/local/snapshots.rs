@@ -11,6 +11,8 @@
 //! | `rootfs.erofs` | root disk |
 //! | `.console` | what its machine printed while it was built; not in packs, as all names that start with a dot |
 //!
+//! A snapshot of a child has a difference in place of `memory.bin` (`lineage.rs`).
+//!
 //! A snapshot comes into being in a temporary directory beside its final place and is renamed, so a tag is either
 //! whole or absent.
 
@@ -100,6 +102,29 @@ pub enum SnapshotError {
     Format {
         /// Its format.
         found: u32,
+    },
+    /// `.lineage.json` cannot be read.
+    #[error("{} does not say what the snapshot is based on", path.display())]
+    Lineage {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// `.lineage.json` is of another version.
+    #[error("{} has format {found}, which this forkd does not read", path.display())]
+    LineageFormat {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+    /// Its base has a machine of other sizes.
+    #[error("the base of {} is of another machine", dir.display())]
+    OtherMachine {
+        /// The snapshot.
+        dir: PathBuf,
     },
     /// Impossible sizes.
     #[error("snapshot.json describes an impossible machine")]

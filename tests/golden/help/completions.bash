@@ -34,9 +34,6 @@ _forkd() {
             forkd,cp)
                 cmd="forkd__subcmd__cp"
                 ;;
-            forkd,diff)
-                cmd="forkd__subcmd__diff"
-                ;;
             forkd,doctor)
                 cmd="forkd__subcmd__doctor"
                 ;;
@@ -112,6 +109,9 @@ _forkd() {
             forkd,trace)
                 cmd="forkd__subcmd__trace"
                 ;;
+            forkd,tree)
+                cmd="forkd__subcmd__tree"
+                ;;
             forkd,umount)
                 cmd="forkd__subcmd__umount"
                 ;;
@@ -155,7 +155,7 @@ _forkd() {
 
     case "${cmd}" in
         forkd)
-            opts="-v -h -V --json --verbose --help --version doctor kernel build recipe snapshot snapshots rmi pack unpack repack trace inspect diff hub pull images mount umount cache fork branch warm ps exec shell cp eval net forward pause resume logs kill cleanup completions"
+            opts="-v -h -V --json --verbose --help --version doctor kernel build recipe snapshot snapshots rmi pack unpack repack trace inspect hub pull images mount umount cache fork branch warm ps tree exec shell cp eval net forward pause resume logs kill cleanup completions"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -323,36 +323,6 @@ _forkd() {
                 return 0
             fi
             case "${prev}" in
-                *)
-                    COMPREPLY=()
-                    ;;
-            esac
-            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-            return 0
-            ;;
-        forkd__subcmd__diff)
-            opts="-v -h --svg --hub --cache-size --cache-reserve --json --verbose --help"
-            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
-                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
-                return 0
-            fi
-            case "${prev}" in
-                --svg)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --hub)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --cache-size)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --cache-reserve)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -821,7 +791,7 @@ _forkd() {
             return 0
             ;;
         forkd__subcmd__pack)
-            opts="-v -h --tag --out --description --base-image --chunk --level --force --delta --base --hub --cache-size --cache-reserve --json --verbose --help"
+            opts="-v -h --tag --out --description --base-image --chunk --level --force --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -848,22 +818,6 @@ _forkd() {
                     return 0
                     ;;
                 --level)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --base)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --hub)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --cache-size)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --cache-reserve)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1061,13 +1015,17 @@ _forkd() {
             return 0
             ;;
         forkd__subcmd__snapshot)
-            opts="-v -h --tag --kernel --initrd --rootfs --mem-size-mib --memory --vcpus --scratch --second-console --warm --force --json --verbose --help"
+            opts="-v -h --tag --child --kernel --initrd --rootfs --mem-size-mib --memory --vcpus --scratch --second-console --warm --force --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --tag)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --child)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1174,6 +1132,20 @@ _forkd() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        forkd__subcmd__tree)
+            opts="-v -h --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         forkd__subcmd__umount)
             opts="-v -h --lazy --watch --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
@@ -1189,25 +1161,13 @@ _forkd() {
             return 0
             ;;
         forkd__subcmd__unpack)
-            opts="-v -h --tag --force --hub --cache-size --cache-reserve --json --verbose --help"
+            opts="-v -h --tag --force --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --tag)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --hub)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --cache-size)
-                    COMPREPLY=($(compgen -f "${cur}"))
-                    return 0
-                    ;;
-                --cache-reserve)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

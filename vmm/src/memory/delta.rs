@@ -3,19 +3,25 @@
 //!
 //! ```text
 //! 0              RAM, only the ranges stored
-//! bytes of RAM   start and end of each range, u64, native order: the file never leaves this host
+//! bytes of RAM   start and end of each range, u64, little-endian
 //! ```
+//! The file is in memory, or on disk as a part of a snapshot: then it ends with the table.
 
 use super::{Mapping, MemoryError, PAGE_BYTES, Sharing, add_run, create_image};
 use crate::sys;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::FallocateFlags;
+use std::fs::File;
+use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 
 /// Most ranges: each is a mapping of the branch, of which a process may have 65530 (`vm.max_map_count`).
 pub const DELTA_RUNS_MAX: usize = 60_000;
 /// Bytes of a range in the table.
 const RUN_BYTES: usize = 16;
+/// Most bytes that are copied at once.
+const PIECE: usize = 1 << 20;
 
 /// See the module's description. Nobody changes it any more.
 #[derive(Debug)]
@@ -35,11 +41,49 @@ impl Delta {
         let fits = |run: &Range<u64>| {
             run.start < run.end && run.end <= ram_bytes && (run.start | run.end).is_multiple_of(PAGE_BYTES)
         };
-        if read == table.len() && runs.iter().all(fits) {
+        let sorted = runs.windows(2).all(|pair| pair[0].end < pair[1].start);
+        if read == table.len() && runs.iter().all(fits) && sorted {
             Ok(Delta { file, runs })
         } else {
             Err(MemoryError::Delta)
         }
+    }
+
+    /// As [`Delta::write_to`] has written it for RAM of `ram_bytes`.
+    pub fn open(file: OwnedFd, ram_bytes: u64) -> Result<Delta, MemoryError> {
+        let length = rustix::fs::fstat(&file).map_err(MemoryError::ReadDelta)?.st_size as u64;
+        let table = length.checked_sub(ram_bytes).ok_or(MemoryError::Delta)?;
+        let runs = usize::try_from(table / RUN_BYTES as u64).map_err(|_| MemoryError::Delta)?;
+        match runs <= DELTA_RUNS_MAX && table.is_multiple_of(RUN_BYTES as u64) {
+            true => Delta::from_file(file, ram_bytes, runs),
+            false => Err(MemoryError::Delta),
+        }
+    }
+
+    /// Writes it into an empty file, in which everything else is a hole. `written` hears of the bytes of each part.
+    pub fn write_to(&self, file: &File, ram_bytes: u64, written: &dyn Fn(u64)) -> io::Result<()> {
+        let mut buffer = vec![0; PIECE];
+        for run in &self.runs {
+            let mut at = run.start;
+            while at < run.end {
+                let piece = &mut buffer[..(run.end - at).min(PIECE as u64) as usize];
+                let read = rustix::io::pread(&self.file, &mut *piece, at)?;
+                if read == 0 {
+                    return Err(io::ErrorKind::UnexpectedEof.into());
+                }
+                file.write_all_at(&piece[..read], at)?;
+                at += read as u64;
+                written(read as u64);
+            }
+        }
+        // Also where there are no ranges: the length tells how many there are.
+        file.set_len(ram_bytes)?;
+        file.write_all_at(&table_of(&self.runs), ram_bytes)
+    }
+
+    /// The same ranges in a file in memory.
+    pub fn to_memory(&self, ram_bytes: u64) -> Result<Delta, MemoryError> {
+        DeltaDraft::new(ram_bytes, Some(self))?.finish(Vec::new())
     }
 
     /// Maps its ranges over those of a private mapping of the image, so that writes stay in that mapping.
@@ -116,13 +160,16 @@ impl<'a> DeltaDraft<'a> {
         if runs.len() > DELTA_RUNS_MAX {
             return Err(MemoryError::Scattered { runs: runs.len() });
         }
-        let table: Vec<u8> =
-            runs.iter().flat_map(|run| [run.start.to_le_bytes(), run.end.to_le_bytes()].concat()).collect();
+        let table = table_of(&runs);
         let bytes = ram.bytes();
         drop(ram);
         let written = rustix::io::pwrite(&file, &table, bytes).map_err(MemoryError::ReadDelta)?;
         if written < table.len() { Err(MemoryError::Delta) } else { Ok(Delta { file, runs }) }
     }
+}
+
+fn table_of(runs: &[Range<u64>]) -> Vec<u8> {
+    runs.iter().flat_map(|run| [run.start.to_le_bytes(), run.end.to_le_bytes()].concat()).collect()
 }
 
 /// Ranges in any order as sorted ones that do not touch.
@@ -164,7 +211,7 @@ fn intersection(some: &[Range<u64>], other: &[Range<u64>]) -> Vec<Range<u64>> {
 }
 
 fn copy_run(from: BorrowedFd<'_>, to: &OwnedFd, run: &Range<u64>) -> Result<(), MemoryError> {
-    let mut buffer = vec![0; (run.end - run.start).min(1 << 20) as usize];
+    let mut buffer = vec![0; (run.end - run.start).min(PIECE as u64) as usize];
     let mut at = run.start;
     while at < run.end {
         let length = (run.end - at).min(buffer.len() as u64) as usize;
@@ -261,6 +308,8 @@ mod tests {
             rustix::io::pwrite(&file, &table, 4 * PAGE).unwrap();
             file
         };
+        let twice = file(&[2 * PAGE, 3 * PAGE, 0, PAGE]);
+        assert!(matches!(Delta::from_file(twice, 4 * PAGE, 2), Err(MemoryError::Delta)), "not sorted");
         for runs in [[0, 5 * PAGE], [PAGE, PAGE], [2 * PAGE, PAGE], [1, PAGE], [u64::MAX - 4095, 0]] {
             assert!(
                 matches!(Delta::from_file(file(&runs), 4 * PAGE, 1), Err(MemoryError::Delta)),
@@ -269,6 +318,36 @@ mod tests {
         }
         assert!(Delta::from_file(file(&[0, PAGE]), 4 * PAGE, 1).is_ok());
         assert!(matches!(Delta::from_file(file(&[]), 4 * PAGE, usize::MAX), Err(MemoryError::Delta)));
+    }
+
+    #[test]
+    fn a_delta_on_disk_is_the_same_and_as_small() {
+        let image = image(&[1; 64]);
+        let parent = Mapping::of_file(&image, 64 * PAGE, Sharing::Private).unwrap();
+        write(&parent, 40, 20);
+        write(&parent, 63, 30);
+        let own = vec![40 * PAGE..41 * PAGE, 63 * PAGE..64 * PAGE];
+        let mut draft = DeltaDraft::new(64 * PAGE, None).unwrap();
+        draft.copy(std::process::id() as i32, parent.address(), &own).unwrap();
+        let delta = draft.finish(own.clone()).unwrap();
+        let (file, written) = (tempfile::tempfile().unwrap(), std::cell::Cell::new(0));
+        delta.write_to(&file, 64 * PAGE, &|bytes| written.set(written.get() + bytes)).unwrap();
+        let stored = std::os::unix::fs::MetadataExt::blocks(&file.metadata().unwrap()) * 512;
+        assert!(written.get() == 2 * PAGE && stored <= 4 * PAGE, "{} {stored}", written.get());
+        let again = Delta::open(file.try_clone().unwrap().into(), 64 * PAGE).unwrap();
+        for delta in [again.to_memory(64 * PAGE).unwrap(), again] {
+            let branch = Mapping::of_file(&image, 64 * PAGE, Sharing::Private).unwrap();
+            delta.overlay(&branch).unwrap();
+            let bytes = first_bytes(&branch);
+            assert_eq!((delta.runs(), bytes[39], bytes[40], bytes[63]), (&own[..], 1, 20, 30));
+        }
+        for cut in [64 * PAGE + 16, 64 * PAGE + 31, 64 * PAGE - 1] {
+            file.set_len(cut).unwrap();
+            let opened = Delta::open(file.try_clone().unwrap().into(), 64 * PAGE);
+            assert_eq!(opened.is_ok(), cut == 64 * PAGE + 16, "{cut}");
+        }
+        file.set_len(64 * PAGE + 16 * (DELTA_RUNS_MAX as u64 + 1)).unwrap();
+        assert!(matches!(Delta::open(file.into(), 64 * PAGE), Err(MemoryError::Delta)));
     }
 
     #[test]

@@ -1,7 +1,8 @@
-//! Why a child cannot be branched.
+//! Why a child cannot be branched, or a snapshot of it be taken.
 
 use super::error::StartError;
 use crate::fork::agent::ClientError;
+use crate::fork::template::SaveChildError;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::memory::MemoryError;
 use std::io;
@@ -40,7 +41,7 @@ pub enum BranchError {
         id: String,
     },
     /// It has a disk.
-    #[error("{id} has a scratch disk, which branches cannot have a copy of")]
+    #[error("{id} has a scratch disk, which cannot be copied with it")]
     Scratch {
         /// Its name.
         id: String,
@@ -87,6 +88,9 @@ pub enum BranchError {
         #[source]
         source: ChannelError,
     },
+    /// The snapshot cannot be written.
+    #[error(transparent)]
+    Save(#[from] SaveChildError),
     /// The branches cannot be started.
     #[error(transparent)]
     Start(#[from] StartError),

@@ -11,12 +11,13 @@ use super::{Child, Milestone, Supervisor, spawn_thread};
 use crate::chain::chain;
 use crate::fork::agent::AgentClient;
 use crate::fork::pagemap::{self, ImageMapping};
-use crate::fork::template::Template;
-use crate::local::branches::{BranchRequest, Branched, BranchedChild};
+use crate::fork::template::{SavedChild, Template};
+use crate::local::branches::{BranchRequest, Branched, BranchedChild, SnapshotRequest, TakenSnapshot};
 use crate::local::run_dir::ChildState;
 use forkd_vmm::memory::{DeltaDraft, ImageId};
 use forkd_vmm::process::{MachineOrder, MachineProcess, monotonic_ns};
 use forkd_vmm::uffd::{Uffd, UffdError};
+use rustix::fd::AsFd;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -58,6 +59,16 @@ impl Supervisor {
         Ok(Branched { pause_ms, copied_bytes, ranges, branches })
     }
 
+    /// Takes a snapshot of a child, whose files lie in the request's directory when this returns.
+    pub fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, BranchError> {
+        let parent = self.parent(&request.child)?;
+        let (frozen, pause_ms) = self.freeze(&parent)?;
+        let (copied_bytes, ranges) = (frozen.delta.bytes(), frozen.delta.runs().len() as u64);
+        let saved = SavedChild { child: &parent.id, vmstate: frozen.vmstate.as_fd(), delta: &frozen.delta };
+        let base = self.template.save_child(saved, &request.tag, &request.into)?;
+        Ok(TakenSnapshot { pause_ms, copied_bytes, ranges, base })
+    }
+
     fn parent(&self, id: &str) -> Result<Parent, BranchError> {
         let id = id.to_owned();
         if self.template.configuration().scratch_mib > 0 {
@@ -91,7 +102,8 @@ impl Supervisor {
         let ram = pagemap::image_mapping(pid, ImageId::Ram, Template::image_name(ImageId::Ram));
         let ram = ram.map_err(pages)?;
         let own = OwnPages::open(pid, ram.address, ram_bytes).map_err(pages)?;
-        let mut draft = DeltaDraft::new(ram_bytes, parent.base.as_ref().map(|base| &base.delta))?;
+        let base = parent.base.as_ref().map(|base| &base.delta).or(self.template.delta());
+        let mut draft = DeltaDraft::new(ram_bytes, base)?;
         // What it does not write to until it stops need not be copied while it stands still.
         let tracked = parent.uffd.as_ref().and_then(|uffd| {
             self.track_writes(uffd, &ram, ram_bytes).inspect_err(|error| untracked(error)).ok()?;

@@ -199,6 +199,9 @@ impl Supervisor {
             child.error.get_or_insert(why);
             child.state = ChildState::Failed;
         }
+        if child.parent.is_some() {
+            self.run_dir.forget(&child.id, child.state == ChildState::Failed);
+        }
         self.tell(at);
     }
 

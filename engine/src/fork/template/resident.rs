@@ -1,9 +1,10 @@
 //! A template whose images are whole and in memory, on its way from one process to another.
 
+use super::provenance::{Provenance, ResidentProvenance};
 use super::{Images, Template, TemplateError, images_of};
 use crate::local::snapshots::{MachineConfiguration, SnapshotError, file_error};
 use forkd_vmm::kvm::KvmKind;
-use forkd_vmm::memory::{PAGE_BYTES, create_image, longest_runs};
+use forkd_vmm::memory::{Delta, MemoryError, PAGE_BYTES, create_image, longest_runs};
 use rustix::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
@@ -21,6 +22,12 @@ pub struct ResidentTemplate {
     configuration: MachineConfiguration,
     /// Per image, ranges (start and end, bytes) known to be zero.
     zero_runs: Vec<Vec<(u64, u64)>>,
+    /// Of a child's snapshot: how many ranges its memory has in place of what the image has. Their file comes after the images.
+    #[serde(default)]
+    delta_runs: Option<usize>,
+    /// What snapshots of its children are based on. Its images on disk come last, if it has such.
+    #[serde(default)]
+    provenance: Option<ResidentProvenance>,
 }
 
 /// What another process sent is not a machine that can be forked here.
@@ -50,6 +57,9 @@ pub enum ResidentError {
         /// What the configuration says, bytes.
         wanted: u64,
     },
+    /// What it has in place of what the image has.
+    #[error("what differs of its memory cannot be used")]
+    Delta(#[from] MemoryError),
     /// Ranges of zeros that no image of it has.
     #[error("its ranges of zeros are not whole pages of its images")]
     ZeroRuns,
@@ -65,8 +75,12 @@ impl Template {
                 let memory = create_image(id.file_name(), bytes)?;
                 let failed = file_error("loading", Path::new(Template::image_name(id)));
                 self.zero_runs.push(copy_data(file, &memory, bytes).map_err(|errno| failed(errno.into()))?);
-                *file = memory;
+                let on_disk = std::mem::replace(file, memory);
+                self.provenance.get_or_insert_default().keep_on_disk(on_disk);
             }
+        }
+        if let Some(delta) = &self.delta {
+            self.delta = Some(delta.to_memory(self.configuration.layout.ram_bytes())?);
         }
         Ok(self)
     }
@@ -80,19 +94,27 @@ impl Template {
 
     /// What another process needs to fork from this template: descriptors that nobody can write through.
     pub fn resident(&self) -> io::Result<(ResidentTemplate, Vec<OwnedFd>)> {
-        let resident =
-            ResidentTemplate { configuration: self.configuration, zero_runs: self.zero_runs.clone() };
+        let (provenance, on_disk) = self.resident_provenance().unzip();
+        let resident = ResidentTemplate {
+            configuration: self.configuration,
+            zero_runs: self.zero_runs.clone(),
+            delta_runs: self.delta().map(|delta| delta.runs().len()),
+            provenance,
+        };
         let read_only = |file: BorrowedFd<'_>| {
             let path = format!("/proc/self/fd/{}", file.as_raw_fd());
             Ok(OwnedFd::from(File::open(path)?))
         };
-        let files = std::iter::once(self.vmstate()).chain(self.images()).map(read_only);
+        let on_disk = on_disk.into_iter().flatten().map(AsFd::as_fd);
+        let mapped =
+            std::iter::once(self.vmstate()).chain(self.images()).chain(self.delta().map(Delta::file));
+        let files = mapped.chain(on_disk).map(read_only);
         Ok((resident, files.collect::<io::Result<_>>()?))
     }
 
     /// A template that another process of this user holds, which may be of another version, for a host of the kind `host`.
     pub fn from_resident(
-        ResidentTemplate { configuration, zero_runs }: ResidentTemplate,
+        ResidentTemplate { configuration, zero_runs, delta_runs, provenance }: ResidentTemplate,
         mut files: Vec<OwnedFd>,
         host: KvmKind,
     ) -> Result<Template, ResidentError> {
@@ -101,9 +123,17 @@ impl Template {
         let ids: Vec<_> = images_of(&configuration).collect();
         let found = files.len();
         // The machine's state comes first.
-        if found != ids.len() + 1 {
-            return Err(ResidentError::Files { found, wanted: ids.len() + 1 });
+        let (first, mapped) = (1 + ids.len(), 1 + ids.len() + usize::from(delta_runs.is_some()));
+        if found != mapped && (provenance.is_none() || found != mapped + ids.len()) {
+            return Err(ResidentError::Files { found, wanted: mapped });
         }
+        let provenance = provenance.map(|said| Provenance::of_resident(said, files.split_off(mapped)));
+        let delta = files
+            .drain(first..)
+            .next()
+            .zip(delta_runs)
+            .map(|(file, runs)| Delta::from_file(file, configuration.layout.ram_bytes(), runs));
+        let delta = delta.transpose()?;
         let vmstate = files.remove(0);
         for (id, file) in ids.iter().zip(&files) {
             let (file, name) =
@@ -126,8 +156,8 @@ impl Template {
                 return Err(ResidentError::ZeroRuns);
             }
         }
-        let images = Images::Local { files };
-        Ok(Template { configuration, vmstate, images, zero_runs, complete: true })
+        let (images, complete) = (Images::Local { files }, true);
+        Ok(Template { configuration, vmstate, images, zero_runs, complete, delta, provenance })
     }
 }
 
@@ -174,7 +204,12 @@ pub(crate) fn empty_template() -> Template {
     let configuration = MachineConfiguration::new(layout, 1, KvmKind::Pvm, 0);
     let ram = layout.image_bytes(forkd_vmm::memory::ImageId::Ram);
     let files = [100, ram].map(|bytes| create_image("empty", bytes).unwrap()).into();
-    let resident = ResidentTemplate { configuration, zero_runs: vec![vec![(0, ram)]] };
+    let resident = ResidentTemplate {
+        configuration,
+        zero_runs: vec![vec![(0, ram)]],
+        delta_runs: None,
+        provenance: None,
+    };
     Template::from_resident(resident, files, KvmKind::Pvm).unwrap()
 }
 
@@ -228,7 +263,12 @@ mod tests {
         let ram = layout.image_bytes(ImageId::Ram);
         let take = |configuration, runs: &[Vec<(u64, u64)>], bytes: &[u64], host| {
             let files = bytes.iter().map(|bytes| create_image("file", *bytes).unwrap()).collect();
-            let resident = ResidentTemplate { configuration, zero_runs: runs.to_vec() };
+            let resident = ResidentTemplate {
+                configuration,
+                zero_runs: runs.to_vec(),
+                delta_runs: None,
+                provenance: None,
+            };
             Template::from_resident(resident, files, host).map(|_| ())
         };
         let of_files = |runs: &[Vec<(u64, u64)>], bytes: &[u64]| take(good, runs, bytes, KvmKind::Pvm);

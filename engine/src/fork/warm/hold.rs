@@ -2,14 +2,13 @@
 
 use super::{WarmError, WarmKeyError, WarmSocket, WarmStatus};
 use crate::chain::chain;
-use crate::fork::opening::{download, open_pack};
+use crate::fork::opening::{OpenedSnapshot, download, open_pack, open_snapshot};
 use crate::fork::template::{Template, TemplateError};
 use crate::local::paths::Paths;
 use crate::progress::Progress;
 use crate::target::{OpenOptions, OpenedTarget, Origin, Target, TargetError};
 use forkd_fs::cache::CacheOptions;
 use forkd_fs::store::ReadError;
-use forkd_vmm::kvm::KvmKind;
 use tokio::runtime::Handle;
 
 /// An image cannot be kept in memory, or let go of.
@@ -75,30 +74,33 @@ pub fn load(
     paths: &Paths,
     target: &Target,
     name: &str,
-    cache: CacheOptions,
+    limits: CacheOptions,
     runtime: &Handle,
     progress: &dyn Progress,
 ) -> Result<LoadedImage, HoldError> {
-    let options = OpenOptions { cache, observer: None };
+    let options = OpenOptions { cache: limits, observer: None };
     let OpenedTarget { resolved, origin, cache } =
         runtime.block_on(target.open(paths, name, options, |_| {}))?;
     let failed = |source| HoldError::Template { name: name.to_owned(), source: Box::new(source) };
-    let template = match origin {
-        Origin::Directory(snapshot) => Template::open_local(&snapshot.path(), KvmKind::detect())
-            .and_then(Template::into_memory)
-            .map_err(failed)?,
-        Origin::Pack(store) => {
-            let mut template = open_pack(runtime, store).map_err(failed)?;
-            let not_read = |source| HoldError::Download { name: name.to_owned(), source: Box::new(source) };
-            if !download(runtime, &mut template, "loading", progress).map_err(not_read)? {
-                return Err(HoldError::Incomplete { name: name.to_owned() });
-            }
-            template
+    let (mut template, cache) = match origin {
+        Origin::Directory(snapshot) => {
+            let options = OpenOptions { cache: limits, observer: None };
+            let opened = open_snapshot(paths, &snapshot.path(), options, || Ok(runtime.clone()));
+            let OpenedSnapshot { template, cache } = opened.map_err(failed)?;
+            (template.into_memory().map_err(failed)?, cache)
         }
+        Origin::Pack(store) => (open_pack(runtime, store).map_err(failed)?, cache),
     };
+    let not_read = |source| HoldError::Download { name: name.to_owned(), source: Box::new(source) };
+    if template.pager().is_some()
+        && !download(runtime, &mut template, "loading", progress).map_err(not_read)?
+    {
+        return Err(HoldError::Incomplete { name: name.to_owned() });
+    }
     if let Some(cache) = cache {
         cache.flush();
     }
+    let template = template.called(&resolved);
     Ok(LoadedImage { resolved, template })
 }
 

@@ -4,7 +4,7 @@ use super::{
     ANSWER_TIMEOUT, BRANCH_TIMEOUT, CGROUPS, CONTROL, ForkStatus, LOCK, MESSAGE_MAX, PAUSED, Query,
     RunDirError, UNBORN_AGE, UNBORN_PREFIX, UNKNOWN_QUERY, WORKSPACE_PARENT, file_error,
 };
-use crate::local::branches::{BranchRequest, Branched};
+use crate::local::branches::{BranchRequest, Branched, SnapshotRequest, TakenSnapshot};
 use crate::local::paths::Paths;
 use crate::network::wire::GatewayStatus;
 use forkd_vmm::cgroup;
@@ -15,7 +15,12 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+/// How long a supervisor may take to die once its connections are closed.
+const DYING: Duration = Duration::from_millis(200);
+/// Pause between two looks at whether it has.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// A fork's directory, seen from another process.
 #[derive(Debug, Clone)]
@@ -111,6 +116,18 @@ impl ForkDir {
         }
     }
 
+    /// The same, where it may be dying: its connections are closed a moment before its lock.
+    fn lives_on(&self) -> bool {
+        let until = Instant::now() + DYING;
+        while self.is_alive() {
+            if Instant::now() > until {
+                return true;
+            }
+            std::thread::sleep(LOOK);
+        }
+        false
+    }
+
     /// Asks its supervisor how it is.
     pub fn status(&self) -> Result<ForkStatus, RunDirError> {
         self.ask(&Query::Status)
@@ -143,6 +160,13 @@ impl ForkDir {
         answer.map_err(|error| RunDirError::Refused { error })
     }
 
+    /// Has its supervisor take a snapshot of a child.
+    pub fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, RunDirError> {
+        let answer: Result<TakenSnapshot, String> =
+            self.known(self.ask_within(&Query::Snapshot(request.clone()), BRANCH_TIMEOUT))?;
+        answer.map_err(|error| RunDirError::Refused { error })
+    }
+
     /// Asks what forkd has not always known: one that does not know it closes the connection.
     fn ask_new<T: serde::de::DeserializeOwned>(&self, query: &Query) -> Result<T, RunDirError> {
         self.known(self.ask(query))
@@ -151,7 +175,7 @@ impl ForkDir {
     fn known<T>(&self, answer: Result<T, RunDirError>) -> Result<T, RunDirError> {
         match answer {
             // What builds machines listens to nobody.
-            Err(RunDirError::Dead { fork }) if self.path.join(CONTROL).exists() && self.is_alive() => {
+            Err(RunDirError::Dead { fork }) if self.path.join(CONTROL).exists() && self.lives_on() => {
                 Err(RunDirError::OtherVersion { fork })
             }
             answer => answer,

@@ -1,0 +1,91 @@
+//! The whole memory of a machine in one sparse file: its image, and over it what differs.
+
+use forkd_vmm::memory::Delta;
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// Most bytes that are copied at once.
+const PIECE: u64 = 1 << 20;
+
+/// Writes `bytes` of memory into an empty file. `written` hears of the bytes of each part that is not a hole.
+pub fn write(
+    image: &File,
+    delta: Option<&Delta>,
+    bytes: u64,
+    to: &File,
+    written: &dyn Fn(u64),
+) -> io::Result<()> {
+    to.set_len(bytes)?;
+    copy_data(image, to, bytes, written)?;
+    let Some(delta) = delta else { return Ok(()) };
+    let file = delta.file().try_clone_to_owned()?.into();
+    delta.runs().iter().try_for_each(|run| copy_range(&file, to, run.start, run.end, written))
+}
+
+/// Copies what the first `bytes` of a sparse file store, to the same places.
+pub fn copy_data(from: &File, to: &File, bytes: u64, written: &dyn Fn(u64)) -> io::Result<()> {
+    let mut at = 0;
+    while at < bytes {
+        let start = match rustix::fs::seek(from, SeekFrom::Data(at)) {
+            Ok(start) if start < bytes => start,
+            // No more data.
+            Ok(_) | Err(Errno::NXIO) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        };
+        at = rustix::fs::seek(from, SeekFrom::Hole(start))?.min(bytes);
+        copy_range(from, to, start, at, written)?;
+    }
+    Ok(())
+}
+
+fn copy_range(from: &File, to: &File, start: u64, end: u64, written: &dyn Fn(u64)) -> io::Result<()> {
+    let mut buffer = vec![0; (end - start).min(PIECE) as usize];
+    let mut at = start;
+    while at < end {
+        let piece = &mut buffer[..(end - at).min(PIECE) as usize];
+        from.read_exact_at(piece, at)?;
+        to.write_all_at(piece, at)?;
+        at += piece.len() as u64;
+        written(piece.len() as u64);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use forkd_vmm::memory::PAGE_BYTES as PAGE;
+    use std::os::unix::fs::MetadataExt;
+
+    #[test]
+    fn what_differs_lies_over_the_image_and_holes_stay_holes() {
+        let file = |pages: &[(u64, u8)]| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(512 * PAGE).unwrap();
+            for (page, byte) in pages {
+                file.write_all_at(&[*byte; PAGE as usize], page * PAGE).unwrap();
+            }
+            file
+        };
+        let image = file(&[(1, 1), (2, 2), (500, 3)]);
+        let differs = file(&[(2, 20), (300, 30)]);
+        let table = [2, 3, 300, 301].map(|page: u64| (page * PAGE).to_le_bytes()).concat();
+        differs.write_all_at(&table, 512 * PAGE).unwrap();
+        let delta = Delta::open(differs.into(), 512 * PAGE).unwrap();
+        let (whole, done) = (tempfile::tempfile().unwrap(), std::cell::Cell::new(0));
+        write(&image, Some(&delta), 512 * PAGE, &whole, &|bytes| done.set(done.get() + bytes)).unwrap();
+        let mut bytes = vec![0; 512 * PAGE as usize];
+        whole.read_exact_at(&mut bytes, 0).unwrap();
+        let first_bytes = bytes.chunks(PAGE as usize).map(|page| page[0]).collect::<Vec<_>>();
+        let stored = [(1, 1), (2, 20), (300, 30), (500, 3)];
+        for (page, byte) in (0..512).zip(first_bytes) {
+            let expected = stored.iter().find(|(at, _)| *at == page).map_or(0, |(_, byte)| *byte);
+            assert_eq!(byte, expected, "page {page}");
+        }
+        assert_eq!((whole.metadata().unwrap().len(), done.get()), (512 * PAGE, 5 * PAGE));
+        assert!(whole.metadata().unwrap().blocks() * 512 <= 8 * PAGE);
+    }
+}
