@@ -204,6 +204,9 @@ pub(super) fn diff(error: &DiffError) -> Row {
         DiffError::NoBase { .. } => {
             Row::usage("compare", "").hint("name what to compare it with: forkd diff TARGET BASE")
         }
+        DiffError::Difference { .. } => {
+            row.hint("pack it and compare the pack: forkd pack --tag TAG --out FILE, forkd diff FILE BASE")
+        }
         DiffError::BaseAway { .. } => row.hint("name it: forkd diff TARGET BASE"),
         DiffError::Target(TargetError::Reference(error)) => reference(error),
         DiffError::Target(TargetError::Registry(error)) => registry(error),

@@ -14,6 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::hub::client;
 use crate::hub::registry::RegistryError;
+use crate::local::lineage::Lineage;
 use crate::local::paths::Paths;
 use crate::picture::heatmap::{Heatmap, HeatmapCell, ImageCells};
 use crate::picture::svg::{LegendEntry, PALE, PictureError};
@@ -106,6 +107,12 @@ pub enum DiffError {
         /// Digest of the base's index.
         base: Digest,
     },
+    /// A child's snapshot, of whose memory only what differs is there.
+    #[error("{name} is stored as a difference from what its fork was of")]
+    Difference {
+        /// What was named.
+        name: String,
+    },
     /// One of them cannot be opened.
     #[error(transparent)]
     Target(#[from] TargetError),
@@ -191,6 +198,10 @@ pub async fn diff(
 
 async fn open(paths: &Paths, target: &Target, name: &str, cache: CacheOptions) -> Result<Side, DiffError> {
     if let Some(snapshot) = target.snapshot(paths)? {
+        let lineage = Lineage::read(&snapshot.path()).map_err(TargetError::from)?;
+        if lineage.is_some_and(|lineage| lineage.base.is_some()) {
+            return Err(DiffError::Difference { name: name.to_owned() });
+        }
         return Ok(Side { name: name.to_owned(), files: of_directory(&snapshot)?, store: None });
     }
     let location = target.locate(paths, &client::http_client(paths)).await?.pack().clone();
