@@ -34,6 +34,9 @@ _forkd() {
             forkd,cp)
                 cmd="forkd__subcmd__cp"
                 ;;
+            forkd,diff)
+                cmd="forkd__subcmd__diff"
+                ;;
             forkd,doctor)
                 cmd="forkd__subcmd__doctor"
                 ;;
@@ -155,7 +158,7 @@ _forkd() {
 
     case "${cmd}" in
         forkd)
-            opts="-v -h -V --json --verbose --help --version doctor kernel build recipe snapshot snapshots rmi pack unpack repack trace inspect hub pull images mount umount cache fork branch warm ps tree exec shell cp eval net forward pause resume logs kill cleanup completions"
+            opts="-v -h -V --json --verbose --help --version doctor kernel build recipe snapshot snapshots rmi pack unpack repack trace inspect diff hub pull images mount umount cache fork branch warm ps tree exec shell cp eval net forward pause resume logs kill cleanup completions"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -323,6 +326,36 @@ _forkd() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        forkd__subcmd__diff)
+            opts="-v -h --svg --hub --cache-size --cache-reserve --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --svg)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --hub)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cache-size)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cache-reserve)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -791,7 +824,7 @@ _forkd() {
             return 0
             ;;
         forkd__subcmd__pack)
-            opts="-v -h --tag --out --description --base-image --chunk --level --force --json --verbose --help"
+            opts="-v -h --tag --out --description --base-image --chunk --level --force --delta --base --hub --cache-size --cache-reserve --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -818,6 +851,22 @@ _forkd() {
                     return 0
                     ;;
                 --level)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --base)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --hub)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cache-size)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cache-reserve)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -1161,13 +1210,25 @@ _forkd() {
             return 0
             ;;
         forkd__subcmd__unpack)
-            opts="-v -h --tag --force --json --verbose --help"
+            opts="-v -h --tag --force --hub --cache-size --cache-reserve --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --tag)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --hub)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cache-size)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cache-reserve)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

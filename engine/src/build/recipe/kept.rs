@@ -10,9 +10,12 @@ use rustix::fs::{FlockOperation, Timestamps, flock};
 use rustix::io::Errno;
 use rustix::time::Timespec;
 
-use super::root_disk::{BUILD_LOCK, CACHE};
 use crate::local::paths::Paths;
 
+/// Where root disks are kept, in forkd's cache directory.
+pub(super) const CACHE: &str = "root-disks";
+/// Locked while something is built there.
+pub(super) const BUILD_LOCK: &str = "build.lock";
 /// What no build has used for so long is removed.
 const STALE_AFTER: Duration = Duration::from_secs(30 * 24 * 3600);
 /// The ends of the names of what builds keep.

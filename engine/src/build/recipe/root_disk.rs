@@ -26,15 +26,12 @@ use super::apt_sources;
 use super::enclosure::MOUNT_POINTS;
 use super::error::RecipeError;
 use super::format::Recipe;
+use super::kept::{self, BUILD_LOCK, CACHE};
+use super::layers;
 use super::site::Site;
 use super::steps;
 use super::tree::RootDiskTree;
-use super::{kept, layers};
 
-/// Where root disks are kept, in forkd's cache directory.
-pub(super) const CACHE: &str = "root-disks";
-/// Locked while something is built there.
-pub(super) const BUILD_LOCK: &str = "build.lock";
 /// How directories of trees that are being built are named.
 const WORK_PREFIX: &str = "build-";
 /// virtio-pmem regions come in units of 2 MiB.
