@@ -38,7 +38,7 @@ pub enum WholeError {
         location: String,
         /// Why not.
         #[source]
-        source: OpenError,
+        source: Box<OpenError>,
     },
     /// The same, unpacked.
     #[error(transparent)]
@@ -121,7 +121,11 @@ fn unpack_base(
     let into = work.unpacked();
     runtime.block_on(async {
         let opened = open_base(paths, pack, OpenOptions { cache, observer: None }).await;
-        let failed = |source| WholeError::Base { name: base.name.clone(), location: pack.shown(), source };
+        let failed = |error: OpenError| WholeError::Base {
+            name: base.name.clone(),
+            location: pack.shown(),
+            source: error.into(),
+        };
         let (store, _) = opened.map_err(failed)?;
         let chunks = Amount::Steps(store.index().stored_chunk_count().into());
         let task = progress.begin("unpacking its base", chunks);

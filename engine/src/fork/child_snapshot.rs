@@ -116,7 +116,7 @@ fn ask(
 ) -> Result<Result<TakenSnapshot, ChildrenError>, Interrupted> {
     let (tell, told) = mpsc::channel();
     let name = fork.id.clone();
-    std::thread::spawn(move || tell.send(fork.snapshot(&request)));
+    std::thread::spawn(move || drop(tell.send(fork.snapshot(&request))));
     loop {
         interrupt.check()?;
         match told.recv_timeout(LOOK) {

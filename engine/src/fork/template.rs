@@ -82,7 +82,7 @@ pub enum TemplateError {
         location: String,
         /// Why not.
         #[source]
-        source: OpenError,
+        source: Box<OpenError>,
     },
     /// The pager.
     #[error("the pager cannot start")]
