@@ -4,6 +4,7 @@ Prints what came of it as one JSON document."""
 import base64
 import json
 import struct
+import queue
 import sys
 import time
 import zlib
@@ -34,8 +35,10 @@ def connect(connection):
     while True:
         try:
             client.kernel_info(reply=True, timeout=10)
+            # Nothing is published to a client before its subscription has arrived.
+            client.get_iopub_msg(timeout=10)
             return client
-        except TimeoutError:
+        except (TimeoutError, queue.Empty):
             if time.monotonic() > end:
                 raise
 
