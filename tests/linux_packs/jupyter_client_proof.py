@@ -4,7 +4,6 @@ Prints what came of it as one JSON document."""
 import base64
 import json
 import struct
-import queue
 import sys
 import time
 import zlib
@@ -38,7 +37,7 @@ def connect(connection):
             # Nothing is published to a client before its subscription has arrived.
             client.get_iopub_msg(timeout=10)
             return client
-        except (TimeoutError, queue.Empty):
+        except (TimeoutError, Empty):
             if time.monotonic() > end:
                 raise
 
