@@ -215,6 +215,16 @@ fn the_base_of_a_pack_that_is_not_here_yet_is_the_pack() {
     let forked = copies.json(&["fork", pack.to_str().unwrap(), "--eval", CHANGED]);
     assert_eq!(answer(&forked, 0), expected);
 
+    // Packed as a delta it is small, and its fork takes the rest from the pack at the hub.
+    let delta = copies.bed.path("delta.tar.zst");
+    let packed = copies.json(&["pack", "--tag", "kept", "--delta", "--out", delta.to_str().unwrap()]);
+    println!("{packed}");
+    assert_eq!(packed["bases"], serde_json::json!([taken["base"]["index_sha256"]]), "{packed}");
+    let [small, whole] = [&delta, &pack].map(|path| fs::metadata(path).unwrap().len());
+    assert!(small * 3 < whole, "a delta of {small} bytes of a pack of {whole}");
+    let forked = copies.json(&["fork", delta.to_str().unwrap(), "--eval", CHANGED]);
+    assert_eq!(answer(&forked, 0), expected);
+
     // Another pack in its place is refused, and one that is gone is named.
     fs::remove_dir_all(copies.bed.path("cache")).unwrap();
     let folder = copies.bed.path("hub");
