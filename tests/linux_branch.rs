@@ -1,5 +1,5 @@
 //! Branches of a running Linux guest. Needs what `linux.rs` needs, and root. `FORKD_SOAK=full` looks for torn pages in 500
-//! branches of 128 MiB.
+//! branches of 128 MiB, which takes hours where KVM emulates the guest's kernel.
 
 #[path = "linux/copies.rs"]
 mod copies;
