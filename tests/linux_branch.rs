@@ -7,7 +7,7 @@ mod copies;
 mod harness;
 
 use copies::Copies;
-use harness::{Bed, Hub, distinct};
+use harness::{Bed, Hub, distinct, soak};
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
@@ -136,7 +136,7 @@ pages = memoryview(mmap.mmap(os.open('/run/pages', os.O_RDWR), 0)).cast('Q')[::5
 
 #[test]
 fn no_page_of_a_branch_is_older_or_newer_than_its_moment() {
-    let full = std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full");
+    let full = soak();
     let (mib, branches) = if full { (128, 500) } else { (8, 5) };
     let copies = parent();
     copies.eval(0, &format!("os.truncate(os.open('/run/pages', os.O_RDWR | os.O_CREAT), {mib} << 20)"));

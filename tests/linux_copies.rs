@@ -5,7 +5,7 @@
 #[path = "linux/harness.rs"]
 mod harness;
 
-use harness::{Bed, Hub, distinct};
+use harness::{Bed, Hub, distinct, soak};
 use serde_json::Value;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -29,7 +29,7 @@ fn now() -> f64 {
 
 #[test]
 fn no_two_copies_share_what_must_be_unique() {
-    let full = std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full");
+    let full = soak();
     let (count, sample) = if full { (100, 100) } else { (10, 4) };
     let bed = Bed::new();
     let hub = Hub::serve(&bed, &[]);

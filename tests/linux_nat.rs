@@ -13,6 +13,7 @@ mod policy;
 #[path = "linux_nat/rows.rs"]
 mod rows;
 
+use harness::soak;
 use lab::Lab;
 use std::collections::BTreeSet;
 use std::fs;
@@ -29,10 +30,6 @@ pip install -q --index-url https://pypi-mirror.test/simple --cert ca.pem greet
 python3 -c "import greet; print(greet.greet('you'))"
 ip -o -4 address show dev eth0
 "#;
-
-fn soak() -> bool {
-    std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full")
-}
 
 #[test]
 fn children_at_once_clone_install_test_and_fetch_by_name() {

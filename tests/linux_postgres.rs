@@ -11,6 +11,7 @@ mod harness;
 
 use copies::Copies;
 use debian::program;
+use harness::soak;
 use std::process::{Child, Command};
 
 /// Clients at once, and the size of the tables: a hundred thousand accounts.
@@ -104,7 +105,7 @@ const CHECK: &str = "select (select count(bt_index_check(c.oid, true)) > 100 fro
 
 #[test]
 fn branches_of_a_busy_database_are_whole() {
-    let full = std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full");
+    let full = soak();
     let database = Database::fork();
     database.client("psql", &["-qc", "create extension amcheck"]);
     database.client("pgbench", &["-i", "-I", "dtGp", "-s", SCALE, "-q"]);

@@ -5,7 +5,7 @@
 #[path = "linux/harness.rs"]
 mod harness;
 
-use harness::{Bed, Hub};
+use harness::{Bed, Hub, soak};
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
@@ -15,10 +15,6 @@ use std::process::{Command, Stdio};
 const UNSUPPORTED: i32 = 77;
 const AGENT: &str = "forkd-agent";
 const TAG: &str = "registers";
-
-fn full() -> bool {
-    std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full")
-}
 
 /// Whether this processor has registers of the size that a check's last argument names.
 fn host_has(check: &[&str]) -> bool {
@@ -80,13 +76,13 @@ impl Guest<'_> {
 
     /// Everything that happens to a program's registers.
     fn check_all(&self, program: &str) {
-        let seconds = if full() { "60" } else { "4" };
+        let seconds = if soak() { "60" } else { "4" };
         for bits in ["256", "512"] {
-            for processes in if full() { &["2", "4"][..] } else { &["4"] } {
+            for processes in if soak() { &["2", "4"][..] } else { &["4"] } {
                 self.check(program, &["hold", processes, seconds, bits]);
             }
             self.check(program, &["signal", seconds, bits]);
-            self.check(program, &["spawn", if full() { "30" } else { "2" }, bits]);
+            self.check(program, &["spawn", if soak() { "30" } else { "2" }, bits]);
         }
         self.check(program, &["frames"]);
         self.check(program, &["ptrace"]);
@@ -136,7 +132,7 @@ fn on_processors(vcpus: &str) {
     let machine = ["--memory", "128", "--vcpus", vcpus, "--warm", "exec /bin/registers worker"];
     let files = ["snapshot", "--tag", TAG, "--rootfs", disk.to_str().unwrap(), "--kernel", kernel.trim()];
     bed.run(&hub, &[&files[..], &machine].concat()).success();
-    for _ in 0..if full() { 10 } else { 2 } {
+    for _ in 0..if soak() { 10 } else { 2 } {
         let report = bed.json(&hub, &["fork", "--tag", TAG, "-n", "2", "--eval", "check"]);
         for child in report["children"].as_array().unwrap() {
             assert_eq!(child["answer"], "held=3 bad=0", "{vcpus} vCPUs: {child}");

@@ -270,12 +270,27 @@ impl Target {
     }
 }
 
-/// Opens the pack that a child's snapshot is a difference from: the one whose index has this digest, or none.
+/// The pack that a child's snapshot is a difference from cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("its base {name}, the pack {location}, cannot be opened")]
+pub struct BaseUnavailable {
+    /// What it was called.
+    pub name: String,
+    /// Where it was.
+    pub location: String,
+    /// Why not.
+    #[source]
+    pub source: Box<OpenError>,
+}
+
+/// Opens the pack that a child's snapshot is a difference from, which was called `name`: the one whose index has this
+/// digest, or none.
 pub async fn open_base(
     paths: &Paths,
-    base: &BasePack,
+    name: &str,
+    pack: &BasePack,
     options: OpenOptions,
-) -> Result<(Arc<Store>, Option<Arc<ChunkCache>>), OpenError> {
+) -> Result<(Arc<Store>, Option<Arc<ChunkCache>>), BaseUnavailable> {
     let http = client::http_client(paths);
     client::authorize_hub(&http);
     let options = StoreOptions {
@@ -285,7 +300,12 @@ pub async fn open_base(
         ..client::store_options(paths, options.cache, &http, None)
     };
     let cache = options.cache.clone();
-    Ok((Store::open(base.location(), options).await?, cache))
+    let store = Store::open(pack.location(), options).await.map_err(|error| BaseUnavailable {
+        name: name.to_owned(),
+        location: pack.shown(),
+        source: error.into(),
+    })?;
+    Ok((store, cache))
 }
 
 /// Where to look for a pack.

@@ -120,7 +120,7 @@ pub(super) fn template(error: &TemplateError) -> Row {
         TemplateError::Snapshot(error) => packs::snapshot(error),
         TemplateError::Pager(error) => pager(error),
         TemplateError::Read(error) => packs::read(error),
-        TemplateError::Base { source, .. } => packs::open(source),
+        TemplateError::Base(error) => packs::open(&error.source),
         TemplateError::Foreign => {
             row.hint("its files can be mounted and unpacked; to fork it, build it again with this forkd")
         }

@@ -315,7 +315,7 @@ fn base(error: &BaseError) -> Row {
 /// For a command that takes the files of a snapshot that is stored as a difference.
 pub(super) fn whole(row: Row, error: &WholeError) -> Row {
     match error {
-        WholeError::Base { source, .. } => open(source),
+        WholeError::Base(error) => open(&error.source),
         WholeError::Snapshot(error) => snapshot(error),
         WholeError::Runtime(_) => row::threads(),
         WholeError::Delta(_) | WholeError::Unpack(_) => row,

@@ -173,6 +173,11 @@ pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool 
     condition()
 }
 
+/// Whether the full sizes are to be run, which take hours: `FORKD_SOAK=full`.
+pub fn soak() -> bool {
+    std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full")
+}
+
 /// Whether no value comes twice.
 pub fn distinct<'a>(values: impl Iterator<Item = &'a Value>) -> bool {
     let mut seen: Vec<_> = values.map(Value::to_string).collect();

@@ -1,7 +1,7 @@
 //! kill -9 of every process that takes part in a fork, in every phase of it: nothing may be left, siblings go on, and
 //! the user is told. Short in the gate; `FORKD_SOAK=full` kills 200 times (`make soak`).
 
-use super::harness::{Bed, Hub, mounts_of, processes_of, wait_until};
+use super::harness::{Bed, Hub, mounts_of, processes_of, soak, wait_until};
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Read;
@@ -138,7 +138,7 @@ fn summary(status: ExitStatus, text: &str) -> String {
 
 #[test]
 fn whoever_is_killed_and_whenever_nothing_is_left() {
-    let full = std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full");
+    let full = soak();
     let bed = Bed::new();
     let mut hub = Hub::serve(&bed, &["--rtt", "20ms", "--bandwidth", "50MB/s"]);
     let began = Instant::now();

@@ -2,7 +2,7 @@
 //! a directory), and at moments chosen blindly. Their processes and mounts go with them, and `forkd cleanup` removes
 //! all that is left of them on disk. `FORKD_SOAK=full` strikes more often.
 
-use super::harness::{Bed, Hub, mounts_of, processes_of, wait_until};
+use super::harness::{Bed, Hub, mounts_of, processes_of, soak, wait_until};
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -172,7 +172,7 @@ fn strike(house: &House, arguments: &[&str], moment: Moment) {
 #[test]
 fn nothing_is_left_of_a_killed_build_trace_pack_or_repack() {
     use Moment::{After, Installer, Machine, Workspace};
-    let full = std::env::var_os("FORKD_SOAK").is_some_and(|wanted| wanted == "full");
+    let full = soak();
     let house = House::new();
     let kernel = house.bed.run(&house.hub, &["kernel", "path"]).success();
     let (recipe, kernel) = (house.bed.path("recipe"), kernel.trim());

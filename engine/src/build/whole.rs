@@ -6,9 +6,8 @@ use crate::local::snapshots::{MEMORY, ROOT_DISK, SnapshotError, file_error};
 use crate::local::whole_memory;
 use crate::local::workspace::Workspace;
 use crate::progress::{Amount, Progress};
-use crate::target::{OpenOptions, open_base};
+use crate::target::{BaseUnavailable, OpenOptions, open_base};
 use forkd_fs::cache::CacheOptions;
-use forkd_fs::store::OpenError;
 use forkd_fs::unpack::{UnpackError, unpack};
 use forkd_vmm::memory::{Delta, MemoryError};
 use std::fs::{self, File, Permissions};
@@ -30,16 +29,8 @@ pub enum WholeError {
     #[error("the async runtime does not start")]
     Runtime(#[source] io::Error),
     /// The pack that it is a difference from.
-    #[error("its base {name}, the pack {location}, cannot be opened")]
-    Base {
-        /// What it was called.
-        name: String,
-        /// Where it was.
-        location: String,
-        /// Why not.
-        #[source]
-        source: Box<OpenError>,
-    },
+    #[error(transparent)]
+    Base(#[from] BaseUnavailable),
     /// The same, unpacked.
     #[error(transparent)]
     Unpack(#[from] UnpackError),
@@ -120,13 +111,8 @@ fn unpack_base(
     let runtime = Runtime::new().map_err(WholeError::Runtime)?;
     let into = work.unpacked();
     runtime.block_on(async {
-        let opened = open_base(paths, pack, OpenOptions { cache, observer: None }).await;
-        let failed = |error: OpenError| WholeError::Base {
-            name: base.name.clone(),
-            location: pack.shown(),
-            source: error.into(),
-        };
-        let (store, _) = opened.map_err(failed)?;
+        let options = OpenOptions { cache, observer: None };
+        let (store, _) = open_base(paths, &base.name, pack, options).await?;
         let chunks = Amount::Steps(store.index().stored_chunk_count().into());
         let task = progress.begin("unpacking its base", chunks);
         let done = |now: forkd_fs::store::FetchProgress| task.to(now.chunks_fetched.into());

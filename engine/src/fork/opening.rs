@@ -6,7 +6,7 @@ use crate::local::paths::Paths;
 use crate::progress::{Amount, Progress, follow};
 use crate::target::{self, DEMAND_DEADLINE, OpenOptions};
 use forkd_fs::cache::ChunkCache;
-use forkd_fs::store::{OpenError, ReadError, Store};
+use forkd_fs::store::{ReadError, Store};
 use forkd_vmm::kvm::KvmKind;
 use std::path::Path;
 use std::sync::Arc;
@@ -41,12 +41,8 @@ pub fn open_snapshot<E: From<TemplateError>>(
         return Ok(OpenedSnapshot { template: Template::open_local(dir, KvmKind::detect())?, cache: None });
     };
     let runtime = runtime()?;
-    let failed = |error: OpenError| TemplateError::Base {
-        name: base.name.clone(),
-        location: pack.shown(),
-        source: error.into(),
-    };
-    let (store, cache) = runtime.block_on(target::open_base(paths, &pack, options)).map_err(failed)?;
+    let opening = target::open_base(paths, &base.name, &pack, options);
+    let (store, cache) = runtime.block_on(opening).map_err(TemplateError::from)?;
     let opening = Template::open_on_pack(dir, store.clone(), runtime.clone(), KvmKind::detect());
     let template = runtime.block_on(opening)?;
     store.set_demand_deadline(DEMAND_DEADLINE);

@@ -9,11 +9,12 @@ use crate::local::snapshots::{
     self, CONFIGURATION_MAX, FOREIGN_MACHINE, MachineConfiguration, SnapshotError, file_error,
 };
 use crate::picture::timeline::EventRecorder;
+use crate::target::BaseUnavailable;
 use forkd_fs::index::ChunkId as PackChunk;
 use forkd_fs::manifest::{Manifest, ManifestError};
 use forkd_fs::prefetch;
 use forkd_fs::source::Priority;
-use forkd_fs::store::{ChunkData, FetchProgress, OnChunk, OpenError, ReadError, Store};
+use forkd_fs::store::{ChunkData, FetchProgress, OnChunk, ReadError, Store};
 use forkd_fs::trace::{Trace, TraceError};
 use forkd_vmm::kvm::KvmKind;
 use forkd_vmm::memory::{Delta, ImageId, MemoryError, add_run, create_image, longest_runs};
@@ -74,16 +75,8 @@ pub enum TemplateError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// The pack that a snapshot of a child is a difference from.
-    #[error("its base {name}, the pack {location}, cannot be opened")]
-    Base {
-        /// What it was called.
-        name: String,
-        /// Where it was.
-        location: String,
-        /// Why not.
-        #[source]
-        source: Box<OpenError>,
-    },
+    #[error(transparent)]
+    Base(#[from] BaseUnavailable),
     /// The pager.
     #[error("the pager cannot start")]
     Pager(#[from] PagerError),

@@ -20,13 +20,11 @@ pub fn write(
 ) -> io::Result<()> {
     to.set_len(bytes)?;
     copy_data(image, to, bytes, written)?;
-    let Some(delta) = delta else { return Ok(()) };
-    let file = delta.file().try_clone_to_owned()?.into();
-    delta.runs().iter().try_for_each(|run| copy_range(&file, to, run.start, run.end, written))
+    delta.map_or(Ok(()), |delta| delta.copy_to(to, written))
 }
 
 /// Copies what the first `bytes` of a sparse file store, to the same places.
-pub fn copy_data(from: &File, to: &File, bytes: u64, written: &dyn Fn(u64)) -> io::Result<()> {
+fn copy_data(from: &File, to: &File, bytes: u64, written: &dyn Fn(u64)) -> io::Result<()> {
     let mut at = 0;
     while at < bytes {
         let start = match rustix::fs::seek(from, SeekFrom::Data(at)) {

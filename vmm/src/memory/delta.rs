@@ -60,8 +60,8 @@ impl Delta {
         }
     }
 
-    /// Writes it into an empty file, in which everything else is a hole. `written` hears of the bytes of each part.
-    pub fn write_to(&self, file: &File, ram_bytes: u64, written: &dyn Fn(u64)) -> io::Result<()> {
+    /// Writes what its ranges hold to the same places of a file. `written` hears of the bytes of each part.
+    pub fn copy_to(&self, file: &File, written: &dyn Fn(u64)) -> io::Result<()> {
         let mut buffer = vec![0; PIECE];
         for run in &self.runs {
             let mut at = run.start;
@@ -76,6 +76,12 @@ impl Delta {
                 written(read as u64);
             }
         }
+        Ok(())
+    }
+
+    /// Writes it into an empty file, in which everything else is a hole. `written` hears of the bytes of each part.
+    pub fn write_to(&self, file: &File, ram_bytes: u64, written: &dyn Fn(u64)) -> io::Result<()> {
+        self.copy_to(file, written)?;
         // Also where there are no ranges: the length tells how many there are.
         file.set_len(ram_bytes)?;
         file.write_all_at(&table_of(&self.runs), ram_bytes)
