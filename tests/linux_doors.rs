@@ -28,7 +28,12 @@ struct Guest {
 impl Guest {
     fn fork(more: &[&str]) -> Guest {
         let tag = std::env::var("FORKD_DOORS_TAG").unwrap_or_else(|_| "python-numpy".to_owned());
-        let copies = Copies::of(&tag, more);
+        Guest::of(&tag, more)
+    }
+
+    /// A copy of another machine.
+    fn of(tag: &str, more: &[&str]) -> Guest {
+        let copies = Copies::of(tag, more);
         let id = copies.id(0).to_owned();
         Guest { copies, id }
     }
@@ -212,6 +217,36 @@ fn a_shell_is_usable_on_a_real_terminal() {
     tmux.keys(&["x"]);
     tmux.shows("key 120");
     tmux.keys(&["exit", "Enter"]);
+    assert!(wait_until(LONG, || !guest.runs("-.*s[h]")), "the shell lives on");
+}
+
+#[test]
+fn an_editor_is_usable_on_a_real_terminal() {
+    let guest = Guest::of("tools", &[]);
+    let tmux = Tmux::start(&format!("{}; sleep 1000", guest.line(&format!("shell {}", guest.id))));
+    tmux.keys(&["cd /tmp; seq 5 >list; vim.tiny -u NONE -N list; echo left=$?", "Enter"]);
+    tmux.shows("5 lines, 10 bytes");
+    // Inserted, moved by arrow keys, undone, replaced.
+    tmux.keys(&["-l", "Gothe seventh"]);
+    tmux.keys(&["Escape", "Up", "x", "u"]);
+    tmux.keys(&["-l", ":%s/3/third/"]);
+    tmux.keys(&["Enter"]);
+    tmux.shows("third");
+    // It fills a window that has become larger: six lines of text, and one of messages.
+    tmux.run(&["resize-window", "-x", "120", "-y", "40"]);
+    let fills = || tmux.run(&["capture-pane", "-p"]).lines().filter(|line| *line == "~").count() == 33;
+    assert!(wait_until(LONG, fills), "not redrawn:\n{}", tmux.run(&["capture-pane", "-p"]));
+    tmux.keys(&["-l", ":wq"]);
+    tmux.keys(&["Enter"]);
+    tmux.shows("left=0");
+    assert_eq!(guest.shell("cat /tmp/list"), "1\n2\nthird\n4\n5\nthe seventh\n");
+    // Asked to end by Ctrl-C, it says how.
+    tmux.keys(&["clear; vim.tiny -u NONE -N", "Enter"]);
+    tmux.shows("VIM - Vi IMproved");
+    tmux.keys(&["C-c"]);
+    tmux.shows("to exit Vim");
+    tmux.keys(&["-l", ":q!"]);
+    tmux.keys(&["Enter", "exit", "Enter"]);
     assert!(wait_until(LONG, || !guest.runs("-.*s[h]")), "the shell lives on");
 }
 

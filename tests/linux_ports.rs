@@ -277,15 +277,25 @@ fn a_paused_copy_takes_no_time_refuses_requests_and_answers_when_it_is_resumed()
     assert_eq!(cpu_ticks(copies.pid(0)), ticks, "a paused copy takes processor time");
 
     // An open connection goes on where it was.
-    echo.write_all(b"yo").unwrap();
-    assert_eq!(copies.json(&["resume", copies.id(0)])["resumed"], 1);
-    let resumed = Instant::now();
-    echo.read_exact(&mut said).unwrap();
-    let after = resumed.elapsed();
-    println!("busy: an answer takes {busy:.1?} at most, and {after:.1?} right after a resume");
-    // The host is shared.
+    let mut after_resume: Vec<Duration> = (0..5)
+        .map(|round| {
+            if round > 0 {
+                copies.json(&["pause", copies.id(0)]);
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            echo.write_all(b"yo").unwrap();
+            assert_eq!(copies.json(&["resume", copies.id(0)])["resumed"], 1);
+            let resumed = Instant::now();
+            echo.read_exact(&mut said).unwrap();
+            assert_eq!(&said, b"yo");
+            resumed.elapsed()
+        })
+        .collect();
+    println!("busy: an answer takes {busy:.1?} at most; right after a resume: {after_resume:.1?}");
+    // The host is shared, and what the guest does at that moment chance: one of them alone says nothing.
+    after_resume.sort();
+    let after = after_resume[2];
     assert!(after < 10 * busy, "the first answer after a resume took {after:?}, others {busy:?}");
-    assert_eq!(&said, b"yo");
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs_f64();
     let clock: f64 = copies.eval(0, "__import__('time').time()").as_str().unwrap().parse().unwrap();
     assert!((clock - now).abs() < 1.0, "the guest's clock is {} s off", clock - now);
