@@ -17,7 +17,7 @@ UNPACKED := nginx postgresql-15
 # Snapshots that are built; each is called as its folder is.
 MACHINES ?= recipes/python-numpy
 
-.PHONY: help build install deps machine hub quickstart test test-packs test-packs-lazily test-hwvirt lint doc deny bench-machines bench-ttfi \
+.PHONY: help build install deps machine hub quickstart demo-branch test test-packs test-packs-lazily test-hwvirt lint doc deny bench-machines bench-ttfi \
 	bench-fanout bench-branch bench-packs bench-fault bench-mount bench-net bench-forward bench-criterion soak fuzz clean
 
 ## this list
@@ -57,6 +57,11 @@ machine: deps build
 ## the main job, end to end: build, publish, serve, mount, fork lazily, compare
 quickstart: machine
 	@scripts/quickstart.sh $(FORKD)
+
+## an agent's work branched five ways, and the way that works kept as a delta pack
+demo-branch: MACHINES := recipes/coding-agent
+demo-branch: machine
+	@scripts/demo-branch.sh $(FORKD) $(notdir $(MACHINES))
 
 ## every recipe, or those of PACKS="nodejs ...", built, packed and published into the folder HUB (./hub)
 PACKS ?= $(notdir $(wildcard recipes/*))

@@ -27,7 +27,7 @@ pub use packs::{
     CacheGcArgs, CacheVerb, DiffArgs, HubVerb, ImagesArgs, InspectArgs, MountArgs, PackArgs, PageArgs,
     PublishArgs, PullArgs, RepackArgs, ServeArgs, UmountArgs, UnpackArgs,
 };
-pub use ports::{ForwardArgs, PauseArgs};
+pub use ports::{ChildrenArgs, ForwardArgs, PauseArgs};
 pub use shared::{CacheArgs, HubSource};
 
 /// A parsed command line.
@@ -128,7 +128,7 @@ pub enum Verb {
     /// Stop children where they stand: they keep their memory and take no processor time
     Pause(PauseArgs),
     /// Let paused children go on
-    Resume(PauseArgs),
+    Resume(ChildrenArgs),
     /// Print a child's console, or a snapshot's: what its machine printed while it was built
     Logs(LogsArgs),
     /// Stop running children

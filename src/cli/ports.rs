@@ -72,10 +72,21 @@ impl ForwardArgs {
     }
 }
 
-/// `forkd pause` and `forkd resume`.
+/// `forkd pause`.
+#[derive(Debug, Args)]
+pub struct PauseArgs {
+    /// Which children.
+    #[command(flatten)]
+    pub which: ChildrenArgs,
+    /// Write what they have in their memory to disk and free it; `forkd resume` brings them back under the same names
+    #[arg(long)]
+    pub to_disk: bool,
+}
+
+/// `forkd resume`, and which children `forkd pause` means.
 #[derive(Debug, Args)]
 #[command(group = ArgGroup::new("which").required(true).args(["names", "all"]))]
-pub struct PauseArgs {
+pub struct ChildrenArgs {
     /// The children, as `forkd ps` names them, or forks, which stand for all of theirs
     #[arg(value_name = "ID|FORK")]
     pub names: Vec<String>,

@@ -40,7 +40,8 @@ pub fn run(output: &Output) -> Result<ExitCode, CommandError> {
                 let error = child.error.as_ref().map(|error| format!(" ({error})")).unwrap_or_default();
                 let left =
                     child.expires_in_ms.map(|left| format!(", {} left", show_left(left))).unwrap_or_default();
-                let state = format!("{}{left}{error}", child.state.name());
+                let place = if child.on_disk { " to disk" } else { "" };
+                let state = format!("{}{place}{left}{error}", child.state.name());
                 let mut row = vec![
                     child.id.clone(),
                     child.pid.to_string(),

@@ -2,6 +2,7 @@
 //! their agents' sockets.
 
 use crate::fork::agent::{AgentClient, ClientError};
+use crate::local::branches::PausedToDisk;
 use crate::local::paths::Paths;
 use crate::local::run_dir::{ForkDir, ForkStatus, RunDirError};
 use crate::local::snapshots::{CONSOLE, LockedSnapshot, SnapshotError};
@@ -164,7 +165,36 @@ pub fn pause(paths: &Paths, name: &str) -> Result<usize, RunDirError> {
 /// Lets the child `name` go on, or all of a fork. Returns how many live.
 pub fn resume(paths: &Paths, name: &str) -> Result<usize, RunDirError> {
     let (fork, one) = fork_of(paths, name)?;
-    some_live(fork.resume(one)?, name, one)
+    some_live(let_go_on(&fork, one)?, name, one)
+}
+
+/// Those that are stopped go on first: they are not to wait for those that are read from disk.
+fn let_go_on(fork: &ForkDir, one: Option<&str>) -> Result<usize, RunDirError> {
+    let live = fork.resume(one)?;
+    match fork.resume_from_disk(one) {
+        // It can have put none there.
+        Err(RunDirError::OtherVersion { .. }) => Ok(live),
+        back => back.map(|_| live),
+    }
+}
+
+/// Pauses the child `name`, or all of a fork, to disk: they take no memory of their own until they are resumed.
+pub fn pause_to_disk(paths: &Paths, name: &str) -> Result<PausedToDisk, RunDirError> {
+    let (fork, one) = fork_of(paths, name)?;
+    let paused = fork.pause_to_disk(one)?;
+    some_live(paused.children, name, one).map(|_| paused)
+}
+
+/// Pauses all children of all forks to disk.
+pub fn pause_all_to_disk(paths: &Paths) -> Result<PausedToDisk, RunDirError> {
+    let mut all = PausedToDisk::default();
+    of_all(paths, |fork| {
+        let PausedToDisk { children, bytes } = fork.pause_to_disk(None)?;
+        all.children += children;
+        all.bytes += bytes;
+        Ok(children)
+    })?;
+    Ok(all)
 }
 
 fn some_live(count: usize, name: &str, one: Option<&str>) -> Result<usize, RunDirError> {
@@ -183,7 +213,7 @@ pub fn pause_all(paths: &Paths) -> Result<usize, RunDirError> {
 
 /// Lets all children of all forks go on. Returns how many live.
 pub fn resume_all(paths: &Paths) -> Result<usize, RunDirError> {
-    of_all(paths, |fork| fork.resume(None))
+    of_all(paths, |fork| let_go_on(fork, None))
 }
 
 /// A connection to the agent of the child `id`, for one request.
@@ -243,7 +273,10 @@ pub fn kill_all(paths: &Paths) -> Result<usize, RunDirError> {
 }
 
 /// Asks all forks the same, and sums up. The others are asked all the same where one fails.
-fn of_all(paths: &Paths, ask: impl Fn(&ForkDir) -> Result<usize, RunDirError>) -> Result<usize, RunDirError> {
+fn of_all(
+    paths: &Paths,
+    mut ask: impl FnMut(&ForkDir) -> Result<usize, RunDirError>,
+) -> Result<usize, RunDirError> {
     let (mut sum, mut failure) = (0, None);
     for fork in ForkDir::all(paths)? {
         match ask(&fork) {

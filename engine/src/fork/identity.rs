@@ -17,20 +17,28 @@ pub enum IdentityError {
     Generation(#[from] GenerationError),
 }
 
-/// A record with fresh entropy and machine id, the host name `forkd-<id>` and the time of now. `number` is not 0.
-pub fn fresh(
+/// A machine id.
+pub type MachineId = [u8; 16];
+
+/// Random bytes for whatever is to be unlike everything else.
+pub fn random<const N: usize>() -> Result<[u8; N], IdentityError> {
+    let mut bytes = [0; N];
+    File::open("/dev/urandom")
+        .and_then(|mut file| file.read_exact(&mut bytes))
+        .map_err(IdentityError::Entropy)?;
+    Ok(bytes)
+}
+
+/// A record with fresh entropy, the host name `forkd-<id>` and the time of now. `number` is not 0. A machine that already
+/// is someone keeps its machine id where this one is all zero.
+pub fn record(
     id: &str,
     number: u64,
+    machine_id: MachineId,
     network: Option<NetworkIdentity>,
     environment: BTreeMap<String, String>,
 ) -> Result<Vec<u8>, IdentityError> {
-    let mut entropy = [0; 64];
-    let mut machine_id = [0; 16];
-    let mut random = File::open("/dev/urandom").map_err(IdentityError::Entropy)?;
-    random
-        .read_exact(&mut entropy)
-        .and_then(|()| random.read_exact(&mut machine_id))
-        .map_err(IdentityError::Entropy)?;
+    let entropy = random()?;
     let unix_time_ns =
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
     let hostname = format!("forkd-{id}");

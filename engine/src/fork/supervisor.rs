@@ -6,6 +6,7 @@ mod branching;
 mod error;
 mod lifetime;
 mod moment;
+mod on_disk;
 mod own_pages;
 mod reports;
 mod spec;
@@ -20,11 +21,11 @@ use crate::chain::chain;
 use crate::fork::forward::listen::Way;
 use crate::fork::forward::ports::PortMap;
 use crate::fork::forward::publish::Publisher;
-use crate::fork::identity;
+use crate::fork::identity::{self, MachineId};
 use crate::fork::scratch::Scratch;
 use crate::fork::start_queue::StartQueue;
 use crate::fork::template::Template;
-use crate::local::branches::{BranchRequest, Branched, SnapshotRequest, TakenSnapshot};
+use crate::local::branches::{BranchRequest, Branched, PausedToDisk, SnapshotRequest, TakenSnapshot};
 use crate::local::paths::Paths;
 use crate::local::run_dir::{ChildState, ForkControl, ForkStatus, PublishedPort, RunDir};
 use crate::network::wire::{ChildNetwork, ChildNetworks, GatewayStatus, KeptNetwork};
@@ -38,7 +39,7 @@ use moment::{BranchPoint, FrozenMachine, Stop};
 use rustix::fd::AsFd;
 use spec::Deadline;
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::OpenOptions;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -84,8 +85,16 @@ pub struct Child {
     pub network: Option<KeptNetwork>,
     /// Its ports that the fork forwards, until it is over.
     pub ports: Vec<PublishedPort>,
-    /// Its machine is stopped.
+    /// Its machine is stopped, or on disk.
     paused: bool,
+    /// Its machine, which has no process, while it is paused to disk.
+    on_disk: Option<Arc<FrozenMachine>>,
+    /// Of its guest. Its machine is told none where it has it already.
+    machine_id: MachineId,
+    /// Whether its machine's reports are read.
+    followed: bool,
+    /// How many machines it has had: each but the first went on from disk.
+    machines: u32,
     /// When its time is over, if it has such.
     deadline: Option<Deadline>,
     /// Why it was paused, if nobody asked for that.
@@ -237,9 +246,10 @@ impl Supervisor {
         branch: Option<BranchPoint>,
     ) -> Result<(), StartError> {
         let id = format!("{}-{number}", self.run_dir.id());
-        let identity = network.as_ref().map(|network| network.identity);
-        let record = identity::fresh(&id, number, identity, environment)?;
-        let (process, socket) = self.start_machine(&id, record, network.as_ref(), branch.as_ref())?;
+        let (identity, machine_id) = (network.as_ref().map(|network| network.identity), identity::random()?);
+        let record = identity::record(&id, number, machine_id, identity, environment)?;
+        let frozen = branch.as_ref().map(|branch| &*branch.frozen);
+        let (process, socket) = self.start_machine((&id, &id), record, network.as_ref(), frozen)?;
         self.children().push(Child {
             id,
             pid: process.pid,
@@ -253,6 +263,10 @@ impl Supervisor {
             network: network.map(ChildNetwork::connect).transpose()?,
             ports: Vec::new(),
             paused: false,
+            on_disk: None,
+            machine_id,
+            followed: false,
+            machines: 1,
             deadline: Deadline::of(self.lifetime),
             overdue: None,
             client: ClientId(number),
@@ -266,13 +280,13 @@ impl Supervisor {
         Ok(())
     }
 
-    /// A child's process, and the socket of its vsock.
+    /// A process for the child `id`, whose cgroup is `group`, and the socket of its vsock.
     fn start_machine(
         &self,
-        id: &str,
+        (id, group): (&str, &str),
         record: Vec<u8>,
         network: Option<&ChildNetwork>,
-        branch: Option<&BranchPoint>,
+        frozen: Option<&FrozenMachine>,
     ) -> Result<(MachineProcess, PathBuf), StartError> {
         let failed = |operation, path: &Path| {
             let path = path.to_owned();
@@ -281,20 +295,20 @@ impl Supervisor {
         let socket = self.run_dir.socket(id);
         let vsock = UnixListener::bind(&socket).map_err(failed("binding", &socket))?;
         let console_path = self.run_dir.console(id);
-        let console = File::create(&console_path).map_err(failed("creating", &console_path))?;
+        let console = OpenOptions::new().create(true).append(true).open(&console_path);
+        let console = console.map_err(failed("creating", &console_path))?;
         let configuration = self.template.configuration();
         let scratch = Scratch { dir: &self.cache, mib: configuration.scratch_mib };
         let disk = scratch.create()?;
-        let frozen = branch.map(|branch| &*branch.frozen);
         let delta = frozen.map(|frozen| &frozen.delta).or(self.template.delta());
         let spec = MachineSpec {
             layout: configuration.layout,
-            limits: self.limits.limits(id, &configuration.layout),
+            limits: self.limits.limits(group, &configuration.layout),
             record,
             mac: network.map(|network| network.identity.mac),
             start: self.template.start(delta),
             scratch_bytes: scratch.bytes(),
-            waits_at_first_instruction: self.turns.is_some() && branch.is_none(),
+            waits_at_first_instruction: self.turns.is_some() && frozen.is_none(),
         };
         let files = MachineFiles {
             images: self.template.images(),
@@ -430,6 +444,14 @@ impl ForkControl for Supervisor {
 
     fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, String> {
         Supervisor::snapshot(self, request).map_err(|error| chain(&error))
+    }
+
+    fn pause_to_disk(&self, child: Option<&str>) -> Result<PausedToDisk, String> {
+        Supervisor::pause_to_disk(self, child).map_err(|error| chain(&error))
+    }
+
+    fn resume_from_disk(&self, child: Option<&str>) -> Result<usize, String> {
+        Supervisor::resume_from_disk(self, child).map_err(|error| chain(&error))
     }
 }
 

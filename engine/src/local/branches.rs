@@ -43,6 +43,17 @@ pub struct BranchedChild {
     pub error: Option<String>,
 }
 
+/// Children that lie on disk. Its JSON form is a contract of `forkd pause --to-disk --json`.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PausedToDisk {
+    /// How many.
+    #[serde(rename = "paused")]
+    pub children: usize,
+    /// Memory that they have in place of what their image has, bytes.
+    #[serde(rename = "disk_bytes")]
+    pub bytes: u64,
+}
+
 /// A snapshot of a child that is to be taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SnapshotRequest {

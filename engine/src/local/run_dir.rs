@@ -6,7 +6,7 @@
 //!                        control.sock    answers Query with one line of JSON
 //!                        <child>.vsock   the child's vsock (CONNECT port)
 //!                        <child>.console its console
-//!                        <child>.paused  there while the child is paused
+//!                        <child>.paused  there while the child is paused, to disk or not
 //!                        cgroups         path of the directory with the children's cgroups, where they have any
 //!                        workspace_parent path of the directory in which its workspace lies (`workspace.rs`)
 //! ```
@@ -15,7 +15,7 @@ mod fork_dir;
 
 pub use fork_dir::ForkDir;
 
-use crate::local::branches::{BranchRequest, Branched, SnapshotRequest, TakenSnapshot};
+use crate::local::branches::{BranchRequest, Branched, PausedToDisk, SnapshotRequest, TakenSnapshot};
 use crate::local::paths::{Paths, PathsError};
 use crate::network::wire::{GatewayStatus, NetworkStatus};
 use forkd_vmm::cgroup::CgroupError;
@@ -95,7 +95,7 @@ impl ChildState {
 pub struct ChildStatus {
     /// Its name.
     pub id: String,
-    /// Process id of its machine.
+    /// Process id of its machine; 0 while it has none.
     pub pid: i32,
     /// Where it stands.
     pub state: ChildState,
@@ -107,6 +107,9 @@ pub struct ChildStatus {
     /// Its ports that `--publish` made reachable.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<PublishedPort>,
+    /// Whether it is paused to disk, and has no process.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub on_disk: bool,
     /// The child that it was branched from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
@@ -147,6 +150,8 @@ enum Query {
     Kill(Option<String>),
     Pause(Option<String>),
     Resume(Option<String>),
+    PauseToDisk(Option<String>),
+    ResumeFromDisk(Option<String>),
     Gateway(String),
     Branch(BranchRequest),
     Snapshot(SnapshotRequest),
@@ -165,6 +170,10 @@ pub trait ForkControl {
     fn pause(&self, child: Option<&str>) -> usize;
     /// Lets a child go on, or all. Returns how many live.
     fn resume(&self, child: Option<&str>) -> usize;
+    /// Pauses a child to disk, or all, or says why not.
+    fn pause_to_disk(&self, child: Option<&str>) -> Result<PausedToDisk, String>;
+    /// Lets a child, or all, go on from disk, or says why not. Returns how many that are.
+    fn resume_from_disk(&self, child: Option<&str>) -> Result<usize, String>;
     /// The way out of a child, if it has one.
     fn gateway(&self, child: &str) -> Option<GatewayStatus>;
     /// Branches a child, or says why not.
@@ -360,11 +369,16 @@ impl RunDir {
             Ok(Ok(Query::Branch(request))) => {
                 return answer_later(fork, move |fork| answer_branch(&mut stream, fork, &request));
             }
+            // Whoever asked publishes it, or nobody does.
             Ok(Ok(Query::Snapshot(request))) => {
+                return answer_later(fork, move |fork| tell(&mut stream, &fork.snapshot(&request)));
+            }
+            Ok(Ok(Query::PauseToDisk(id))) => {
+                return answer_later(fork, move |fork| tell(&mut stream, &fork.pause_to_disk(id.as_deref())));
+            }
+            Ok(Ok(Query::ResumeFromDisk(id))) => {
                 return answer_later(fork, move |fork| {
-                    // Whoever asked publishes it, or nobody does.
-                    let taken = serde_json::to_string(&fork.snapshot(&request));
-                    drop(taken.map(|answer| writeln!(stream, "{answer}")));
+                    tell(&mut stream, &fork.resume_from_disk(id.as_deref()))
                 });
             }
             Ok(Err(_)) => Ok(UNKNOWN_QUERY.to_owned()),
@@ -399,8 +413,13 @@ fn answer_later<F: ForkControl + Send + Sync + 'static>(
 ) {
     let fork = Arc::clone(fork);
     if let Err(error) = std::thread::Builder::new().spawn(move || answer(&fork)) {
-        tracing::warn!(%error, "there is no thread to branch a child");
+        tracing::warn!(%error, "there is no thread to answer in");
     }
+}
+
+/// Tells whoever asked, who may be gone.
+fn tell(stream: &mut UnixStream, answer: &impl Serialize) {
+    let _ = serde_json::to_string(answer).map(|answer| writeln!(stream, "{answer}"));
 }
 
 /// Branches that whoever asked for them does not hear of are nobody's.

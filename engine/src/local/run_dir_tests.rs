@@ -33,6 +33,14 @@ impl ForkControl for Fork {
     fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, String> {
         Err(format!("{} cannot be written", request.into.display()))
     }
+
+    fn pause_to_disk(&self, _: Option<&str>) -> Result<PausedToDisk, String> {
+        Ok(PausedToDisk { children: 3, bytes: 4096 })
+    }
+
+    fn resume_from_disk(&self, child: Option<&str>) -> Result<usize, String> {
+        child.map_or(Ok(2), |child| Err(format!("{child} did not come back")))
+    }
 }
 
 fn paths(dir: &Path) -> Paths {
@@ -49,11 +57,15 @@ fn a_fork_answers_while_it_lives_and_is_removed_when_dead() {
     File::create(run.socket(&id)).unwrap();
     let fork = ForkDir::of_child(&paths, &id).unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(|| (0..8).for_each(|_| run.answer(listener.accept().unwrap().0, &Arc::new(Fork))));
+        scope.spawn(|| (0..11).for_each(|_| run.answer(listener.accept().unwrap().0, &Arc::new(Fork))));
         assert_eq!(fork.status().unwrap().pack, "p");
         assert_eq!(fork.kill(Some("abc")).unwrap(), 3);
         assert_eq!((fork.pause(None).unwrap(), fork.pause(Some("ab")).unwrap()), (10, 2));
         assert_eq!(fork.resume(None).unwrap(), 20);
+        assert_eq!(fork.pause_to_disk(None).unwrap(), PausedToDisk { children: 3, bytes: 4096 });
+        assert_eq!(fork.resume_from_disk(None).unwrap(), 2);
+        let refused = fork.resume_from_disk(Some("c-1")).unwrap_err();
+        assert!(matches!(&refused, RunDirError::Refused { error } if error == "c-1 did not come back"));
         assert_eq!(fork.gateway("abc").unwrap(), None);
         let request = BranchRequest { child: "abc".to_owned(), environments: Vec::new() };
         let refused = fork.branch(&request).unwrap_err();

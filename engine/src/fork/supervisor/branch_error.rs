@@ -6,6 +6,7 @@ use crate::fork::template::SaveChildError;
 use forkd_vmm::channel::ChannelError;
 use forkd_vmm::memory::MemoryError;
 use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// How long the agent may take to ring, in a machine that is busy.
@@ -87,6 +88,23 @@ pub enum BranchError {
         /// Why.
         #[source]
         source: ChannelError,
+    },
+    /// It cannot be put on disk.
+    #[error("the machine cannot be written to {}", directory.display())]
+    Disk {
+        /// Where.
+        directory: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It was on disk and did not come back.
+    #[error("{id} did not come back from disk: {error}")]
+    NotBack {
+        /// Its name.
+        id: String,
+        /// Why, with causes.
+        error: String,
     },
     /// The snapshot cannot be written.
     #[error(transparent)]

@@ -17,8 +17,9 @@ use crate::local::run_dir::ChildState;
 use forkd_vmm::memory::{DeltaDraft, ImageId};
 use forkd_vmm::process::{MachineOrder, MachineProcess, monotonic_ns};
 use forkd_vmm::uffd::{Uffd, UffdError};
-use rustix::fd::AsFd;
+use rustix::fd::{AsFd, OwnedFd};
 use std::collections::BTreeMap;
+use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -32,13 +33,31 @@ const READY_TIMEOUT: Duration = Duration::from_secs(300);
 const LOOK: Duration = Duration::from_millis(1);
 
 /// The child that is branched.
-struct Parent {
-    id: String,
-    process: Arc<MachineProcess>,
+pub(super) struct Parent {
+    pub(super) id: String,
+    pub(super) process: Arc<MachineProcess>,
     socket: PathBuf,
     /// What it was branched from itself.
     base: Option<Arc<FrozenMachine>>,
     uffd: Option<Arc<Uffd>>,
+}
+
+/// A machine that stands still, and the copy of its memory.
+pub(super) struct StoppedCopy<'a> {
+    draft: DeltaDraft<'a>,
+    /// All that it has beyond its image, ranges of bytes.
+    own: io::Result<Vec<Range<u64>>>,
+    vmstate: OwnedFd,
+    /// When it stopped, CLOCK_MONOTONIC, ns.
+    pub(super) at_ns: u64,
+}
+
+impl StoppedCopy<'_> {
+    /// What goes on from it, of the child `id`.
+    pub(super) fn finish(self, id: &str) -> Result<FrozenMachine, BranchError> {
+        let own = self.own.map_err(|source| BranchError::Pages { id: id.to_owned(), source })?;
+        Ok(FrozenMachine { vmstate: self.vmstate, delta: self.draft.finish(own)? })
+    }
 }
 
 impl Supervisor {
@@ -53,7 +72,7 @@ impl Supervisor {
         let (copied_bytes, ranges) = (frozen.delta.bytes(), frozen.delta.runs().len() as u64);
         let point = BranchPoint { parent: parent.id, frozen: Arc::new(frozen) };
         let new = self.start_branches(&request.environments, &point)?;
-        self.wait_until_ready(&new);
+        self.wait_until_ready(&new.clone().collect::<Vec<_>>());
         let children = self.children();
         let branches = children[new].iter().map(branched).collect();
         Ok(Branched { pause_ms, copied_bytes, ranges, branches })
@@ -69,7 +88,7 @@ impl Supervisor {
         Ok(TakenSnapshot { pause_ms, copied_bytes, ranges, base })
     }
 
-    fn parent(&self, id: &str) -> Result<Parent, BranchError> {
+    pub(super) fn parent(&self, id: &str) -> Result<Parent, BranchError> {
         let id = id.to_owned();
         if self.template.configuration().scratch_mib > 0 {
             return Err(BranchError::Scratch { id });
@@ -94,10 +113,16 @@ impl Supervisor {
 
     /// Stops the child, takes what its branches need, and lets it go on. Returns how long it stood still, ms.
     fn freeze(&self, parent: &Parent) -> Result<(FrozenMachine, f64), BranchError> {
-        // Two would clear what the other has the kernel note.
         let _one_at_a_time = self.freezing.lock().unwrap_or_else(PoisonError::into_inner);
-        let id = || parent.id.clone();
-        let pages = |source| BranchError::Pages { id: id(), source };
+        let copy = self.stop_and_copy(parent)?;
+        let pause_ms = self.let_go_on(parent, copy.at_ns)?;
+        Ok((copy.finish(&parent.id)?, pause_ms))
+    }
+
+    /// Stops the child and copies what it has in its memory. Whoever calls it holds `freezing`: two would clear what the
+    /// other has the kernel note.
+    pub(super) fn stop_and_copy<'a>(&'a self, parent: &'a Parent) -> Result<StoppedCopy<'a>, BranchError> {
+        let pages = |source| BranchError::Pages { id: parent.id.clone(), source };
         let (pid, ram_bytes) = (parent.process.pid, self.template.configuration().layout.ram_bytes());
         let ram = pagemap::image_mapping(pid, ImageId::Ram, Template::image_name(ImageId::Ram));
         let ram = ram.map_err(pages)?;
@@ -118,10 +143,16 @@ impl Supervisor {
             let missing = if tracked.is_some() { own.written()? } else { all.clone() };
             Ok((all, missing))
         });
-        let taken = taken.map_err(pages).and_then(|(all, missing)| {
-            draft.copy(pid, ram.address, &missing)?;
+        let own = taken.and_then(|(all, missing)| {
+            draft.copy(pid, ram.address, &missing).map_err(io::Error::other)?;
             Ok(all)
         });
+        Ok(StoppedCopy { draft, own, vmstate, at_ns })
+    }
+
+    /// Lets a child go on that has stood still since `at_ns`. Returns how long that was, ms.
+    pub(super) fn let_go_on(&self, parent: &Parent, at_ns: u64) -> Result<f64, BranchError> {
+        let id = || parent.id.clone();
         let resumed = parent.process.channel.send(&MachineOrder::Resume, &[]);
         let pause_ms = monotonic_ns().saturating_sub(at_ns) as f64 / 1e6;
         // Its id may be another's now, and so the memory that was copied.
@@ -129,7 +160,7 @@ impl Supervisor {
             return Err(BranchError::Ended { id: id() });
         }
         resumed.map_err(|source| BranchError::Resume { id: id(), source })?;
-        Ok((FrozenMachine { vmstate, delta: draft.finish(taken?)? }, pause_ms))
+        Ok(pause_ms)
     }
 
     /// Has the kernel note what the child writes to.
@@ -200,10 +231,14 @@ impl Supervisor {
     }
 
     /// Until all are ready or over, or have had their time.
-    fn wait_until_ready(&self, new: &Range<usize>) {
+    pub(super) fn wait_until_ready(&self, new: &[usize]) {
         let until = Instant::now() + READY_TIMEOUT;
         let done = |child: &Child| child.ready.is_some() || child.state.is_over();
-        while Instant::now() < until && !self.children()[new.clone()].iter().all(done) {
+        let all_done = || {
+            let children = self.children();
+            new.iter().all(|at| done(&children[*at]))
+        };
+        while Instant::now() < until && !all_done() {
             std::thread::sleep(LOOK);
         }
     }

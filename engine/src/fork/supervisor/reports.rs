@@ -28,18 +28,21 @@ const TURN_TICK: Duration = Duration::from_millis(50);
 impl Supervisor {
     /// Reads the children's reports until all are over.
     pub(super) fn follow(&self) {
-        let mut known = 0;
         let mut open: Vec<(usize, Arc<MachineProcess>)> = Vec::new();
         loop {
             let spawning = self.spawning.load(Ordering::Acquire);
             {
-                let children = self.children();
-                let new = children.iter().enumerate().skip(known);
-                open.extend(new.filter_map(|(at, child)| Some((at, child.process.clone()?))));
-                known = children.len();
-            }
-            if open.is_empty() && !spawning {
-                return;
+                let mut children = self.children();
+                let new = children.iter_mut().enumerate().filter(|(_, child)| !child.followed);
+                open.extend(new.filter_map(|(at, child)| {
+                    let process = child.process.clone()?;
+                    child.followed = true;
+                    Some((at, process))
+                }));
+                // One that is on disk will have reports again.
+                if open.is_empty() && !spawning && children.iter().all(|child| child.state.is_over()) {
+                    return;
+                }
             }
             let tick = match (spawning, self.are_turns_awaited()) {
                 (true, _) => SPAWN_TICK,
@@ -80,6 +83,7 @@ impl Supervisor {
                 }
             });
             self.end_children_without_memory();
+            self.end_those_on_disk();
             self.take_turns(&mut self.children());
         }
     }
@@ -110,9 +114,9 @@ impl Supervisor {
         self.take_turns(&mut children);
     }
 
-    /// Where the child waits for its turn at the start: branches do not.
+    /// Where the child waits for its turn at the start: one that goes on from where a machine was does not.
     fn turns_of(&self, child: &Child) -> Option<&Mutex<StartQueue>> {
-        self.turns.as_ref().filter(|_| child.parent.is_none())
+        self.turns.as_ref().filter(|_| child.frozen.is_none())
     }
 
     fn are_turns_awaited(&self) -> bool {
@@ -180,20 +184,24 @@ impl Supervisor {
         let mut children = self.children();
         let child = &mut children[at];
         child.network = None;
-        child.ports.clear();
-        self.end_publishing(at);
         let gone = matches!(error, ChannelError::Closed);
         if !gone {
             // What it says cannot be understood: it is not to be trusted any further.
             child.kill();
         }
         child.process = None;
+        child.followed = false;
         child.uffd = None;
         // The last of its siblings frees it.
         child.frozen = None;
         if let Some(pager) = self.template.pager() {
             pager.detach(child.client);
         }
+        if child.on_disk.is_some() && !child.state.is_over() {
+            return;
+        }
+        child.ports.clear();
+        self.end_publishing(at);
         if !child.state.is_over() {
             let why = if gone { "its process was killed".to_owned() } else { chain(error) };
             child.error.get_or_insert(why);

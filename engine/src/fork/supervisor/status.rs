@@ -27,11 +27,13 @@ impl Supervisor {
             let left = |deadline: &Deadline| deadline.at.saturating_duration_since(Instant::now());
             ChildStatus {
                 id: child.id.clone(),
-                pid: child.pid,
+                // Another process may have it now.
+                pid: if child.on_disk.is_some() { 0 } else { child.pid },
                 state,
                 error: child.error.clone().or_else(|| child.overdue.clone()).or_else(unfetched),
                 network: child.network.as_ref().map(KeptNetwork::status),
                 ports: child.ports.clone(),
+                on_disk: child.on_disk.is_some(),
                 parent: child.parent.clone(),
                 expires_in_ms: deadline
                     .map(|deadline| left(deadline).as_millis().try_into().unwrap_or(u64::MAX)),

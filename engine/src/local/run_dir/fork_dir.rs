@@ -4,7 +4,7 @@ use super::{
     ANSWER_TIMEOUT, BRANCH_TIMEOUT, CGROUPS, CONTROL, ForkStatus, LOCK, MESSAGE_MAX, PAUSED, Query,
     RunDirError, UNBORN_AGE, UNBORN_PREFIX, UNKNOWN_QUERY, WORKSPACE_PARENT, file_error,
 };
-use crate::local::branches::{BranchRequest, Branched, SnapshotRequest, TakenSnapshot};
+use crate::local::branches::{BranchRequest, Branched, PausedToDisk, SnapshotRequest, TakenSnapshot};
 use crate::local::paths::Paths;
 use crate::network::wire::GatewayStatus;
 use forkd_vmm::cgroup;
@@ -153,17 +153,29 @@ impl ForkDir {
         self.ask_new(&Query::Resume(child.map(str::to_owned)))
     }
 
+    /// Has its supervisor pause a child to disk, or all.
+    pub fn pause_to_disk(&self, child: Option<&str>) -> Result<PausedToDisk, RunDirError> {
+        self.ask_long(&Query::PauseToDisk(child.map(str::to_owned)))
+    }
+
+    /// Has its supervisor let a child go on from disk, or all. Returns how many that are, when they are ready.
+    pub fn resume_from_disk(&self, child: Option<&str>) -> Result<usize, RunDirError> {
+        self.ask_long(&Query::ResumeFromDisk(child.map(str::to_owned)))
+    }
+
     /// Has its supervisor branch a child. Returns when the branches are ready.
     pub fn branch(&self, request: &BranchRequest) -> Result<Branched, RunDirError> {
-        let answer: Result<Branched, String> =
-            self.known(self.ask_within(&Query::Branch(request.clone()), BRANCH_TIMEOUT))?;
-        answer.map_err(|error| RunDirError::Refused { error })
+        self.ask_long(&Query::Branch(request.clone()))
     }
 
     /// Has its supervisor take a snapshot of a child.
     pub fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, RunDirError> {
-        let answer: Result<TakenSnapshot, String> =
-            self.known(self.ask_within(&Query::Snapshot(request.clone()), BRANCH_TIMEOUT))?;
+        self.ask_long(&Query::Snapshot(request.clone()))
+    }
+
+    /// Asks for what takes its time and can be refused.
+    fn ask_long<T: serde::de::DeserializeOwned>(&self, query: &Query) -> Result<T, RunDirError> {
+        let answer: Result<T, String> = self.known(self.ask_within(query, BRANCH_TIMEOUT))?;
         answer.map_err(|error| RunDirError::Refused { error })
     }
 
