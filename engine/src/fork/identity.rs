@@ -29,6 +29,11 @@ pub fn random<const N: usize>() -> Result<[u8; N], IdentityError> {
     Ok(bytes)
 }
 
+/// What the machine of the child `id` is called.
+pub fn hostname(id: &str) -> String {
+    format!("forkd-{id}")
+}
+
 /// A record with fresh entropy, the host name `forkd-<id>` and the time of now. `number` is not 0. A machine that already
 /// is someone keeps its machine id where this one is all zero.
 pub fn record(
@@ -41,7 +46,7 @@ pub fn record(
     let entropy = random()?;
     let unix_time_ns =
         SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
-    let hostname = format!("forkd-{id}");
+    let hostname = hostname(id);
     let generation = number;
     Ok(Generation { generation, unix_time_ns, entropy, hostname, machine_id, network, environment }
         .encode()?)

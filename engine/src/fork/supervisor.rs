@@ -250,6 +250,7 @@ impl Supervisor {
         let record = identity::record(&id, number, machine_id, identity, environment)?;
         let frozen = branch.as_ref().map(|branch| &*branch.frozen);
         let (process, socket) = self.start_machine((&id, &id), record, network.as_ref(), frozen)?;
+        let network = network.map(|network| network.connect(&identity::hostname(&id))).transpose()?;
         self.children().push(Child {
             id,
             pid: process.pid,
@@ -260,7 +261,7 @@ impl Supervisor {
             first_instruction: None,
             goes_on: false,
             ready: None,
-            network: network.map(ChildNetwork::connect).transpose()?,
+            network,
             ports: Vec::new(),
             paused: false,
             on_disk: None,

@@ -151,6 +151,7 @@ mod tests {
             error: None,
             network: None,
             ports: Vec::new(),
+            on_disk: false,
             parent: parent.map(str::to_owned),
             expires_in_ms: None,
         };

@@ -57,6 +57,7 @@ pub struct GatewayOptions {
 /// A child that gets a way out.
 struct Attachment {
     wire: Wire,
+    hostname: String,
     socket: OwnedFd,
     traffic: Arc<Traffic>,
 }
@@ -101,8 +102,8 @@ impl Gateway {
     }
 
     /// Connects a child. Its frames wait until then, so that this may come after the child's start. The child's end is
-    /// given up: whoever has a copy of it is the child.
-    pub fn connect(&self, identity: &NetworkIdentity, wire: GatewayWire) -> io::Result<()> {
+    /// given up: whoever has a copy of it is the child. `hostname` is answered with the child's own address.
+    pub fn connect(&self, identity: &NetworkIdentity, hostname: &str, wire: GatewayWire) -> io::Result<()> {
         let GatewayWire { child_end, gateway_end, traffic } = wire;
         drop(child_end);
         let [_, a, b, c, d, e] = identity.mac;
@@ -121,7 +122,7 @@ impl Gateway {
             }
         };
         attachments
-            .send(Attachment { wire, socket: gateway_end, traffic })
+            .send(Attachment { wire, hostname: hostname.to_owned(), socket: gateway_end, traffic })
             .map_err(|_| io::Error::other("the gateway's thread has ended"))
     }
 
@@ -157,10 +158,10 @@ async fn serve(options: GatewayOptions, flows_max: usize, mut attachments: Unbou
     };
     let name_servers = NameServers::new(&options.name_servers);
     let shared = Rc::new(Shared { policy: options.policy, name_servers, routes, flows_max });
-    while let Some(Attachment { wire, socket, traffic }) = attachments.recv().await {
+    while let Some(Attachment { wire, hostname, socket, traffic }) = attachments.recv().await {
         match Link::new(socket, options.rate) {
             Ok(link) => {
-                let child = ChildGateway::new(wire, Rc::clone(&shared), traffic);
+                let child = ChildGateway::new(wire, hostname, Rc::clone(&shared), traffic);
                 tokio::task::spawn_local(link.run(child));
             }
             Err(error) => tracing::error!(%error, "a child has no network: its wire cannot be watched"),

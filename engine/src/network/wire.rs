@@ -122,14 +122,14 @@ impl ChildNetwork {
         }
     }
 
-    /// The child runs, and has its end of the wire: connects the other. What is left is what is known of it.
-    pub fn connect(self) -> Result<KeptNetwork, NetworkError> {
+    /// The child runs as `hostname`, and has its end of the wire: connects the other. What is left is what is known of it.
+    pub fn connect(self, hostname: &str) -> Result<KeptNetwork, NetworkError> {
         let identity = self.identity;
         let end = match self.host_end {
             HostEnd::Namespace { namespace, .. } => KeptEnd::Namespace(namespace),
             HostEnd::Gateway { wire, gateway } => {
                 let traffic = Arc::clone(&wire.traffic);
-                gateway.connect(&identity, wire).map_err(failed("starting the gateway"))?;
+                gateway.connect(&identity, hostname, wire).map_err(failed("starting the gateway"))?;
                 KeptEnd::Gateway { traffic, gateway }
             }
         };

@@ -9,7 +9,6 @@ use super::{Child, StartError, Supervisor};
 use crate::fork::identity;
 use crate::local::branches::PausedToDisk;
 use crate::local::run_dir::ChildState;
-use crate::network::wire::ChildNetwork;
 use forkd_vmm::memory::Delta;
 use std::collections::BTreeMap;
 use std::fs;
@@ -151,7 +150,7 @@ impl Supervisor {
         // The last one's cgroup may be there for a moment.
         let group = format!("{id}.{machines}");
         let (process, _) = self.start_machine((&id, &group), record, network.as_ref(), Some(frozen))?;
-        let network = network.map(ChildNetwork::connect).transpose()?;
+        let network = network.map(|network| network.connect(&identity::hostname(&id))).transpose()?;
         let mut children = self.children();
         let child = &mut children[at];
         (child.pid, child.network, child.frozen) = (process.pid, network, Some(Arc::clone(frozen)));

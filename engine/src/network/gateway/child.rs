@@ -54,6 +54,8 @@ pub(super) enum KnownFlow {
 pub struct ChildGateway {
     /// The wire's ends.
     pub wire: Wire,
+    /// What its machine is called.
+    pub hostname: String,
     /// What it has in common with its siblings.
     pub shared: Rc<Shared>,
     /// What it did.
@@ -71,9 +73,10 @@ pub struct ChildGateway {
 
 impl ChildGateway {
     /// The gateway's side for a child without connections.
-    pub fn new(wire: Wire, shared: Rc<Shared>, traffic: Arc<Traffic>) -> Rc<ChildGateway> {
+    pub fn new(wire: Wire, hostname: String, shared: Rc<Shared>, traffic: Arc<Traffic>) -> Rc<ChildGateway> {
         Rc::new(ChildGateway {
             wire,
+            hostname,
             shared,
             traffic,
             names: NamedAddresses::default(),

@@ -6,6 +6,7 @@ use super::child::ChildGateway;
 use crate::network::names::TTL_MIN;
 use crate::network::policy::Refusal;
 use hickory_resolver::proto::op::{Edns, Message, MessageType, OpCode, Query, ResponseCode};
+use hickory_resolver::proto::rr::rdata::A;
 use hickory_resolver::proto::rr::{DNSClass, Name, RData, Record, RecordType};
 use std::io;
 use std::rc::Rc;
@@ -69,6 +70,9 @@ async fn resolve(child: &Rc<ChildGateway>, query: &Query) -> Result<Vec<Record>,
     child.traffic.asked();
     let _question = child.ask().ok_or(ResponseCode::ServFail)?;
     let name = &*plain(query.name());
+    if name == child.hostname {
+        return Ok(own_address(child, query));
+    }
     let policy = &child.shared.policy;
     let rules = policy.name(name).map_err(|refusal| refuse(child, name, refusal))?;
     // Other kinds of addresses lead round the policy, or nowhere.
@@ -102,6 +106,13 @@ async fn resolve(child: &Rc<ChildGateway>, query: &Query) -> Result<Vec<Record>,
         }
     }
     Ok(records)
+}
+
+/// What its own name leads to: programs look it up when they start.
+fn own_address(child: &ChildGateway, query: &Query) -> Vec<Record> {
+    let address = RData::A(A(child.wire.child));
+    let asked = query.query_type() == RecordType::A;
+    asked.then(|| Record::from_rdata(query.name().clone(), 0, address)).into_iter().collect()
 }
 
 /// A name as rules have it.

@@ -16,6 +16,8 @@ use std::net::{TcpListener, UdpSocket};
 use std::time::{Duration, Instant};
 
 const LIMIT: Duration = Duration::from_secs(20);
+/// What the child is called.
+const HOSTNAME: &str = "forkd-a1b2c3-1";
 
 /// A child: its end of a wire, and smoltcp on it.
 struct Guest {
@@ -113,7 +115,7 @@ impl Guest {
         let ends = GatewayWire::new().unwrap();
         let socket = ends.child_end.try_clone().unwrap();
         let traffic = Arc::clone(&ends.traffic);
-        gateway.connect(&identity, ends).unwrap();
+        gateway.connect(&identity, HOSTNAME, ends).unwrap();
         // The one who sends as the child reads what is for it.
         let mut line = Line { socket, swapped: frame::tests::from_child(&wire), datagrams: Vec::new() };
         let mut interface = Interface::new(Config::new(HardwareAddress::Ip), &mut line, Moment::ZERO);
@@ -372,10 +374,14 @@ fn names_are_answered_as_far_as_the_rules_go() {
     let (server, asked) = name_server();
     let allow = options(&["short.test:443", "many.test", "gone.test"]);
     let mut guest = Guest::new(GatewayOptions { name_servers: vec![server], ..allow });
-    let to = (guest.wire.gateway, 53);
+    let (to, own_address) = ((guest.wire.gateway, 53), guest.wire.child);
     let mut ask = |name: &str, kind: RecordType| {
         Message::from_vec(&guest.ask(to, &question(name, kind)).unwrap()).unwrap()
     };
+    let own = ask(&HOSTNAME.to_uppercase(), RecordType::A);
+    assert_eq!(own.answers[0].data, RData::A(A(own_address)));
+    let other = ask(HOSTNAME, RecordType::AAAA);
+    assert_eq!((other.metadata.response_code, other.answers.len()), (ResponseCode::NoError, 0));
     let short = ask("Short.Test.", RecordType::A);
     assert_eq!((short.metadata.id, short.answers.len(), short.queries.len()), (77, 1, 1));
     let ipv6 = ask("short.test.", RecordType::AAAA);
