@@ -225,7 +225,7 @@ fn an_editor_is_usable_on_a_real_terminal() {
     let guest = Guest::of("tools", &[]);
     let tmux = Tmux::start(&format!("{}; sleep 1000", guest.line(&format!("shell {}", guest.id))));
     tmux.keys(&["cd /tmp; seq 5 >list; vim.tiny -u NONE -N list; echo left=$?", "Enter"]);
-    tmux.shows("5 lines, 10 bytes");
+    tmux.shows("5L, 10B");
     // Inserted, moved by arrow keys, undone, replaced.
     tmux.keys(&["-l", "Gothe seventh"]);
     tmux.keys(&["Escape", "Up", "x", "u"]);

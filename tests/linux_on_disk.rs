@@ -148,6 +148,30 @@ fn nothing_is_left_of_children_on_disk_whose_supervisor_is_killed() {
     assert_eq!(fs::read_dir(copies.bed.path("cache/forkd")).unwrap().flatten().count(), 0);
 }
 
+#[test]
+fn a_scratch_disk_goes_along_to_branches_and_through_a_pause_to_disk() {
+    let copies = Copies::of("tools", &[]);
+    let (parent, page) = (copies.id(0), "bs=4096 count=1 2>/dev/null");
+    let shell = |id: &str, script: &str| copies.run(&["exec", id, "--", "sh", "-c", script]).success();
+    let write = |id: &str, text: &str| {
+        shell(id, &format!("printf %-4096s {text} | dd of=/dev/vda oflag=direct seek=9000 {page}"));
+    };
+    let read = |id: &str| shell(id, &format!("dd if=/dev/vda iflag=direct skip=9000 {page} | head -c 6"));
+    write(parent, "before");
+    let branched = copies.json(&["branch", parent, "-n", "2", "--detach"]);
+    let branch = |at: usize| branched["children"][at]["id"].as_str().unwrap();
+    assert_eq!([read(branch(0)), read(branch(1))], ["before", "before"]);
+    write(parent, "parent");
+    write(branch(0), "branch");
+    to_disk(&copies, branch(0));
+    copies.run(&["resume", branch(0)]).success();
+    assert_eq!([parent, branch(0), branch(1)].map(read), ["parent", "branch", "before"]);
+    let refused = copies.failure(&["snapshot", "--child", parent, "--tag", "t"]);
+    assert!(refused.contains("has a scratch disk, which a snapshot does not hold"), "{refused}");
+    copies.run(&["kill", "--all"]).success();
+    copies.bed.assert_nothing_left([copies.pid(0)].into_iter());
+}
+
 /// A small file system in memory, which goes when this is dropped.
 struct SmallDisk(PathBuf);
 

@@ -39,7 +39,7 @@ use moment::{BranchPoint, FrozenMachine, Stop};
 use rustix::fd::AsFd;
 use spec::Deadline;
 use std::collections::BTreeMap;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -102,6 +102,8 @@ pub struct Child {
     client: ClientId,
     /// The child that it was branched from.
     parent: Option<String>,
+    /// Its scratch disk, until it is over.
+    disk: Option<Arc<File>>,
     /// What it goes on from, until it is over.
     frozen: Option<Arc<FrozenMachine>>,
     /// It is to be branched: who waits for it to stop.
@@ -249,7 +251,13 @@ impl Supervisor {
         let (identity, machine_id) = (network.as_ref().map(|network| network.identity), identity::random()?);
         let record = identity::record(&id, number, machine_id, identity, environment)?;
         let frozen = branch.as_ref().map(|branch| &*branch.frozen);
-        let (process, socket) = self.start_machine((&id, &id), record, network.as_ref(), frozen)?;
+        let disk = match frozen.and_then(|frozen| frozen.disk.as_ref()) {
+            Some(disk) => self.scratch().copy(disk)?,
+            None => self.scratch().create()?,
+        };
+        let disk = disk.map(Arc::new);
+        let (process, socket) =
+            self.start_machine((&id, &id), record, network.as_ref(), frozen, disk.as_deref())?;
         let network = network.map(|network| network.connect(&identity::hostname(&id))).transpose()?;
         self.children().push(Child {
             id,
@@ -272,6 +280,7 @@ impl Supervisor {
             overdue: None,
             client: ClientId(number),
             parent: branch.as_ref().map(|branch| branch.parent.clone()),
+            disk,
             frozen: branch.map(|branch| branch.frozen),
             stop_wanted: None,
             rings_due: 0,
@@ -281,6 +290,10 @@ impl Supervisor {
         Ok(())
     }
 
+    fn scratch(&self) -> Scratch<'_> {
+        Scratch { dir: &self.cache, mib: self.template.configuration().scratch_mib }
+    }
+
     /// A process for the child `id`, whose cgroup is `group`, and the socket of its vsock.
     fn start_machine(
         &self,
@@ -288,6 +301,7 @@ impl Supervisor {
         record: Vec<u8>,
         network: Option<&ChildNetwork>,
         frozen: Option<&FrozenMachine>,
+        disk: Option<&File>,
     ) -> Result<(MachineProcess, PathBuf), StartError> {
         let failed = |operation, path: &Path| {
             let path = path.to_owned();
@@ -299,8 +313,6 @@ impl Supervisor {
         let console = OpenOptions::new().create(true).append(true).open(&console_path);
         let console = console.map_err(failed("creating", &console_path))?;
         let configuration = self.template.configuration();
-        let scratch = Scratch { dir: &self.cache, mib: configuration.scratch_mib };
-        let disk = scratch.create()?;
         let delta = frozen.map(|frozen| &frozen.delta).or(self.template.delta());
         let spec = MachineSpec {
             layout: configuration.layout,
@@ -308,7 +320,7 @@ impl Supervisor {
             record,
             mac: network.map(|network| network.identity.mac),
             start: self.template.start(delta),
-            scratch_bytes: scratch.bytes(),
+            scratch_bytes: self.scratch().bytes(),
             waits_at_first_instruction: self.turns.is_some() && frozen.is_none(),
         };
         let files = MachineFiles {
@@ -316,7 +328,7 @@ impl Supervisor {
             start: frozen.map_or_else(|| self.template.vmstate(), |frozen| frozen.vmstate.as_fd()),
             console: console.as_fd(),
             vsock: vsock.as_fd(),
-            scratch: disk.as_ref().map(AsFd::as_fd),
+            scratch: disk.map(AsFd::as_fd),
             wire: network.map(ChildNetwork::wire),
             initrd: None,
             delta: delta.filter(|delta| !delta.runs().is_empty()).map(Delta::file),

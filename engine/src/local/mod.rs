@@ -8,6 +8,7 @@ pub mod paths;
 pub mod run_dir;
 pub mod snapshot_list;
 pub mod snapshots;
+pub mod sparse;
 pub mod whole_memory;
 pub mod work_dir;
 pub mod workspace;

@@ -1,14 +1,9 @@
 //! The whole memory of a machine in one sparse file: its image, and over it what differs.
 
+use super::sparse::copy_data;
 use forkd_vmm::memory::Delta;
-use rustix::fs::SeekFrom;
-use rustix::io::Errno;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-
-/// Most bytes that are copied at once.
-const PIECE: u64 = 1 << 20;
 
 /// Writes `bytes` of memory into an empty file. `written` hears of the bytes of each part that is not a hole.
 pub fn write(
@@ -23,40 +18,11 @@ pub fn write(
     delta.map_or(Ok(()), |delta| delta.copy_to(to, written))
 }
 
-/// Copies what the first `bytes` of a sparse file store, to the same places.
-fn copy_data(from: &File, to: &File, bytes: u64, written: &dyn Fn(u64)) -> io::Result<()> {
-    let mut at = 0;
-    while at < bytes {
-        let start = match rustix::fs::seek(from, SeekFrom::Data(at)) {
-            Ok(start) if start < bytes => start,
-            // No more data.
-            Ok(_) | Err(Errno::NXIO) => return Ok(()),
-            Err(errno) => return Err(errno.into()),
-        };
-        at = rustix::fs::seek(from, SeekFrom::Hole(start))?.min(bytes);
-        copy_range(from, to, start, at, written)?;
-    }
-    Ok(())
-}
-
-fn copy_range(from: &File, to: &File, start: u64, end: u64, written: &dyn Fn(u64)) -> io::Result<()> {
-    let mut buffer = vec![0; (end - start).min(PIECE) as usize];
-    let mut at = start;
-    while at < end {
-        let piece = &mut buffer[..(end - at).min(PIECE) as usize];
-        from.read_exact_at(piece, at)?;
-        to.write_all_at(piece, at)?;
-        at += piece.len() as u64;
-        written(piece.len() as u64);
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use forkd_vmm::memory::PAGE_BYTES as PAGE;
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{FileExt, MetadataExt};
 
     #[test]
     fn what_differs_lies_over_the_image_and_holes_stay_holes() {

@@ -42,7 +42,7 @@ pub enum BranchError {
         id: String,
     },
     /// It has a disk.
-    #[error("{id} has a scratch disk, which cannot be copied with it")]
+    #[error("{id} has a scratch disk, which a snapshot does not hold")]
     Scratch {
         /// Its name.
         id: String,

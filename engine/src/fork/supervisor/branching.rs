@@ -5,6 +5,7 @@
 //! happens while it runs. Its branches map the image as all children do, and over it one file with what it had changed.
 
 use super::branch_error::{BRANCHES_MAX, BranchError, RING_TIMEOUT};
+use super::error::StartError;
 use super::moment::{BranchPoint, FrozenMachine, Stop, StoppedMachine};
 use super::own_pages::OwnPages;
 use super::{Child, Milestone, Supervisor, spawn_thread};
@@ -19,6 +20,7 @@ use forkd_vmm::process::{MachineOrder, MachineProcess, monotonic_ns};
 use forkd_vmm::uffd::{Uffd, UffdError};
 use rustix::fd::{AsFd, OwnedFd};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -37,6 +39,7 @@ pub(super) struct Parent {
     pub(super) id: String,
     pub(super) process: Arc<MachineProcess>,
     socket: PathBuf,
+    pub(super) disk: Option<Arc<File>>,
     /// What it was branched from itself.
     base: Option<Arc<FrozenMachine>>,
     uffd: Option<Arc<Uffd>>,
@@ -53,10 +56,10 @@ pub(super) struct StoppedCopy<'a> {
 }
 
 impl StoppedCopy<'_> {
-    /// What goes on from it, of the child `id`.
-    pub(super) fn finish(self, id: &str) -> Result<FrozenMachine, BranchError> {
+    /// What goes on from it, of the child `id`, with what is on its scratch disk.
+    pub(super) fn finish(self, id: &str, disk: Option<Arc<File>>) -> Result<FrozenMachine, BranchError> {
         let own = self.own.map_err(|source| BranchError::Pages { id: id.to_owned(), source })?;
-        Ok(FrozenMachine { vmstate: self.vmstate, delta: self.draft.finish(own)? })
+        Ok(FrozenMachine { vmstate: self.vmstate, delta: self.draft.finish(own)?, disk })
     }
 }
 
@@ -81,6 +84,9 @@ impl Supervisor {
     /// Takes a snapshot of a child, whose files lie in the request's directory when this returns.
     pub fn snapshot(&self, request: &SnapshotRequest) -> Result<TakenSnapshot, BranchError> {
         let parent = self.parent(&request.child)?;
+        if parent.disk.is_some() {
+            return Err(BranchError::Scratch { id: parent.id });
+        }
         let (frozen, pause_ms) = self.freeze(&parent)?;
         let (copied_bytes, ranges) = (frozen.delta.bytes(), frozen.delta.runs().len() as u64);
         let saved = SavedChild { child: &parent.id, vmstate: frozen.vmstate.as_fd(), delta: &frozen.delta };
@@ -90,21 +96,17 @@ impl Supervisor {
 
     pub(super) fn parent(&self, id: &str) -> Result<Parent, BranchError> {
         let id = id.to_owned();
-        if self.template.configuration().scratch_mib > 0 {
-            return Err(BranchError::Scratch { id });
-        }
         let children = self.children();
         let found = children.iter().find(|child| child.id == id && !child.state.is_over());
-        let Some((child, process)) = found.and_then(|child| Some((child, child.process.clone()?))) else {
-            return Err(BranchError::Unknown { id });
-        };
-        match () {
-            () if child.paused => Err(BranchError::Paused { id }),
-            () if child.ready.is_none() => Err(BranchError::NotReady { id }),
-            () => Ok(Parent {
+        match found.map(|child| (child, child.process.clone())) {
+            Some((child, _)) if child.paused => Err(BranchError::Paused { id }),
+            Some((child, Some(_))) if child.ready.is_none() => Err(BranchError::NotReady { id }),
+            None | Some((_, None)) => Err(BranchError::Unknown { id }),
+            Some((child, Some(process))) => Ok(Parent {
                 id,
                 process,
                 socket: child.socket.clone(),
+                disk: child.disk.clone(),
                 base: child.frozen.clone(),
                 uffd: child.uffd.clone(),
             }),
@@ -115,8 +117,10 @@ impl Supervisor {
     fn freeze(&self, parent: &Parent) -> Result<(FrozenMachine, f64), BranchError> {
         let _one_at_a_time = self.freezing.lock().unwrap_or_else(PoisonError::into_inner);
         let copy = self.stop_and_copy(parent)?;
+        let disk = parent.disk.as_ref().map_or(Ok(None), |disk| self.scratch().copy(disk));
         let pause_ms = self.let_go_on(parent, copy.at_ns)?;
-        Ok((copy.finish(&parent.id)?, pause_ms))
+        let disk = disk.map_err(StartError::from)?.map(Arc::new);
+        Ok((copy.finish(&parent.id, disk)?, pause_ms))
     }
 
     /// Stops the child and copies what it has in its memory. Whoever calls it holds `freezing`: two would clear what the

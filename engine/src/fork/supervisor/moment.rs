@@ -3,6 +3,7 @@
 use crate::fork::agent::ClientError;
 use forkd_vmm::memory::Delta;
 use rustix::fd::OwnedFd;
+use std::fs::File;
 use std::sync::Arc;
 
 /// A machine that has stopped to be branched.
@@ -25,6 +26,8 @@ pub(super) enum Stop {
 pub(super) struct FrozenMachine {
     pub(super) vmstate: OwnedFd,
     pub(super) delta: Delta,
+    /// Its scratch disk as it was then.
+    pub(super) disk: Option<Arc<File>>,
 }
 
 /// Where a branch comes from.

@@ -58,7 +58,10 @@ impl Supervisor {
     fn take_to_disk(&self, parent: &Parent) -> Result<u64, BranchError> {
         let copy = self.stop_and_copy(parent)?;
         let at_ns = copy.at_ns;
-        let machine = match copy.finish(&parent.id).and_then(|machine| self.write_to_disk(machine)) {
+        let machine = match copy
+            .finish(&parent.id, parent.disk.clone())
+            .and_then(|machine| self.write_to_disk(machine))
+        {
             Ok(machine) => Arc::new(machine),
             Err(error) => {
                 self.let_go_on(parent, at_ns)?;
@@ -85,13 +88,13 @@ impl Supervisor {
     }
 
     fn write_to_disk(&self, machine: FrozenMachine) -> Result<FrozenMachine, BranchError> {
-        let FrozenMachine { vmstate, delta } = machine;
+        let FrozenMachine { vmstate, delta, disk } = machine;
         let failed = |source| BranchError::Disk { directory: self.cache.clone(), source };
         let ram_bytes = self.template.configuration().layout.ram_bytes();
         fs::create_dir_all(&self.cache).map_err(failed)?;
         let file = tempfile::tempfile_in(&self.cache).map_err(failed)?;
         delta.write_to(&file, ram_bytes, &|_| ()).map_err(failed)?;
-        Ok(FrozenMachine { vmstate, delta: Delta::open(file.into(), ram_bytes)? })
+        Ok(FrozenMachine { vmstate, delta: Delta::open(file.into(), ram_bytes)?, disk })
     }
 
     /// Lets children go on that are paused to disk: all, or the one of that name. Returns how many, when they are ready or
@@ -149,7 +152,8 @@ impl Supervisor {
         }
         // The last one's cgroup may be there for a moment.
         let group = format!("{id}.{machines}");
-        let (process, _) = self.start_machine((&id, &group), record, network.as_ref(), Some(frozen))?;
+        let disk = frozen.disk.as_deref();
+        let (process, _) = self.start_machine((&id, &group), record, network.as_ref(), Some(frozen), disk)?;
         let network = network.map(|network| network.connect(&identity::hostname(&id))).transpose()?;
         let mut children = self.children();
         let child = &mut children[at];
@@ -172,6 +176,7 @@ impl Supervisor {
         for (at, child) in self.children().iter_mut().enumerate() {
             if child.state.is_over() && child.on_disk.take().is_some() {
                 child.ports.clear();
+                child.disk = None;
                 if child.parent.is_some() {
                     self.run_dir.forget(&child.id, false);
                 }

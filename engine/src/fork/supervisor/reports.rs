@@ -201,6 +201,7 @@ impl Supervisor {
             return;
         }
         child.ports.clear();
+        child.disk = None;
         self.end_publishing(at);
         if !child.state.is_over() {
             let why = if gone { "its process was killed".to_owned() } else { chain(error) };
