@@ -241,12 +241,14 @@ fn an_editor_is_usable_on_a_real_terminal() {
     tmux.shows("left=0");
     assert_eq!(guest.shell("cat /tmp/list"), "1\n2\nthird\n4\n5\nthe seventh\n");
     // Asked to end by Ctrl-C, it says how.
-    tmux.keys(&["clear; vim.tiny -u NONE -N", "Enter"]);
+    tmux.keys(&["clear; vim.tiny -u NONE -N; echo ended=$?", "Enter"]);
     tmux.shows("VIM - Vi IMproved");
     tmux.keys(&["C-c"]);
     tmux.shows("to exit Vim");
     tmux.keys(&["-l", ":q!"]);
-    tmux.keys(&["Enter", "exit", "Enter"]);
+    tmux.keys(&["Enter"]);
+    tmux.shows("ended=0");
+    tmux.keys(&["exit", "Enter"]);
     assert!(wait_until(LONG, || !guest.runs("-.*s[h]")), "the shell lives on");
 }
 
