@@ -1,8 +1,8 @@
 //! What `forkd fork` begins before its command line is understood.
 
 use forkd_engine::fork::supervisor::process_start_ns;
+use forkd_engine::fork::zygote::start_zygote;
 use forkd_vmm::zygote::{SpawnError, Zygote};
-use rustix::process::{Resource, Rlimit};
 use std::ffi::OsString;
 
 /// What is begun before the command line is understood, because a first instruction waits for it: the jail takes longer to
@@ -29,20 +29,5 @@ impl EarlyZygote {
 impl Default for EarlyZygote {
     fn default() -> EarlyZygote {
         EarlyZygote { started_ns: process_start_ns(), zygote: None }
-    }
-}
-
-/// To be called by a process of one thread.
-pub fn start_zygote() -> Result<Zygote, SpawnError> {
-    raise_file_limit();
-    Zygote::start()
-}
-
-/// A thousand children need a few descriptors each.
-fn raise_file_limit() {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    if let Err(errno) = rustix::process::setrlimit(Resource::Nofile, raised) {
-        tracing::debug!(%errno, "the limit on open files stays as it is");
     }
 }

@@ -37,6 +37,15 @@ use crate::detach::DetachError;
 /// What a command can fail with.
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
+    /// `forkd serve`.
+    #[error("{program} cannot be started")]
+    Daemon {
+        /// The program.
+        program: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A directory of forkd's own.
     #[error(transparent)]
     Paths(#[from] PathsError),

@@ -13,6 +13,7 @@ use forkd_engine::fork::variables::{self, Variable, Variables, VariablesError, V
 use forkd_engine::local::paths::Paths;
 use forkd_engine::network::wire::NetworkMode;
 use forkd_engine::target::{self, Target};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// `forkd fork`.
@@ -97,6 +98,7 @@ impl ForkArgs {
                 publish: self.publish.publish.clone(),
                 lifetime: self.lifetime.lifetime(),
                 reachable: true,
+                labels: BTreeMap::new(),
             },
             request: child_request(self.eval.as_deref(), self.exec.then_some(&self.command)),
             eager: self.eager,

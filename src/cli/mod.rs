@@ -11,6 +11,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 
 mod builds;
 mod copies;
+mod daemon;
 mod doors;
 mod network;
 mod packs;
@@ -21,6 +22,7 @@ pub use builds::{
     BuildArgs, KernelBuildArgs, KernelVerb, RecipeCheckArgs, RecipeVerb, RmiArgs, SnapshotArgs, TraceArgs,
 };
 pub use copies::{BranchArgs, EvalArgs, ForkArgs, KillArgs, LogsArgs, WarmArgs};
+pub use daemon::DaemonArgs;
 pub use doors::{CommandArgs, CpArgs, ExecArgs, ShellArgs};
 pub use network::{NetArgs, NetworkArgs};
 pub use packs::{
@@ -133,6 +135,8 @@ pub enum Verb {
     Logs(LogsArgs),
     /// Stop running children
     Kill(KillArgs),
+    /// Serve sandboxes over REST: a daemon for programs that want many of them
+    Serve(Box<DaemonArgs>),
     /// Remove what dead processes left: mounts, sockets, temporary files and directories
     Cleanup,
     /// Print a completion script for a shell
@@ -237,6 +241,10 @@ mod tests {
             &["snapshot", "--tag", "t", "--kernel", "k"],
             &["snapshot", "--tag", "t", "--child", "a-1", "--kernel", "k", "--rootfs", "r"],
             &["snapshot", "--child", "a-1"],
+            &["serve", "--listen", "unix:"],
+            &["serve", "--listen", "localhost"],
+            &["serve", "--tls-cert", "c.pem"],
+            &["serve", "--max-sandboxes", "0"],
         ] {
             assert!(parsed(bad).is_err(), "{bad:?} was taken");
         }

@@ -6,7 +6,7 @@
 use super::fork_text::text;
 use crate::cli::ForkArgs;
 use crate::detach::{Detached, Handover, split};
-use crate::early_zygote::{EarlyZygote, start_zygote};
+use crate::early_zygote::EarlyZygote;
 use crate::environment;
 use crate::failure::CommandError;
 use crate::output::Output;
@@ -17,6 +17,7 @@ use forkd_engine::fork::run::{AnsweredFork, ForkCaller, fork};
 use forkd_engine::fork::supervisor::Supervisor;
 use forkd_engine::fork::variables::Variables;
 use forkd_engine::fork::warm::WarmStatus;
+use forkd_engine::fork::zygote::start_zygote;
 use forkd_engine::picture::svg::check_place;
 use forkd_engine::progress::Progress;
 use std::io;

@@ -2,8 +2,6 @@
 
 use std::process::ExitCode;
 
-use serde::Serialize;
-
 use crate::cli::ImagesArgs;
 use crate::environment;
 use crate::failure::CommandError;
@@ -11,28 +9,7 @@ use crate::output::{Output, table};
 use crate::runtime::runtime;
 use crate::units::show_size;
 use forkd_engine::chain::plain;
-use forkd_engine::hub::client;
-use forkd_engine::hub::registry::PackageVersion;
-
-/// What `forkd images --hub --json` prints.
-#[derive(Debug, Serialize)]
-struct Report {
-    hub: String,
-    packages: Vec<Package>,
-}
-
-#[derive(Debug, Serialize)]
-struct Package {
-    name: String,
-    description: String,
-    versions: Vec<String>,
-    memory_mib: Option<u64>,
-    size_bytes: Option<u64>,
-    created_at: Option<String>,
-    /// Whether its pack can be had; otherwise it has to be built from its recipe.
-    hosted: bool,
-    recipe_path: Option<String>,
-}
+use forkd_engine::hub::listing::{self, HubListing, ListedPackage};
 
 /// Lists.
 pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError> {
@@ -40,30 +17,13 @@ pub fn run(args: &ImagesArgs, output: &Output) -> Result<ExitCode, CommandError>
     let from_env = std::env::var("FORKD_HUB_URL").ok();
     let hub = hub.as_deref().or(from_env.as_deref());
     let paths = environment::paths()?;
-    let catalogue = runtime().map_err(CommandError::Runtime)?.block_on(client::catalogue(
-        &paths,
-        hub,
-        &client::http_client(&paths),
-    ))?;
-    let packages = catalogue.registry().packages.iter().map(|(name, package)| {
-        let latest = package.newest();
-        Package {
-            name: name.clone(),
-            description: package.description.clone(),
-            versions: package.versions.keys().cloned().collect(),
-            memory_mib: latest.and_then(|version| version.memory_mib),
-            size_bytes: latest.and_then(|version| version.size_bytes),
-            created_at: latest.and_then(|version| version.created_at.clone()),
-            hosted: latest.is_some_and(PackageVersion::is_hosted),
-            recipe_path: latest.and_then(|version| version.recipe_path.clone()),
-        }
-    });
-    let report = Report { hub: catalogue.location(), packages: packages.collect() };
+    let listing = listing::packages(&paths, hub);
+    let report = runtime().map_err(CommandError::Runtime)?.block_on(listing)?;
     output.report(&report, show);
     Ok(ExitCode::SUCCESS)
 }
 
-fn show(report: &Report) -> String {
+fn show(report: &HubListing) -> String {
     if report.packages.is_empty() {
         return format!("{} lists no packages", report.hub);
     }
@@ -82,7 +42,7 @@ fn show(report: &Report) -> String {
 }
 
 /// What it is, and for what is hosted nowhere how to get it.
-fn described(package: &Package) -> String {
+fn described(package: &ListedPackage) -> String {
     match package.recipe_path.as_ref().filter(|_| !package.hosted) {
         Some(recipe) => format!("{} (build it: forkd build {})", plain(&package.description), plain(recipe)),
         None => plain(&package.description),

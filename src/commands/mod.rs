@@ -38,6 +38,7 @@ mod ps;
 mod pull;
 mod recipe;
 mod repack;
+mod serve;
 mod shell;
 mod snapshots;
 mod trace;
@@ -89,6 +90,7 @@ pub fn dispatch(verb: Verb, early: Option<EarlyZygote>, output: &Output) -> Resu
         Verb::Resume(args) => pause::resume(&args, output),
         Verb::Logs(args) => logs::run(&args, output),
         Verb::Kill(args) => kill::run(&args, output),
+        Verb::Serve(args) => match serve::run(&args)? {},
         Verb::Cleanup => cleanup::run(output),
     }
 }

@@ -20,3 +20,4 @@ pub mod template;
 pub mod tree;
 pub mod variables;
 pub mod warm;
+pub mod zygote;

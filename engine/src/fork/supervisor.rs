@@ -15,7 +15,8 @@ mod wake;
 
 pub use branch_error::BranchError;
 pub use error::StartError;
-pub use spec::{ChildrenSpec, Lifetime, OnTimeout, ResourceLimits};
+pub use crate::local::lifetime::{Lifetime, OnTimeout};
+pub use spec::{ChildrenSpec, ResourceLimits};
 
 use crate::chain::chain;
 use crate::fork::forward::listen::Way;
@@ -178,6 +179,7 @@ impl Supervisor {
         spec.limits.check(zygote)?;
         let networks = ChildNetworks::new(&spec.network, spec.count)?;
         let run_dir = RunDir::create(paths)?;
+        run_dir.note_labels(&spec.labels)?;
         match zygote.cgroups() {
             Ok(cgroups) => run_dir.note_cgroups(&cgroups.path)?,
             Err(error) => tracing::debug!(error = chain(error), "children get no cgroups"),
@@ -449,6 +451,10 @@ impl ForkControl for Supervisor {
 
     fn gateway(&self, child: &str) -> Option<GatewayStatus> {
         self.gateway_status(child)
+    }
+
+    fn set_lifetime(&self, child: Option<&str>, lifetime: Option<Lifetime>) -> usize {
+        Supervisor::set_lifetime(self, child, lifetime)
     }
 
     fn branch(&self, request: &BranchRequest) -> Result<Branched, String> {

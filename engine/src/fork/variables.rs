@@ -36,6 +36,33 @@ pub struct Variable {
     value: String,
 }
 
+impl Variable {
+    /// One of that name and value.
+    ///
+    /// # Errors
+    /// [`VariablesError::Variable`] for what is no name.
+    pub fn new(name: &str, value: &str) -> Result<Variable, VariablesError> {
+        let variable = Variable { name: name.to_owned(), value: value.to_owned() };
+        if name.is_empty() || name.contains('=') {
+            return Err(VariablesError::Variable(format!("{name}={value}")));
+        }
+        Ok(variable)
+    }
+}
+
+impl VariedVariable {
+    /// One of that name and these values.
+    ///
+    /// # Errors
+    /// [`VariablesError::Varied`] for what is no name, and without values.
+    pub fn new(name: &str, values: &[String]) -> Result<VariedVariable, VariablesError> {
+        if name.is_empty() || name.contains('=') || values.is_empty() {
+            return Err(VariablesError::Varied(format!("{name}={}", values.join(","))));
+        }
+        Ok(VariedVariable { name: name.to_owned(), values: values.to_vec() })
+    }
+}
+
 /// A variable of which each child gets the next value, the first one again after the last.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct VariedVariable {

@@ -4,6 +4,7 @@ pub mod bases;
 pub mod cached;
 pub mod client;
 pub mod download;
+pub mod listing;
 pub mod mount;
 pub mod page;
 pub mod publish;

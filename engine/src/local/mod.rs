@@ -1,7 +1,9 @@
 //! What forkd keeps on this machine: directories, snapshots, run directories, mounts.
 
 pub mod branches;
+pub mod daemon;
 pub mod host;
+pub mod lifetime;
 pub mod lineage;
 pub mod mounts;
 pub mod paths;

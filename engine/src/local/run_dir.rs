@@ -7,6 +7,7 @@
 //!                        <child>.vsock   the child's vsock (CONNECT port)
 //!                        <child>.console its console
 //!                        <child>.paused  there while the child is paused, to disk or not
+//!                        labels.json     what whoever had it forked notes of it, where that is anything
 //!                        cgroups         path of the directory with the children's cgroups, where they have any
 //!                        workspace_parent path of the directory in which its workspace lies (`workspace.rs`)
 //! ```
@@ -16,12 +17,14 @@ mod fork_dir;
 pub use fork_dir::ForkDir;
 
 use crate::local::branches::{BranchRequest, Branched, PausedToDisk, SnapshotRequest, TakenSnapshot};
+use crate::local::lifetime::Lifetime;
 use crate::local::paths::{Paths, PathsError};
 use crate::network::wire::{GatewayStatus, NetworkStatus};
 use forkd_vmm::cgroup::CgroupError;
 use rustix::fs::{CWD, FlockOperation, RenameFlags};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStrExt;
@@ -33,6 +36,7 @@ use std::time::Duration;
 const LOCK: &str = "lock";
 const CONTROL: &str = "control.sock";
 const PAUSED: &str = "paused";
+const LABELS: &str = "labels.json";
 const CGROUPS: &str = "cgroups";
 const WORKSPACE_PARENT: &str = "workspace_parent";
 /// Longest query or answer, bytes.
@@ -153,6 +157,10 @@ enum Query {
     PauseToDisk(Option<String>),
     ResumeFromDisk(Option<String>),
     Gateway(String),
+    Lifetime {
+        child: Option<String>,
+        lifetime: Option<Lifetime>,
+    },
     Branch(BranchRequest),
     Snapshot(SnapshotRequest),
 }
@@ -176,6 +184,8 @@ pub trait ForkControl {
     fn resume_from_disk(&self, child: Option<&str>) -> Result<usize, String>;
     /// The way out of a child, if it has one.
     fn gateway(&self, child: &str) -> Option<GatewayStatus>;
+    /// Gives a child, or all, so much time from now on, or no end to it. Returns how many live.
+    fn set_lifetime(&self, child: Option<&str>, lifetime: Option<Lifetime>) -> usize;
     /// Branches a child, or says why not.
     fn branch(&self, request: &BranchRequest) -> Result<Branched, String>;
     /// Takes a snapshot of a child, or says why not.
@@ -334,6 +344,17 @@ impl RunDir {
         }
     }
 
+    /// Notes what whoever has it forked wants to find again.
+    pub fn note_labels(&self, labels: &BTreeMap<String, String>) -> Result<(), RunDirError> {
+        if labels.is_empty() {
+            return Ok(());
+        }
+        let path = self.path.join(LABELS);
+        let text = serde_json::to_vec(labels)
+            .map_err(|source| RunDirError::Malformed { fork: self.id.clone(), source })?;
+        fs::write(&path, text).map_err(file_error("writing", &path))
+    }
+
     /// Notes where the children's cgroups are, for whoever cleans up after a killed fork.
     pub fn note_cgroups(&self, parent: &Path) -> Result<(), RunDirError> {
         let path = self.path.join(CGROUPS);
@@ -366,6 +387,9 @@ impl RunDir {
             Ok(Ok(Query::Pause(id))) => serde_json::to_string(&fork.pause(id.as_deref())),
             Ok(Ok(Query::Resume(id))) => serde_json::to_string(&fork.resume(id.as_deref())),
             Ok(Ok(Query::Gateway(id))) => serde_json::to_string(&fork.gateway(&id)),
+            Ok(Ok(Query::Lifetime { child, lifetime })) => {
+                serde_json::to_string(&fork.set_lifetime(child.as_deref(), lifetime))
+            }
             Ok(Ok(Query::Branch(request))) => {
                 return answer_later(fork, move |fork| answer_branch(&mut stream, fork, &request));
             }

@@ -1,6 +1,7 @@
 //! What is asked of a run directory, and what comes of names from outside.
 
 use super::*;
+use crate::local::lifetime::OnTimeout;
 
 struct Fork;
 
@@ -24,6 +25,10 @@ impl ForkControl for Fork {
 
     fn gateway(&self, _: &str) -> Option<GatewayStatus> {
         None
+    }
+
+    fn set_lifetime(&self, _: Option<&str>, lifetime: Option<Lifetime>) -> usize {
+        lifetime.map_or(0, |lifetime| lifetime.time.subsec_millis() as usize)
     }
 
     fn branch(&self, request: &BranchRequest) -> Result<Branched, String> {
@@ -53,11 +58,14 @@ fn a_fork_answers_while_it_lives_and_is_removed_when_dead() {
     let paths = paths(dir.path());
     let run = RunDir::create(&paths).unwrap();
     let listener = run.listen().unwrap();
+    let labels = BTreeMap::from([("of".to_owned(), "whom".to_owned())]);
+    run.note_labels(&labels).unwrap();
     let id = format!("{}-1", run.id());
     File::create(run.socket(&id)).unwrap();
     let fork = ForkDir::of_child(&paths, &id).unwrap();
+    assert_eq!(fork.labels().unwrap(), labels);
     std::thread::scope(|scope| {
-        scope.spawn(|| (0..11).for_each(|_| run.answer(listener.accept().unwrap().0, &Arc::new(Fork))));
+        scope.spawn(|| (0..12).for_each(|_| run.answer(listener.accept().unwrap().0, &Arc::new(Fork))));
         assert_eq!(fork.status().unwrap().pack, "p");
         assert_eq!(fork.kill(Some("abc")).unwrap(), 3);
         assert_eq!((fork.pause(None).unwrap(), fork.pause(Some("ab")).unwrap()), (10, 2));
@@ -67,6 +75,8 @@ fn a_fork_answers_while_it_lives_and_is_removed_when_dead() {
         let refused = fork.resume_from_disk(Some("c-1")).unwrap_err();
         assert!(matches!(&refused, RunDirError::Refused { error } if error == "c-1 did not come back"));
         assert_eq!(fork.gateway("abc").unwrap(), None);
+        let lifetime = Lifetime { time: Duration::from_millis(1234), then: OnTimeout::Pause };
+        assert_eq!(fork.set_lifetime(None, Some(lifetime)).unwrap(), 234);
         let request = BranchRequest { child: "abc".to_owned(), environments: Vec::new() };
         let refused = fork.branch(&request).unwrap_err();
         assert!(

@@ -25,9 +25,16 @@ const CHUNK: usize = 64 << 10;
 /// Sends signals to a running exec, from any thread.
 #[derive(Debug, Clone)]
 pub struct Signaller {
-    writer: Arc<Mutex<UnixStream>>,
+    writer: Arc<Writer>,
     /// The request has been sent, so that signals may follow it.
     asked: Arc<AtomicBool>,
+}
+
+/// The way to the machine, for whole frames of one thread at a time.
+#[derive(Debug)]
+struct Writer {
+    turn: Mutex<()>,
+    stream: UnixStream,
 }
 
 impl AgentClient {
@@ -36,7 +43,8 @@ impl AgentClient {
     /// # Errors
     /// [`ClientError::Protocol`] when the socket cannot be duplicated.
     pub fn signaller(&self) -> Result<Signaller, ClientError> {
-        let writer = Arc::new(Mutex::new(self.stream.try_clone().map_err(stream_failed)?));
+        let stream = self.stream.try_clone().map_err(stream_failed)?;
+        let writer = Arc::new(Writer { turn: Mutex::default(), stream });
         Ok(Signaller { writer, asked: Arc::default() })
     }
 
@@ -139,11 +147,18 @@ impl Signaller {
         self.write(&Request::Resize { rows, cols })
     }
 
+    /// Has nobody wait for the exec any longer: it is killed (with a terminal: hung up), and whoever waits hears that the
+    /// connection is closed.
+    pub fn give_up(&self) {
+        // One that is closed already is as good.
+        let _ = self.writer.stream.shutdown(Shutdown::Both);
+    }
+
     fn write(&self, request: &Request) -> Result<(), ClientError> {
         let given_up = Instant::now() + BUSY;
         while self.asked.load(Ordering::Acquire) {
-            if let Ok(mut writer) = self.writer.try_lock() {
-                return write_control(&mut *writer, request)
+            if let Ok(_turn) = self.writer.turn.try_lock() {
+                return write_control(&mut &self.writer.stream, request)
                     .map_err(|source| ClientError::Protocol { source });
             }
             // Input that flows leaves gaps; input that nobody reads does not.
@@ -157,7 +172,7 @@ impl Signaller {
 }
 
 /// Copies input until it or the connection ends.
-fn send_input(stdin: &mut dyn Read, writer: &Mutex<UnixStream>) {
+fn send_input(stdin: &mut dyn Read, writer: &Writer) {
     let mut chunk = vec![0; CHUNK];
     loop {
         let n = match stdin.read(&mut chunk) {
@@ -166,8 +181,8 @@ fn send_input(stdin: &mut dyn Read, writer: &Mutex<UnixStream>) {
             Err(_) => 0,
             Ok(n) => n,
         };
-        let Ok(mut writer) = writer.lock() else { return };
-        if write_frame(&mut *writer, FrameKind::Stdin, &chunk[..n]).is_err() || n == 0 {
+        let Ok(_turn) = writer.turn.lock() else { return };
+        if write_frame(&mut &writer.stream, FrameKind::Stdin, &chunk[..n]).is_err() || n == 0 {
             return;
         }
     }

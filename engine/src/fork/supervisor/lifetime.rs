@@ -3,6 +3,7 @@
 //! A paused child is stopped where it stands: its state does not change, it is only shown as paused. Its turn at the start
 //! ends by itself, its memory is filled on, and it can be ended.
 
+use super::spec::Deadline;
 use super::{Child, Lifetime, OnTimeout, Supervisor};
 use crate::local::run_dir::ChildState;
 use std::time::{Duration, Instant};
@@ -23,6 +24,13 @@ impl Supervisor {
                 self.run_dir.note_paused(&child.id, false);
             }
         })
+    }
+
+    /// Gives children so much time from now on, or no end to it: all, or the one of that name. Returns how many live.
+    pub fn set_lifetime(&self, id: Option<&str>, lifetime: Option<Lifetime>) -> usize {
+        let count = self.of_those_alive(id, |child| child.deadline = Deadline::of(lifetime));
+        self.wake.call();
+        count
     }
 
     fn of_those_alive(&self, id: Option<&str>, work: impl FnMut(&mut Child)) -> usize {

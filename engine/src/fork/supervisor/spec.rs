@@ -3,11 +3,13 @@
 use super::error::StartError;
 use crate::fork::forward::ports::PortMap;
 use crate::fork::variables::Variables;
+use crate::local::lifetime::Lifetime;
 use crate::network::wire::NetworkMode;
 use forkd_vmm::cgroup::Limits;
 use forkd_vmm::memory::MemoryLayout;
 use forkd_vmm::zygote::Zygote;
-use std::time::{Duration, Instant};
+use std::collections::BTreeMap;
+use std::time::Instant;
 
 /// What the children of a fork are to be.
 #[derive(Debug)]
@@ -26,25 +28,8 @@ pub struct ChildrenSpec {
     pub lifetime: Option<Lifetime>,
     /// Whether other processes of this user can list and end them.
     pub reachable: bool,
-}
-
-/// How long a child may live.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Lifetime {
-    /// From its start.
-    pub time: Duration,
-    /// What is done then.
-    pub then: OnTimeout,
-}
-
-/// What is done with a child whose time is over.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum OnTimeout {
-    /// It is killed.
-    #[default]
-    Kill,
-    /// It is paused.
-    Pause,
+    /// What whoever has them forked notes of them, for those who find them.
+    pub labels: BTreeMap<String, String>,
 }
 
 /// One child, without anything of its own.
@@ -59,6 +44,7 @@ impl Default for ChildrenSpec {
             publish: Vec::new(),
             lifetime: None,
             reachable: true,
+            labels: BTreeMap::new(),
         }
     }
 }

@@ -1,14 +1,16 @@
 //! A fork's directory as others see it: what runs, and asking its supervisor.
 
 use super::{
-    ANSWER_TIMEOUT, BRANCH_TIMEOUT, CGROUPS, CONTROL, ForkStatus, LOCK, MESSAGE_MAX, PAUSED, Query,
+    ANSWER_TIMEOUT, BRANCH_TIMEOUT, CGROUPS, CONTROL, ForkStatus, LABELS, LOCK, MESSAGE_MAX, PAUSED, Query,
     RunDirError, UNBORN_AGE, UNBORN_PREFIX, UNKNOWN_QUERY, WORKSPACE_PARENT, file_error,
 };
 use crate::local::branches::{BranchRequest, Branched, PausedToDisk, SnapshotRequest, TakenSnapshot};
+use crate::local::lifetime::Lifetime;
 use crate::local::paths::Paths;
 use crate::network::wire::GatewayStatus;
 use forkd_vmm::cgroup;
 use rustix::fs::FlockOperation;
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -108,6 +110,18 @@ impl ForkDir {
         Some(PathBuf::from(OsStr::from_bytes(&path)))
     }
 
+    /// What whoever had it forked noted of it.
+    pub fn labels(&self) -> Result<BTreeMap<String, String>, RunDirError> {
+        let path = self.path.join(LABELS);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
+            Err(error) => return Err(file_error("reading", &path)(error)),
+        };
+        serde_json::from_reader(BufReader::new(file.take(MESSAGE_MAX)))
+            .map_err(|source| RunDirError::Malformed { fork: self.id.clone(), source })
+    }
+
     /// Whether its supervisor lives.
     pub fn is_alive(&self) -> bool {
         match File::open(self.path.join(LOCK)) {
@@ -161,6 +175,15 @@ impl ForkDir {
     /// Has its supervisor let a child go on from disk, or all. Returns how many that are, when they are ready.
     pub fn resume_from_disk(&self, child: Option<&str>) -> Result<usize, RunDirError> {
         self.ask_long(&Query::ResumeFromDisk(child.map(str::to_owned)))
+    }
+
+    /// Has its supervisor give a child, or all, so much time from now on, or no end to it. Returns how many live.
+    pub fn set_lifetime(
+        &self,
+        child: Option<&str>,
+        lifetime: Option<Lifetime>,
+    ) -> Result<usize, RunDirError> {
+        self.ask_new(&Query::Lifetime { child: child.map(str::to_owned), lifetime })
     }
 
     /// Has its supervisor branch a child. Returns when the branches are ready.
