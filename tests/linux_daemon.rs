@@ -83,7 +83,10 @@ fn programs_run_and_their_output_comes_as_they_write_it() {
     let id = service.one(&json!({}));
     let path = format!("/v1/sandboxes/{id}/exec");
     let ran = service.post(&path, &json!({ "cmd": "cat; echo no >&2; exit 3", "stdin": "yes\n" })).json();
-    assert_eq!((&ran["exit_code"], &ran["stdout"], &ran["stderr"]), (&json!(3), &json!("yes\n"), &json!("no\n")));
+    assert_eq!(
+        (&ran["exit_code"], &ran["stdout"], &ran["stderr"]),
+        (&json!(3), &json!("yes\n"), &json!("no\n"))
+    );
     let whose = json!({ "argv": ["sh", "-c", "id -un; pwd; echo $A"], "user": "nobody", "cwd": "/tmp",
         "env": { "A": "b" } });
     assert_eq!(service.post(&path, &whose).json()["stdout"], json!("nobody\n/tmp\nb\n"));
@@ -93,7 +96,8 @@ fn programs_run_and_their_output_comes_as_they_write_it() {
     assert_eq!((missing.status, &missing.json()["code"]), (422, &json!("not_started")));
     let detached = service.post(&path, &json!({ "cmd": "sleep 1001", "detach": true }));
     assert!(detached.status == 202 && detached.json()["pid"].as_u64().is_some(), "{detached:?}");
-    for bad in [json!({}), json!({ "argv": [] }), json!({ "cmd": "a", "argv": ["a"] }), json!({ "run": "a" })] {
+    for bad in [json!({}), json!({ "argv": [] }), json!({ "cmd": "a", "argv": ["a"] }), json!({ "run": "a" })]
+    {
         assert_eq!(service.post(&path, &bad).status, 400, "{bad}");
     }
 
@@ -135,7 +139,9 @@ fn a_websocket_has_input_signals_and_a_terminal() {
     let mut socket = service.websocket(&path);
     let terminal = json!({ "argv": ["sh"], "tty": { "rows": 11, "cols": 22, "term": "dumb" } });
     socket.send(text(&terminal)).unwrap();
-    socket.send(Message::binary(&b"stty size; trap 'echo caught; exit 5' TERM; echo rea''dy; sleep 100\n"[..])).unwrap();
+    socket
+        .send(Message::binary(&b"stty size; trap 'echo caught; exit 5' TERM; echo rea''dy; sleep 100\n"[..]))
+        .unwrap();
     client::read_until(&mut socket, "11 22");
     client::read_until(&mut socket, "ready");
     socket.send(text(&json!({ "resize": { "rows": 33, "cols": 44 } }))).unwrap();
@@ -204,7 +210,11 @@ fn files_go_both_ways_and_nothing_leads_out_of_a_sandbox() {
     let written = service.curl(&["-T", local.to_str().unwrap()], &hostile);
     assert_eq!((written.status, std::fs::read_to_string(&canary).unwrap()), (422, "of the host".to_owned()));
     for other in ["..%2f..", "x-1", "%2e%2e", "000000-1"] {
-        assert_eq!(service.get(&format!("/v1/sandboxes/{other}/files?path=/etc/passwd")).status, 404, "{other}");
+        assert_eq!(
+            service.get(&format!("/v1/sandboxes/{other}/files?path=/etc/passwd")).status,
+            404,
+            "{other}"
+        );
     }
 }
 
@@ -230,7 +240,7 @@ fn sandboxes_are_paused_given_time_and_branched() {
     let branched = answer.json();
     assert!(branched["pause_ms"].as_f64().unwrap() > 0.0);
     let branches: Vec<_> = branched["sandboxes"].as_array().unwrap().clone();
-    let ways: Vec<_> = branches.iter().map(|branch| {
+    let ways = branches.iter().map(|branch| {
         assert_eq!(branch["parent"], json!(id));
         let code = "__import__('os').environ['WAY'] + str(kept + 1)";
         service.eval(branch["id"].as_str().unwrap(), code)
@@ -288,7 +298,9 @@ fn a_request_that_makes_no_sense_is_refused_and_leaves_nothing() {
     assert_eq!(mine.header("x-request-id").as_deref(), Some("mine-1"));
     let theirs = service.curl(&["-H", "x-request-id: a b"], "/healthz");
     assert_ne!(theirs.header("x-request-id").as_deref(), Some("a b"));
-    for (method, path, status) in [("DELETE", "/healthz", 405), ("GET", "/v2", 404), ("PUT", "/v1/sandboxes", 405)] {
+    for (method, path, status) in
+        [("DELETE", "/healthz", 405), ("GET", "/v2", 404), ("PUT", "/v1/sandboxes", 405)]
+    {
         assert_eq!(service.curl(&["-X", method], path).status, status, "{method} {path}");
     }
     assert!(!service.bed.has_run_dirs(), "a run directory is left");

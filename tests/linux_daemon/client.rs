@@ -80,7 +80,9 @@ impl Service {
     fn curl_command(&self, arguments: &[&str], path: &str) -> Command {
         let mut curl = Command::new("curl");
         // Nothing is to be taken out of a path.
-        curl.args(["--silent", "--show-error", "--path-as-is", "--max-time", LIMIT]).args(&self.place).args(arguments);
+        curl.args(["--silent", "--show-error", "--path-as-is", "--max-time", LIMIT])
+            .args(&self.place)
+            .args(arguments);
         curl.arg(format!("{}{path}", self.url)).stdin(Stdio::null());
         curl
     }
@@ -92,7 +94,7 @@ impl Service {
         let output = self.curl_command(&[&dump[..], arguments].concat(), path).output().unwrap();
         let head = std::fs::read_to_string(head.path()).unwrap();
         // Behind a `100 Continue`.
-        let head = head.split("\r\n\r\n").filter(|head| !head.is_empty()).next_back().unwrap_or_default().to_owned();
+        let head = head.trim_end().rsplit("\r\n\r\n").next().unwrap_or_default().to_owned();
         let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or_else(|| {
             panic!("{path} was not answered: {}", String::from_utf8_lossy(&output.stderr))
         });
@@ -178,7 +180,8 @@ fn spawn(bed: &Bed, arguments: &[&str]) -> (Child, String) {
     let file = std::fs::File::options().create(true).append(true).open(&log).unwrap();
     let before = std::fs::metadata(&log).unwrap().len() as usize;
     let hub = Hub::at("http://127.0.0.1:9/".to_owned());
-    let daemon = bed.command(&hub).arg("serve").args(arguments).stdout(Stdio::null()).stderr(file).spawn().unwrap();
+    let daemon =
+        bed.command(&hub).arg("serve").args(arguments).stdout(Stdio::null()).stderr(file).spawn().unwrap();
     let mut place = None;
     let listens = || {
         let text = std::fs::read_to_string(&log).unwrap_or_default();

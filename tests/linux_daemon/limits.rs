@@ -32,7 +32,8 @@ fn over_tcp_a_token_decides_what_there_is() {
         format!("authorization: Basic {ALICE}"),
         format!("authorization: {ALICE}"),
     ] {
-        for path in ["/v1/sandboxes", "/version", "/metrics", "/openapi.json", "/v1/snapshots", "/v1/images"] {
+        for path in ["/v1/sandboxes", "/version", "/metrics", "/openapi.json", "/v1/snapshots", "/v1/images"]
+        {
             let answer = service.curl(&["-H", &wrong], path);
             assert_eq!((answer.status, &answer.json()["code"]), (401, &json!("unauthorized")), "{path}");
         }
@@ -84,7 +85,17 @@ fn tls_is_spoken_with_the_certificate_that_was_given() {
     let file = tokens(&bed);
     let (certificate, key) = (bed.path("cert.pem"), bed.path("key.pem"));
     let made = Command::new("openssl")
-        .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"])
+        .args([
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-days",
+            "2",
+        ])
         .args(["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout"])
         .arg(&key)
         .arg("-out")
@@ -157,9 +168,7 @@ fn there_are_as_many_sandboxes_and_connections_as_may_be() {
 fn a_key_makes_a_request_count_once() {
     let service = Service::start(&[]);
     let wanted = json!({ "snapshot_tag": "python-numpy" }).to_string();
-    let create = |body: &str| {
-        service.curl(&["-H", "idempotency-key: once", "--data", body], "/v1/sandboxes")
-    };
+    let create = |body: &str| service.curl(&["-H", "idempotency-key: once", "--data", body], "/v1/sandboxes");
     let ids: Vec<_> = std::thread::scope(|scope| {
         let asked: Vec<_> = (0..3).map(|_| scope.spawn(|| create(&wanted))).collect();
         asked.into_iter().map(|asked| asked.join().unwrap().json()[0]["id"].clone()).collect()

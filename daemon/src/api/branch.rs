@@ -73,8 +73,7 @@ pub async fn branch(
     let found = found(&daemon, &owner, &id).await?;
     let reserved = reserve(&daemon, n as usize).await?;
     let permit = daemon.blocking.stream()?;
-    let branching =
-        Branching { child: id, count: n, variables, request: ChildRequest::Nothing, started_ns };
+    let branching = Branching { child: id, count: n, variables, request: ChildRequest::Nothing, started_ns };
     let paths = daemon.paths.clone();
     let working = tokio::task::spawn_blocking(move || -> Result<Branched, ApiError> {
         let _permit = permit;

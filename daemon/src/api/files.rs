@@ -196,9 +196,7 @@ pub async fn write(
             true => copy::into_from_archive(client, &mut reader, &path, false, &Interrupt::default())
                 .map(drop)
                 .map_err(ApiError::from),
-            false => {
-                client.put(&path, mode, &mut reader, TRANSFER_TIMEOUT).map(drop).map_err(client_error)
-            }
+            false => client.put(&path, mode, &mut reader, TRANSFER_TIMEOUT).map(drop).map_err(client_error),
         }
     })?;
     let (sent, written) = tokio::join!(send(body, chunks, limit), writing);

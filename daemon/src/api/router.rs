@@ -2,7 +2,8 @@
 
 use super::error::ApiError;
 use super::{
-    branch, caller, catalogue, create, eval, exec, files, lifetime, network, observe, sandboxes, system, terminal,
+    branch, caller, catalogue, create, eval, exec, files, lifetime, network, observe, sandboxes, system,
+    terminal,
 };
 use crate::state::Daemon;
 use axum::http::StatusCode;

@@ -71,8 +71,9 @@ pub async fn exec(
 
 async fn converse(mut socket: WebSocket, attached: Attached) {
     let body = match timeout(FIRST_TIMEOUT, socket.recv()).await {
-        Ok(Some(Ok(Message::Text(text)))) => serde_json::from_str::<ExecBody>(&text)
-            .map_err(|error| ApiError::invalid(error.to_string())),
+        Ok(Some(Ok(Message::Text(text)))) => {
+            serde_json::from_str::<ExecBody>(&text).map_err(|error| ApiError::invalid(error.to_string()))
+        }
         _ => Err(ApiError::invalid("the first message says what to run")),
     };
     let wanted = body.and_then(|body| Ok((body.request()?, body.timeout()?)));
@@ -106,9 +107,7 @@ async fn converse(mut socket: WebSocket, attached: Attached) {
 }
 
 fn message(event: ProgramEvent) -> Message {
-    let exit = |exit: Exit, timed_out: bool| {
-        json!({ "exit": { "exit_code": exit.code, "signal": exit.signal, "timed_out": timed_out } })
-    };
+    let exit = |exit: Exit, timed_out: bool| json!({ "exit": { "exit_code": exit.code, "signal": exit.signal, "timed_out": timed_out } });
     let text = match event {
         ProgramEvent::Output(stream, bytes) => return Message::Binary(framed(stream, &bytes)),
         ProgramEvent::Ended(Ok(ended)) => exit(ended, false),

@@ -152,10 +152,7 @@ enum Query {
     Pause(Option<String>),
     Resume(Option<String>),
     Gateway(String),
-    Lifetime {
-        child: Option<String>,
-        lifetime: Option<Lifetime>,
-    },
+    Lifetime { child: Option<String>, lifetime: Option<Lifetime> },
     Branch(BranchRequest),
     Snapshot(SnapshotRequest),
 }
