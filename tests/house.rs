@@ -34,6 +34,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Crates that few files may name: how the paths of those begin.
 const KEPT: &[(&str, &[&str])] = &[
+    ("axum", &["daemon/src"]),
     ("clap", &["src/cli"]),
     ("fuser", &["fs/src/fuse"]),
     ("reqwest", &["fs/src/source/http"]),

@@ -1,6 +1,7 @@
 //! The daemon's start and its end.
 
 use crate::api::router;
+use crate::audit::AuditLog;
 use crate::blocking::Blocking;
 use crate::census::Census;
 use crate::failure::{ServeError, place_error};
@@ -12,7 +13,7 @@ use crate::state::{Daemon, Keys};
 use crate::tokens::Tokens;
 use forkd_engine::chain::chain;
 use forkd_engine::fork::zygote::raise_file_limit;
-use forkd_engine::local::daemon::{DaemonOptions, Listen, OnExit, lock};
+use forkd_engine::local::daemon::{DaemonOptions, OnExit, lock};
 use forkd_engine::local::paths::Paths;
 use rustix::fs::{FlockOperation, flock};
 use std::fs::File;
@@ -60,12 +61,18 @@ fn lock_run_directory(paths: &Paths) -> Result<File, ServeError> {
 async fn serve(paths: Paths, options: DaemonOptions, tokens: Option<Tokens>) -> Result<(), ServeError> {
     let listener = Listener::open(&options, tokens.as_ref()).await?;
     let stopped = stop_signal().map_err(ServeError::Runtime)?;
+    let audit = options
+        .audit_log
+        .as_deref()
+        .map(|file| AuditLog::open(file).map_err(place_error("opening", file.display())));
+    let audit = audit.transpose()?;
     let pool = Pool::start(options.ready).map_err(place_error("starting", "supervisors"))?;
     let daemon = Arc::new(Daemon {
         blocking: Blocking::new(options.limits.streams),
         census: Census::new(options.limits.sandboxes),
         metrics: Arc::default(),
         keys: Keys::default(),
+        audit,
         paths,
         options,
         tokens,
@@ -83,9 +90,7 @@ async fn serve(paths: Paths, options: DaemonOptions, tokens: Option<Tokens>) -> 
     });
     server::serve(&listener, app, daemon.options.limits.connections, metrics, ending).await;
     counting.abort();
-    if let Listen::Unix(path) = &daemon.options.listen {
-        let _ = std::fs::remove_file(path);
-    }
+    listener.remove();
     if daemon.options.on_exit == OnExit::End {
         end_sandboxes(&daemon).await;
     }

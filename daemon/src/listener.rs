@@ -8,7 +8,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -18,6 +18,8 @@ use tokio_rustls::TlsAcceptor;
 /// See the module's description.
 pub struct Listener {
     socket: Socket,
+    /// The Unix socket that it made.
+    made: Option<PathBuf>,
     tls: Option<TlsAcceptor>,
 }
 
@@ -54,16 +56,16 @@ impl Listener {
     /// # Errors
     /// [`ServeError`] as its variants say.
     pub async fn open(options: &DaemonOptions, tokens: Option<&Tokens>) -> Result<Listener, ServeError> {
-        let socket = match handed_over().map_err(place_error("taking over", "systemd's socket"))? {
-            Some(socket) => socket,
-            None => Socket::open(&options.listen).await?,
+        let (socket, made) = match handed_over().map_err(place_error("taking over", "systemd's socket"))? {
+            Some(socket) => (socket, None),
+            None => (Socket::open(&options.listen).await?, options.listen.path()),
         };
         match (&socket, tokens, &options.tls) {
             (Socket::Tcp(_), None, _) => Err(ServeError::NoToken),
             (Socket::Unix(_), _, Some(_)) => Err(ServeError::TlsWithoutTcp),
             (_, _, tls) => {
                 let tls = tls.as_ref().map(acceptor).transpose()?;
-                Ok(Listener { socket, tls })
+                Ok(Listener { socket, made, tls })
             }
         }
     }
@@ -92,6 +94,14 @@ impl Listener {
         match &self.socket {
             Socket::Unix(listener) => Ok(Connection::Unix(listener.accept().await?.0)),
             Socket::Tcp(listener) => Ok(Connection::Tcp(listener.accept().await?.0)),
+        }
+    }
+
+    /// Nobody listens any more: removes the socket that it made.
+    pub fn remove(&self) {
+        if let Some(path) = &self.made {
+            // The next daemon replaces it anyway.
+            let _ = std::fs::remove_file(path);
         }
     }
 

@@ -54,9 +54,9 @@ impl Mark {
         let idempotency = labels.remove(KEY).zip(labels.remove(DIGEST));
         let created_unix = labels.remove(CREATED).and_then(|text| text.parse().ok()).unwrap_or(0);
         let tenant = labels.remove(TENANT);
-        let metadata = labels.into_iter().filter_map(|(name, value)| {
-            Some((name.strip_prefix(METADATA)?.to_owned(), value))
-        });
+        let metadata = labels
+            .into_iter()
+            .filter_map(|(name, value)| Some((name.strip_prefix(METADATA)?.to_owned(), value)));
         Some(Mark { created_unix, tenant, metadata: metadata.collect(), idempotency })
     }
 }

@@ -1,5 +1,6 @@
 //! What all requests share.
 
+use crate::audit::AuditLog;
 use crate::blocking::Blocking;
 use crate::census::Census;
 use crate::metrics::Metrics;
@@ -27,6 +28,8 @@ pub struct Daemon {
     pub census: Arc<Census>,
     /// What /metrics shows.
     pub metrics: Arc<Metrics>,
+    /// Where actions are noted.
+    pub audit: Option<AuditLog>,
     /// Requests with a key that are under way.
     pub keys: Keys,
 }

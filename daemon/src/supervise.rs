@@ -119,8 +119,7 @@ fn fork_all<'a>(
     request: ForkRequest,
     caller: &'a Caller,
 ) -> Result<AnsweredFork<'a>, ForkAnswer> {
-    let forked =
-        fork(paths, zygote, request, caller).map_err(|error| failed(kind(&error), chain(&error)))?;
+    let forked = fork(paths, zygote, request, caller).map_err(|error| failed(kind(&error), chain(&error)))?;
     let error = forked.report.children.iter().find_map(|child| child.error.clone());
     match error {
         Some(error) => {

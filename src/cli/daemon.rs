@@ -50,6 +50,10 @@ pub struct DaemonArgs {
     /// Write one line of JSON for each action into FILE
     #[arg(long, value_name = "FILE")]
     pub audit_log: Option<PathBuf>,
+    /// Have systemd start the daemon, with these options, when its socket is asked first: write the units into DIR, or
+    /// where systemd looks for them, and return
+    #[arg(long, value_name = "DIR")]
+    pub install_unit: Option<Option<PathBuf>>,
     /// Which hub.
     #[command(flatten)]
     pub hub: HubSource,

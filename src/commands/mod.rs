@@ -44,6 +44,7 @@ mod snapshots;
 mod trace;
 mod tree;
 mod umount;
+mod unit;
 mod unpack;
 mod warm;
 
@@ -90,7 +91,7 @@ pub fn dispatch(verb: Verb, early: Option<EarlyZygote>, output: &Output) -> Resu
         Verb::Resume(args) => pause::resume(&args, output),
         Verb::Logs(args) => logs::run(&args, output),
         Verb::Kill(args) => kill::run(&args, output),
-        Verb::Serve(args) => match serve::run(&args)? {},
+        Verb::Serve(args) => serve::run(&args, output),
         Verb::Cleanup => cleanup::run(output),
     }
 }

@@ -23,9 +23,8 @@ use forkd_engine::chain::{causes, chain, plain};
 fn describe(error: &CommandError) -> Row {
     match error {
         CommandError::Paths(error) => row::paths(error),
-        CommandError::Daemon { .. } => {
-            Row::failed("serve", "").hint("the program forkd-daemon has to lie beside forkd: `make build` makes both")
-        }
+        CommandError::Daemon { .. } => Row::failed("serve", "")
+            .hint("the program forkd-daemon has to lie beside forkd: `make build` makes both"),
         CommandError::Kernel(error) => builds::kernel(error),
         CommandError::Children(error) => machine::children(error),
         CommandError::ChildSnapshot(error) => machine::child_snapshot(error),

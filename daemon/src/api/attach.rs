@@ -119,9 +119,8 @@ impl Attached {
         timeout: Option<Duration>,
     ) -> RunningProgram {
         let (events, receiver) = mpsc::channel(WAITING);
-        let writer = |stream| {
-            ChannelWriter::new(events.clone(), move |bytes| ProgramEvent::Output(stream, bytes))
-        };
+        let writer =
+            |stream| ChannelWriter::new(events.clone(), move |bytes| ProgramEvent::Output(stream, bytes));
         let (mut stdout, mut stderr) = (writer(OutputStream::Stdout), writer(OutputStream::Stderr));
         let Attached { client, signaller, permit, .. } = self;
         let given_up = GiveUp(signaller.clone());

@@ -35,8 +35,12 @@ pub async fn identify(State(daemon): State<Arc<Daemon>>, mut request: Request, n
     };
     match owner {
         Some(owner) => {
-            request.extensions_mut().insert(Caller(owner));
-            next.run(request).await
+            let caller = Caller(owner);
+            request.extensions_mut().insert(caller.clone());
+            let mut response = next.run(request).await;
+            // For the audit log.
+            response.extensions_mut().insert(caller);
+            response
         }
         None => unauthorized().into_response(),
     }

@@ -4,6 +4,7 @@ use super::body::JsonBody;
 use super::caller::Caller;
 use super::error::{ApiError, ErrorBody};
 use super::shapes::{OnTimeout, Sandbox};
+use crate::census::Reservation;
 use crate::mark::Mark;
 use crate::order::{ForkAnswer, ForkOrder, ForkedChild, NetworkOrder, Origin};
 use crate::pool::PoolError;
@@ -254,18 +255,21 @@ fn name_server(text: &str) -> Result<SocketAddr, ApiError> {
     })
 }
 
+/// Room for more sandboxes.
+pub async fn reserve(daemon: &Daemon, count: usize) -> Result<Reservation, ApiError> {
+    if let Some(reserved) = daemon.census.reserve(count) {
+        return Ok(reserved);
+    }
+    // Some may have ended since they were counted.
+    let (census, paths) = (Arc::clone(&daemon.census), daemon.paths.clone());
+    daemon.blocking.short(move || census.count(&paths)).await?;
+    daemon.census.reserve(count).ok_or_else(|| ApiError::too_many(daemon.census.limit()))
+}
+
 /// Forks.
 async fn make(daemon: &Daemon, mark: &Mark, order: ForkOrder) -> Result<Vec<Sandbox>, ApiError> {
     let count = order.count as usize;
-    let reserved = match daemon.census.reserve(count) {
-        Some(reserved) => reserved,
-        None => {
-            // Some may have ended since they were counted.
-            let (census, paths) = (Arc::clone(&daemon.census), daemon.paths.clone());
-            daemon.blocking.short(move || census.count(&paths)).await?;
-            daemon.census.reserve(count).ok_or_else(|| ApiError::too_many(daemon.census.limit()))?
-        }
-    };
+    let reserved = reserve(daemon, count).await?;
     let failed = |_: &PoolError| {
         daemon.metrics.failed_forks.inc();
     };

@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use forkd_engine::chain::{chain, plain};
 use forkd_engine::fork::agent::ClientError;
 use forkd_engine::fork::children::ChildrenError;
+use forkd_engine::fork::copy::CopyError;
 use forkd_engine::hub::registry::RegistryError;
 use forkd_engine::local::run_dir::RunDirError;
 use forkd_engine::local::snapshots::SnapshotError;
@@ -70,9 +71,14 @@ impl ApiError {
             .hint("the daemon's log says more; `forkd doctor` says what this host lacks")
     }
 
-    /// Its status.
-    pub fn status(&self) -> StatusCode {
-        self.status
+    /// What a client is told.
+    pub fn body(&self) -> &ErrorBody {
+        &self.body
+    }
+
+    /// What failed and why.
+    pub fn message(&self) -> &str {
+        &self.body.message
     }
 
     /// What came of a fork.
@@ -190,6 +196,15 @@ impl From<RegistryError> for ApiError {
             RegistryError::NoHub => ApiError::not_found(chain(&error))
                 .hint("start the daemon with --hub, or set FORKD_HUB_URL for it"),
             _ => ApiError::new(StatusCode::BAD_GATEWAY, "upstream", chain(&error)),
+        }
+    }
+}
+
+impl From<CopyError> for ApiError {
+    fn from(error: CopyError) -> ApiError {
+        match error {
+            CopyError::Client(error) => error.into(),
+            error => ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, "copy_failed", chain(&error)),
         }
     }
 }

@@ -139,7 +139,8 @@ fn events(program: RunningProgram) -> impl Stream<Item = Result<Event, Infallibl
                 Some((event("exit", &exit), None))
             }
             ProgramEvent::Ended(Err(error @ ClientError::Timeout { .. })) => {
-                let exit = json!({ "exit_code": null, "signal": null, "timed_out": true, "message": chain(&error) });
+                let exit =
+                    json!({ "exit_code": null, "signal": null, "timed_out": true, "message": chain(&error) });
                 Some((event("exit", &exit), None))
             }
             ProgramEvent::Ended(Err(error)) => {

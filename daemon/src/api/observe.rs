@@ -1,9 +1,11 @@
 //! What is noted of every request: an id, which the answer has too, a line in the log, and a count.
 
+use super::caller::Caller;
+use crate::audit::{Action, now};
 use crate::metrics::RequestLabels;
 use crate::state::Daemon;
 use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::Response;
 use rustix::rand::{GetRandomFlags, getrandom};
@@ -35,8 +37,33 @@ pub async fn observe(State(daemon): State<Arc<Daemon>>, request: Request, next: 
     daemon.metrics.requests.get_or_create(&labels).inc();
     let ms = begun.elapsed().as_secs_f64() * 1e3;
     tracing::info!(%method, ?path, status, ms, ?id, "answered");
+    let acts = method != Method::GET && method != Method::HEAD;
+    if acts || status == StatusCode::SWITCHING_PROTOCOLS.as_u16() {
+        audit(
+            &daemon,
+            &response,
+            &Action {
+                time: now(),
+                request: id.to_str().unwrap_or_default(),
+                tenant: None,
+                method: method.as_str(),
+                path: &path,
+                status,
+                ms,
+            },
+        );
+    }
     response.headers_mut().insert(REQUEST_ID, id);
     response
+}
+
+/// Whoever acted was identified on the way to the answer.
+fn audit(daemon: &Daemon, response: &Response, action: &Action<'_>) {
+    if let Some(audit) = &daemon.audit {
+        let caller = response.extensions().get::<Caller>();
+        let tenant = caller.and_then(|Caller(owner)| owner.tenant());
+        audit.note(&Action { tenant: tenant.as_deref(), ..*action });
+    }
 }
 
 /// The client's, if it is one, or else a new one.

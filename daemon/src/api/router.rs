@@ -1,7 +1,10 @@
 //! Which path leads where, and the OpenAPI document of it.
 
 use super::error::ApiError;
-use super::{caller, catalogue, create, eval, exec, observe, sandboxes, system};
+use super::{
+    branch, caller, catalogue, create, eval, exec, files, lifetime, network, observe, sandboxes, system,
+    terminal,
+};
 use crate::state::Daemon;
 use axum::http::StatusCode;
 use axum::routing::get;
@@ -28,7 +31,13 @@ fn paths() -> (OpenApiRouter<Arc<Daemon>>, OpenApiRouter<Arc<Daemon>>) {
         .routes(routes!(sandboxes::show, sandboxes::end))
         .routes(routes!(sandboxes::ping))
         .routes(routes!(eval::eval))
-        .routes(routes!(exec::exec));
+        .routes(routes!(exec::exec, terminal::exec))
+        .routes(routes!(files::read, files::write))
+        .routes(routes!(lifetime::pause))
+        .routes(routes!(lifetime::resume))
+        .routes(routes!(lifetime::timeout))
+        .routes(routes!(branch::branch))
+        .routes(routes!(network::show));
     (open, guarded)
 }
 

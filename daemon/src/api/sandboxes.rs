@@ -82,9 +82,8 @@ impl Filter {
 
     fn wants_fork(&self, fork: &MarkedFork) -> bool {
         let noted = &fork.mark.metadata;
-        let image = |image: &String| {
-            *image == fork.status.pack || Some(image) == fork.status.forked_from.as_ref()
-        };
+        let image =
+            |image: &String| *image == fork.status.pack || Some(image) == fork.status.forked_from.as_ref();
         self.image.as_ref().is_none_or(image)
             && self.metadata.iter().all(|(name, value)| noted.get(name) == Some(value))
     }

@@ -13,9 +13,9 @@ mod spec;
 mod status;
 mod wake;
 
+pub use crate::local::lifetime::{Lifetime, OnTimeout};
 pub use branch_error::BranchError;
 pub use error::StartError;
-pub use crate::local::lifetime::{Lifetime, OnTimeout};
 pub use spec::{ChildrenSpec, ResourceLimits};
 
 use crate::chain::chain;

@@ -59,6 +59,16 @@ pub enum Listen {
     Tcp(SocketAddr),
 }
 
+impl Listen {
+    /// The Unix socket's path.
+    pub fn path(&self) -> Option<PathBuf> {
+        match self {
+            Listen::Unix(path) => Some(path.clone()),
+            Listen::Tcp(_) => None,
+        }
+    }
+}
+
 /// PEM files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TlsFiles {

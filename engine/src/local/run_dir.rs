@@ -157,10 +157,7 @@ enum Query {
     PauseToDisk(Option<String>),
     ResumeFromDisk(Option<String>),
     Gateway(String),
-    Lifetime {
-        child: Option<String>,
-        lifetime: Option<Lifetime>,
-    },
+    Lifetime { child: Option<String>, lifetime: Option<Lifetime> },
     Branch(BranchRequest),
     Snapshot(SnapshotRequest),
 }
