@@ -8,6 +8,7 @@ mod lifetime;
 mod moment;
 mod on_disk;
 mod own_pages;
+mod publishing;
 mod reports;
 mod spec;
 mod status;
@@ -19,8 +20,6 @@ pub use error::StartError;
 pub use spec::{ChildrenSpec, ResourceLimits};
 
 use crate::chain::chain;
-use crate::fork::forward::listen::Way;
-use crate::fork::forward::ports::PortMap;
 use crate::fork::forward::publish::Publisher;
 use crate::fork::identity::{self, MachineId};
 use crate::fork::scratch::Scratch;
@@ -336,32 +335,6 @@ impl Supervisor {
             delta: delta.filter(|delta| !delta.runs().is_empty()).map(Delta::file),
         };
         Ok((self.zygote.spawn(&spec, &files)?, socket))
-    }
-
-    /// Has ports of all children forwarded. They are started already: no first instruction waits for it.
-    fn publish(&self, maps: &[PortMap]) -> Result<(), StartError> {
-        if maps.is_empty() {
-            return Ok(());
-        }
-        let mut children = self.children();
-        let way =
-            |child: &Child| Way { socket: child.socket.clone(), paused: self.run_dir.paused(&child.id) };
-        let mut publisher = Publisher::start(children.iter().map(way).collect(), maps)?;
-        for (at, child) in children.iter_mut().enumerate() {
-            match child.process.is_some() {
-                true => child.ports = publisher.ports(at).to_vec(),
-                false => publisher.end(at),
-            }
-        }
-        *self.publisher.lock().unwrap_or_else(PoisonError::into_inner) = Some(publisher);
-        Ok(())
-    }
-
-    /// A child is over.
-    fn end_publishing(&self, at: usize) {
-        if let Some(publisher) = &mut *self.publisher.lock().unwrap_or_else(PoisonError::into_inner) {
-            publisher.end(at);
-        }
     }
 
     /// The children; short-lived lock.
