@@ -56,7 +56,8 @@ impl<T: Send, F: FnMut(Bytes) -> T> ChannelWriter<T, F> {
 impl<T: Send, F: FnMut(Bytes) -> T> Write for ChannelWriter<T, F> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let item = (self.wrap)(Bytes::copy_from_slice(bytes));
-        match self.runtime.block_on(timeout(IDLE, self.items.send(item))) {
+        let sent = self.runtime.block_on(async { timeout(IDLE, self.items.send(item)).await });
+        match sent {
             Ok(Ok(())) => Ok(bytes.len()),
             Ok(Err(_)) => Err(io::ErrorKind::BrokenPipe.into()),
             Err(_) => Err(io::ErrorKind::TimedOut.into()),
@@ -98,7 +99,8 @@ mod tests {
 
     #[test]
     fn chunks_arrive_whole_and_in_order() {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
         let (sender, mut reader) = reader();
         let (items, mut taken) = mpsc::channel(WAITING);
         let mut writer = runtime.block_on(async { ChannelWriter::new(items, |bytes| bytes) });

@@ -72,11 +72,6 @@ impl Service {
         socket(&self.bed)
     }
 
-    /// Its process.
-    pub fn pid(&self) -> i64 {
-        i64::from(self.daemon.id())
-    }
-
     fn curl_command(&self, arguments: &[&str], path: &str) -> Command {
         let mut curl = Command::new("curl");
         // Nothing is to be taken out of a path.
