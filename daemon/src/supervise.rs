@@ -105,11 +105,12 @@ fn carry_out(order: &ForkOrder, zygote: &Zygote, stream: &UnixStream) -> io::Res
     };
     caller.answered.store(true, Ordering::Release);
     let told = answer(stream, &report(&forked));
-    if told.is_ok() {
-        stay(&mut forked);
+    match &told {
+        Ok(()) => stay(&mut forked),
+        Err(error) => tracing::warn!(%error, "the daemon is gone: what was made for it ends, too"),
     }
     forked.end();
-    told
+    Ok(())
 }
 
 /// All children, ready, or none.

@@ -5,7 +5,8 @@
 //! 3b0c5f4e...            the token of the tenant `default`
 //! alice 90ff1a2b...      the token of the tenant `alice`
 //! ```
-//! A tenant sees its own sandboxes and no others. Tokens are kept as digests, compared in constant time, and never shown.
+//! A tenant sees its own sandboxes and no others. Tokens are kept as digests, compared in constant time, and never
+//! shown.
 
 use sha2::{Digest, Sha256};
 use std::fs::File;

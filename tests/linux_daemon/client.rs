@@ -145,6 +145,13 @@ impl Service {
         tungstenite::client(request, stream).unwrap().0
     }
 
+    /// Kills the daemon, and starts another in its place.
+    pub fn kill_and_start(&mut self) {
+        self.daemon.kill().unwrap();
+        self.daemon.wait().unwrap();
+        self.daemon = spawn(&self.bed, &[]).0;
+    }
+
     /// Ends the daemon by a signal, and leaves its directories.
     pub fn stop(mut self, signal: &str) -> Bed {
         let sent = Command::new("kill").args([&format!("-{signal}"), &self.daemon.id().to_string()]).status();

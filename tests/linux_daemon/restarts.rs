@@ -1,10 +1,12 @@
 //! What becomes of sandboxes when their daemon ends.
 
 use super::client::Service;
-use super::harness::{Bed, Hub, alive, wait_until};
+use super::harness::{Bed, Hub, alive, soak, wait_until};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// For processes to be gone.
@@ -145,4 +147,55 @@ fn actions_are_noted_and_nothing_secret_is() {
         (&json!(format!("/v1/sandboxes/{id}")), &Value::Null)
     );
     assert!(!text.contains("of-the"), "{text}");
+}
+
+/// Clients that make sandboxes and end them, until they are told to stop; how many they have made.
+fn make_and_end(service: &Mutex<Service>, stop: &AtomicBool) -> usize {
+    let mut made = 0;
+    while !stop.load(Ordering::Acquire) {
+        let socket = service.lock().unwrap().socket();
+        let ask = |arguments: &[&str], path: &str| {
+            let mut curl = Command::new("curl");
+            curl.args(["-s", "--max-time", "60", "--unix-socket"]).arg(&socket).args(arguments);
+            let output = curl.arg(format!("http://d/v1/sandboxes{path}")).output().unwrap();
+            serde_json::from_slice::<Value>(&output.stdout).unwrap_or_default()
+        };
+        let answer = ask(&["--data", &json!({ "snapshot_tag": "python-numpy" }).to_string()], "");
+        if let Some(id) = answer.pointer("/0/id").and_then(Value::as_str) {
+            made += 1;
+            ask(&["-X", "DELETE"], &format!("/{id}"));
+        }
+    }
+    made
+}
+
+#[test]
+fn kills_under_load_leave_sandboxes_that_answer_and_no_others() {
+    let kills = if soak() { 100 } else { 10 };
+    let (service, stop) = (Mutex::new(Service::start(&[])), AtomicBool::new(false));
+    let made: usize = std::thread::scope(|scope| {
+        let clients: Vec<_> = (0..2).map(|_| scope.spawn(|| make_and_end(&service, &stop))).collect();
+        for number in 0..kills {
+            std::thread::sleep(Duration::from_millis(300 + 70 * (number % 8)));
+            let mut service = service.lock().unwrap();
+            service.kill_and_start();
+        }
+        stop.store(true, Ordering::Release);
+        clients.into_iter().map(|client| client.join().unwrap()).sum()
+    });
+    assert!(made > 0, "no sandbox was made between the kills");
+    let service = service.into_inner().unwrap();
+    // Those whose daemon was killed before it had heard of them are on their way out.
+    std::thread::sleep(Duration::from_secs(2));
+    let left = service.get("/v1/sandboxes?limit=1000").list();
+    println!("{made} made, {} left by {kills} kills", left.len());
+    for one in &left {
+        let id = one["id"].as_str().unwrap();
+        assert_eq!(service.eval(id, "1 + 1"), json!("2"), "{one}");
+        assert_eq!(service.delete(id).status, 204);
+    }
+    assert!(wait_until(SOON, || !service.bed.has_run_dirs()), "a run directory is left");
+    let bed = service.stop("TERM");
+    let gone = || super::harness::processes_of(&bed.path("run")).is_empty();
+    assert!(wait_until(SOON, gone), "a process is left");
 }

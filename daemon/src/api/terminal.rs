@@ -5,7 +5,7 @@
 //!         binary  input
 //!         text    {"signal": 15}, {"resize": {"rows": 40, "cols": 120}}, {"eof": true}
 //! server  binary  a byte, 1 for standard output and 2 for standard error, and what was written
-//!         text    {"exit": {"exit_code", "signal", "timed_out"}} or {"error": {"code", "message", "hint"}}, the last one
+//!         text    {"exit": {"exit_code", "signal", "timed_out"}} or {"error": {"code", "message", "hint"}}, last
 //! ```
 
 use super::attach::{Attached, ExecBody, OutputStream, ProgramEvent, attach};
@@ -107,7 +107,10 @@ async fn converse(mut socket: WebSocket, attached: Attached) {
 }
 
 fn message(event: ProgramEvent) -> Message {
-    let exit = |exit: Exit, timed_out: bool| json!({ "exit": { "exit_code": exit.code, "signal": exit.signal, "timed_out": timed_out } });
+    let exit = |Exit { code, signal }: Exit, timed_out: bool| {
+        let exit = json!({ "exit_code": code, "signal": signal, "timed_out": timed_out });
+        json!({ "exit": exit })
+    };
     let text = match event {
         ProgramEvent::Output(stream, bytes) => return Message::Binary(framed(stream, &bytes)),
         ProgramEvent::Ended(Ok(ended)) => exit(ended, false),

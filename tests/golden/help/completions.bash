@@ -100,6 +100,9 @@ _forkd() {
             forkd,rmi)
                 cmd="forkd__subcmd__rmi"
                 ;;
+            forkd,serve)
+                cmd="forkd__subcmd__serve"
+                ;;
             forkd,shell)
                 cmd="forkd__subcmd__shell"
                 ;;
@@ -158,7 +161,7 @@ _forkd() {
 
     case "${cmd}" in
         forkd)
-            opts="-v -h -V --json --verbose --help --version doctor kernel build recipe snapshot snapshots rmi pack unpack repack trace inspect diff hub pull images mount umount cache fork branch warm ps tree exec shell cp eval net forward pause resume logs kill cleanup completions"
+            opts="-v -h -V --json --verbose --help --version doctor kernel build recipe snapshot snapshots rmi pack unpack repack trace inspect diff hub pull images mount umount cache fork branch warm ps tree exec shell cp eval net forward pause resume logs kill serve cleanup completions"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -1022,6 +1025,80 @@ _forkd() {
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        forkd__subcmd__serve)
+            opts="-v -h --listen --token-file --tls-cert --tls-key --on-exit --ready --max-sandboxes --max-connections --max-streams --max-file-size --audit-log --install-unit --hub --cache-size --cache-reserve --json --verbose --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --listen)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --token-file)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tls-cert)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --tls-key)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --on-exit)
+                    COMPREPLY=($(compgen -W "keep end" -- "${cur}"))
+                    return 0
+                    ;;
+                --ready)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-sandboxes)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-connections)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-streams)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --max-file-size)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --audit-log)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --install-unit)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --hub)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cache-size)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --cache-reserve)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
