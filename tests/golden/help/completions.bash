@@ -881,7 +881,7 @@ _forkd() {
             return 0
             ;;
         forkd__subcmd__pause)
-            opts="-v -h --all --json --verbose --help"
+            opts="-v -h --all --to-disk --json --verbose --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
