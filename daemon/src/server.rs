@@ -12,7 +12,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::timeout;
 use tokio_rustls::TlsAcceptor;
@@ -26,6 +26,9 @@ const HEAD_MAX: usize = 32 << 10;
 const FIELDS_MAX: usize = 64;
 /// How long answers may still take when the daemon ends.
 const GRACE: Duration = Duration::from_secs(5);
+/// How long a client that is refused may take to ask, and how many of those are waited for.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGERING: usize = 64;
 /// Pause when there is no descriptor for a connection.
 const SCARCITY_PAUSE: Duration = Duration::from_millis(100);
 /// What a client hears for whom there is no room.
@@ -38,6 +41,8 @@ struct Shared {
     app: Router,
     tls: Option<TlsAcceptor>,
     metrics: Arc<Metrics>,
+    /// How many more of those who are refused are waited for.
+    lingering: Semaphore,
     /// Becomes true when the daemon ends.
     ending: watch::Receiver<bool>,
 }
@@ -51,7 +56,13 @@ pub async fn serve(
     mut ending: watch::Receiver<bool>,
 ) {
     let room = Arc::new(Semaphore::new(connections));
-    let shared = Arc::new(Shared { app, tls: listener.tls(), metrics, ending: ending.clone() });
+    let shared = Arc::new(Shared {
+        app,
+        tls: listener.tls(),
+        metrics,
+        lingering: Semaphore::new(LINGERING),
+        ending: ending.clone(),
+    });
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -62,7 +73,7 @@ pub async fn serve(
                 Ok(permit) => drop(tokio::spawn(attend(Arc::clone(&shared), connection, permit))),
                 Err(_) => {
                     shared.metrics.refused_connections.inc();
-                    drop(tokio::spawn(refuse(connection, shared.tls.is_some())));
+                    drop(tokio::spawn(refuse(Arc::clone(&shared), connection)));
                 }
             },
             Err(error) => {
@@ -78,10 +89,13 @@ pub async fn serve(
 }
 
 /// Over TLS there are no words for it.
-async fn refuse(connection: Connection, tls: bool) {
-    if !tls && let Ok(mut stream) = connection.open(None).await {
-        // Who does not listen hears nothing.
-        let _ = timeout(HEAD_TIMEOUT, stream.write_all(FULL)).await;
+async fn refuse(shared: Arc<Shared>, connection: Connection) {
+    // A client that is closed before it has asked does not read the answer.
+    if let (None, Ok(_turn)) = (&shared.tls, shared.lingering.try_acquire())
+        && let Ok(mut stream) = connection.open(None).await
+    {
+        let _ = timeout(LINGER, stream.write_all(FULL)).await;
+        let _ = timeout(LINGER, stream.read(&mut [0; 1024])).await;
     }
 }
 
