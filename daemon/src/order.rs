@@ -51,7 +51,7 @@ pub struct ForkOrder {
 pub enum Origin {
     /// A local snapshot.
     Tag(String),
-    /// A package of the hub: owner/name[@version].
+    /// A package of the hub: `owner/name[@version]`.
     Image {
         /// The package.
         reference: String,
