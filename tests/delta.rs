@@ -1,5 +1,7 @@
 //! Delta packs as a user makes, publishes, mounts, pulls and compares them.
 
+#[path = "support/small_disk.rs"]
+mod small_disk;
 mod support;
 
 use std::fs::{self, File};
@@ -9,6 +11,7 @@ use std::process::Command;
 
 use forkd_fs::digest::Digest;
 use serde_json::Value;
+use small_disk::SmallDisk;
 use support::{CHUNK, Hub, Lab, Mount, Run, noise, wait_until};
 
 const MEMBERS: [&str; 5] = ["snapshot.json", "vmstate", "trace", "memory.bin", "rootfs.erofs"];
@@ -276,26 +279,16 @@ fn two_at_once_and_one_killed_leave_a_whole_pack_and_nothing_else() {
 
 #[test]
 fn a_full_disk_ends_packing_and_unpacking_with_nothing_left() {
-    struct Disk(PathBuf);
-    impl Drop for Disk {
-        fn drop(&mut self) {
-            let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-        }
-    }
     let lab = Lab::new();
     let (_, delta) = base_and_delta(&lab);
-    let disk = Disk(lab.path("small"));
-    fs::create_dir(&disk.0).unwrap();
-    let mounted =
-        Command::new("mount").args(["-t", "tmpfs", "-o", "size=200k", "tmpfs"]).arg(&disk.0).status();
-    assert!(mounted.unwrap().success(), "mounting a tmpfs needs root");
+    let disk = SmallDisk::mount(lab.path("small"), 200);
     later(&lab, "base", "much", &(128..200).collect::<Vec<_>>());
-    let out = disk.0.join("much.tar.zst");
+    let out = disk.dir.join("much.tar.zst");
     lab.run(&delta_args("much", text(&pack_path(&lab, "base")), &out)).fails(1, &[text(&out)]);
     let unpacked: Run =
-        lab.command(&["unpack", text(&delta)]).env("XDG_DATA_HOME", &disk.0).output().unwrap().into();
+        lab.command(&["unpack", text(&delta)]).env("XDG_DATA_HOME", &disk.dir).output().unwrap().into();
     unpacked.fails(1, &["hint: make room there"]);
-    let files = Command::new("find").arg(&disk.0).args(["-type", "f"]).output().unwrap();
+    let files = Command::new("find").arg(&disk.dir).args(["-type", "f"]).output().unwrap();
     assert_eq!(String::from_utf8_lossy(&files.stdout), "");
 }
 

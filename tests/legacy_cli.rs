@@ -1,5 +1,7 @@
 //! The predecessor's packs as a user meets them: repacked, inspected over HTTP, mounted, and refused for forking.
 
+#[path = "support/small_disk.rs"]
+mod small_disk;
 mod support;
 
 use std::collections::BTreeMap;
@@ -16,6 +18,7 @@ use forkd_fs::store::{PackLocation, PackSource, Store, StoreOptions};
 use forkd_vmm::kvm::KvmKind;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
+use small_disk::SmallDisk;
 use support::{Hub, Lab, Mount, flip, legacy_pack, noise, wait_until};
 
 type Members = BTreeMap<String, Vec<u8>>;
@@ -367,23 +370,11 @@ fn bomb(path: &Path, size: u64, data: impl Iterator<Item = Vec<u8>>) {
     out.finish().unwrap();
 }
 
-/// A small disk; needs root, as mounting does.
-struct SmallDisk(PathBuf);
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn bombs_spend_neither_memory_nor_disk() {
     let lab = Lab::new();
-    let disk = SmallDisk(out_dir(&lab));
-    let mounted =
-        Command::new("mount").args(["-t", "tmpfs", "-o", "size=288m", "tmpfs"]).arg(&disk.0).status();
-    assert!(mounted.unwrap().success(), "mounting a tmpfs needs root");
-    let (out, pack) = (disk.0.join("new"), lab.path("bomb.tar.zst"));
+    let disk = SmallDisk::mount(out_dir(&lab), 288 << 10);
+    let (out, pack) = (disk.dir.join("new"), lab.path("bomb.tar.zst"));
     let args = ["repack", text(&pack), "--out", text(&out)];
     for size in [300 << 30, (1 << 63) - 1, u64::MAX] {
         bomb(&pack, size, std::iter::empty());
@@ -393,11 +384,11 @@ fn bombs_spend_neither_memory_nor_disk() {
     bomb(&pack, 64 << 20, (0..64).map(|_| vec![b'A'; 1 << 20]));
     assert!(fs::metadata(&pack).unwrap().len() < 100 << 10);
     lab.run(&args).fails(1, &["cannot repack", text(&pack), "there is room for"]);
-    assert_eq!(names(&disk.0), Vec::<String>::new());
+    assert_eq!(names(&disk.dir), Vec::<String>::new());
     // Zeros take no room.
     bomb(&pack, 512 << 20, (0..512).map(|_| vec![0; 1 << 20]));
     lab.run(&args).ok();
-    assert_eq!(names(&disk.0), ["new"]);
+    assert_eq!(names(&disk.dir), ["new"]);
     // A server's word for a size.
     let hub = lab.path("hub");
     fs::create_dir_all(&hub).unwrap();
@@ -411,9 +402,9 @@ fn bombs_spend_neither_memory_nor_disk() {
         .unwrap();
     let server = Hub::start(&lab, &[]);
     let url = format!("{}huge.tar.zst", server.url());
-    lab.run(&["repack", &url, "--out", text(&disk.0.join("huge"))])
+    lab.run(&["repack", &url, "--out", text(&disk.dir.join("huge"))])
         .fails(1, &["cannot repack", "huge.tar.zst"]);
-    assert_eq!(names(&disk.0), ["new"]);
+    assert_eq!(names(&disk.dir), ["new"]);
     assert!(server.pack_bytes() < 2 << 20, "{}", server.pack_bytes());
 }
 

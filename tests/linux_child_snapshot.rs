@@ -4,10 +4,13 @@
 mod copies;
 #[path = "linux/harness.rs"]
 mod harness;
+#[path = "support/small_disk.rs"]
+mod small_disk;
 
 use copies::Copies;
 use harness::{Bed, Hub, distinct, supervisor_of, wait_until};
 use serde_json::Value;
+use small_disk::SmallDisk;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -303,37 +306,18 @@ fn two_at_once_are_two_moments_and_one_name_is_one_snapshots() {
     copies.end();
 }
 
-/// A small file system in memory, which goes when this is dropped.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(path: PathBuf) -> SmallDisk {
-        fs::create_dir_all(&path).unwrap();
-        let mounted =
-            Command::new("mount").args(["-t", "tmpfs", "-o", "size=3m", "tmpfs"]).arg(&path).status();
-        assert!(mounted.unwrap().success(), "mounting a tmpfs needs root");
-        SmallDisk(path)
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_full_disk_is_named_and_the_child_goes_on() {
     let copies = changed();
-    let disk = SmallDisk::mount(copies.bed.path("small"));
+    let disk = SmallDisk::mount(copies.bed.path("small"), 3 << 10);
     let mut taking = copies.bed.command(&copies.hub);
-    taking.env("XDG_DATA_HOME", &disk.0).args(["snapshot", "--child", copies.id(0), "--tag", "kept"]);
+    taking.env("XDG_DATA_HOME", &disk.dir).args(["snapshot", "--child", copies.id(0), "--tag", "kept"]);
     let taking = taking.output().unwrap();
     let said = String::from_utf8_lossy(&taking.stderr);
     assert!(!taking.status.success() && said.contains("No space left on device"), "{said}");
     assert!(said.contains("nothing was kept"), "{said}");
     let left = |dir: &Path| fs::read_dir(dir).unwrap().count();
-    assert_eq!(left(&disk.0.join("forkd/snapshots")), 0);
+    assert_eq!(left(&disk.dir.join("forkd/snapshots")), 0);
     assert_eq!(copies.eval(0, "seen"), "['before']");
     let refused = copies.failure(&["snapshot", "--child", "abcdef-1", "--tag", "kept"]);
     assert!(refused.contains("there is no running child `abcdef-1`"), "{refused}");

@@ -4,14 +4,16 @@
 mod copies;
 #[path = "linux/harness.rs"]
 mod harness;
+#[path = "support/small_disk.rs"]
+mod small_disk;
 
 use copies::Copies;
 use harness::{Bed, Hub, alive, supervisor_of, wait_until};
 use serde_json::Value;
+use small_disk::SmallDisk;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -172,31 +174,12 @@ fn a_scratch_disk_goes_along_to_branches_and_through_a_pause_to_disk() {
     copies.bed.assert_nothing_left([copies.pid(0)].into_iter());
 }
 
-/// A small file system in memory, which goes when this is dropped.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    fn mount(path: PathBuf) -> SmallDisk {
-        fs::create_dir_all(&path).unwrap();
-        let mounted =
-            Command::new("mount").args(["-t", "tmpfs", "-o", "size=3m", "tmpfs"]).arg(&path).status();
-        assert!(mounted.unwrap().success(), "mounting a tmpfs needs root");
-        SmallDisk(path)
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").args(["-l"]).arg(&self.0).status();
-    }
-}
-
 #[test]
 fn a_full_disk_is_named_and_the_child_goes_on() {
     let (bed, hub) = (Bed::new(), Hub::at("http://127.0.0.1:9/".to_owned()));
-    let disk = SmallDisk::mount(bed.path("small"));
+    let disk = SmallDisk::mount(bed.path("small"), 3 << 10);
     let mut forking = bed.command(&hub);
-    forking.env("XDG_CACHE_HOME", &disk.0);
+    forking.env("XDG_CACHE_HOME", &disk.dir);
     let forked = forking.args(["--json", "fork", "--tag", "python-numpy", "--detach"]).output().unwrap();
     let report = serde_json::from_slice(&forked.stdout).unwrap();
     let copies = Copies { bed, hub, report };

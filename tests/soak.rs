@@ -1,6 +1,8 @@
 //! Long runs with everything going wrong at once. Short by default; `make soak` runs the full sizes (`FORKD_SOAK=full`)
 //! and prints what was counted.
 
+#[path = "support/small_disk.rs"]
+mod small_disk;
 mod support;
 
 #[path = "soak/faulty.rs"]

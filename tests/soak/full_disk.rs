@@ -3,26 +3,13 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use forkd_fs::digest::Digest;
 
+use crate::small_disk::SmallDisk;
 use crate::support::{Hub, Lab, Mount, Run, dir_bytes};
 
-/// A small disk of its own; needs root, as the gate has it.
-struct SmallDisk {
-    dir: PathBuf,
-}
-
 impl SmallDisk {
-    fn new(dir: PathBuf, kib: u32) -> SmallDisk {
-        fs::create_dir_all(&dir).unwrap();
-        let options = format!("size={kib}k");
-        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", &options, "tmpfs"]).arg(&dir).status();
-        assert!(mounted.unwrap().success(), "mounting a tmpfs needs root");
-        SmallDisk { dir }
-    }
-
     /// Takes every byte that is free.
     fn fill(&self) {
         let mut filler = File::create(self.dir.join("filler")).unwrap();
@@ -50,12 +37,6 @@ impl SmallDisk {
     }
 }
 
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.dir).status();
-    }
-}
-
 fn memory_is_right(lab: &Lab, mount: &Mount<'_>) {
     let read =
         |path: PathBuf| Digest::of(&fs::read(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())));
@@ -73,7 +54,7 @@ fn a_full_disk_under_the_cache_costs_only_the_cache() {
     let lab = Lab::new();
     lab.hub_dir("demo");
     let hub = Hub::start(&lab, &[]);
-    let disk = SmallDisk::new(lab.path("cache"), 2048);
+    let disk = SmallDisk::mount(lab.path("cache"), 2048);
     disk.fill();
     let mount = Mount::new(&lab, "mnt", &hub.url(), &[]);
     memory_is_right(&lab, &mount);
@@ -99,7 +80,7 @@ fn a_pull_onto_a_full_disk_says_so_and_leaves_nothing() {
     let hub = Hub::start(&lab, &[]);
     // Full from the start, and full half way through its 4 MiB of data.
     for (kib, full) in [(512, true), (2048, false)] {
-        let disk = SmallDisk::new(lab.path("small"), kib);
+        let disk = SmallDisk::mount(lab.path("small"), kib);
         if full {
             disk.fill();
         }
@@ -108,7 +89,7 @@ fn a_pull_onto_a_full_disk_says_so_and_leaves_nothing() {
         assert!(!disk.dir.join("forkd/snapshots/pulled").exists());
     }
     // A mount that cannot leave its record does not stay either.
-    let disk = SmallDisk::new(lab.path("small"), 64);
+    let disk = SmallDisk::mount(lab.path("small"), 64);
     disk.fill();
     let dir = lab.path("mnt");
     fs::create_dir(&dir).unwrap();
