@@ -10,7 +10,7 @@ use forkd_engine::local::branches::PausedToDisk;
 use forkd_engine::local::paths::Paths;
 use forkd_engine::local::run_dir::RunDirError;
 use serde::Serialize;
-use std::cell::Cell;
+use std::ops::Add;
 use std::process::ExitCode;
 
 #[derive(Debug, Serialize)]
@@ -34,20 +34,9 @@ pub fn pause(args: &PauseArgs, output: &Output) -> Result<ExitCode, CommandError
 }
 
 fn pause_to_disk(which: &ChildrenArgs, output: &Output) -> Result<ExitCode, CommandError> {
-    let add = |sum: &Cell<PausedToDisk>, more: PausedToDisk| {
-        let PausedToDisk { children, bytes } = sum.get();
-        sum.set(PausedToDisk { children: children + more.children, bytes: bytes + more.bytes });
-        more.children
-    };
-    let paused = Cell::new(PausedToDisk::default());
-    of_each(
-        which,
-        |paths, name| Ok(add(&paused, children::pause_to_disk(paths, name)?)),
-        |paths| Ok(add(&paused, children::pause_all_to_disk(paths)?)),
-    )?;
-    let paused = paused.into_inner();
-    output.report(&paused, |report| {
-        format!("paused {}, {} on disk\n", report.children, show_size(report.bytes))
+    let paused = of_each(which, children::pause_to_disk, children::pause_all_to_disk)?;
+    output.report(&paused, |PausedToDisk { children, bytes }| {
+        format!("paused {children}, {} on disk\n", show_size(*bytes))
     });
     Ok(ExitCode::SUCCESS)
 }
@@ -59,16 +48,16 @@ pub fn resume(args: &ChildrenArgs, output: &Output) -> Result<ExitCode, CommandE
     Ok(ExitCode::SUCCESS)
 }
 
-/// How many children it concerned.
-fn of_each(
+/// What it came to for all children that it concerned.
+fn of_each<T: Default + Add<Output = T>>(
     args: &ChildrenArgs,
-    mut one: impl FnMut(&Paths, &str) -> Result<usize, RunDirError>,
-    all: impl FnOnce(&Paths) -> Result<usize, RunDirError>,
-) -> Result<usize, CommandError> {
+    one: fn(&Paths, &str) -> Result<T, RunDirError>,
+    all: fn(&Paths) -> Result<T, RunDirError>,
+) -> Result<T, CommandError> {
     let paths = environment::paths()?;
     let count = match args.all {
         true => all(&paths),
-        false => args.names.iter().try_fold(0, |count, name| Ok(count + one(&paths, name)?)),
+        false => args.names.iter().try_fold(T::default(), |sum, name| Ok(sum + one(&paths, name)?)),
     };
     Ok(count.map_err(ChildrenError::from)?)
 }

@@ -11,6 +11,7 @@ use forkd_abi::protocol::{Answer, ExecRequest};
 use serde::Serialize;
 use std::fs::File;
 use std::io;
+use std::ops::Add;
 use std::time::Duration;
 
 /// How long a child may take to accept a request.
@@ -187,14 +188,7 @@ pub fn pause_to_disk(paths: &Paths, name: &str) -> Result<PausedToDisk, RunDirEr
 
 /// Pauses all children of all forks to disk.
 pub fn pause_all_to_disk(paths: &Paths) -> Result<PausedToDisk, RunDirError> {
-    let mut all = PausedToDisk::default();
-    of_all(paths, |fork| {
-        let PausedToDisk { children, bytes } = fork.pause_to_disk(None)?;
-        all.children += children;
-        all.bytes += bytes;
-        Ok(children)
-    })?;
-    Ok(all)
+    of_all(paths, |fork| fork.pause_to_disk(None))
 }
 
 fn some_live(count: usize, name: &str, one: Option<&str>) -> Result<usize, RunDirError> {
@@ -273,14 +267,14 @@ pub fn kill_all(paths: &Paths) -> Result<usize, RunDirError> {
 }
 
 /// Asks all forks the same, and sums up. The others are asked all the same where one fails.
-fn of_all(
+fn of_all<T: Default + Add<Output = T>>(
     paths: &Paths,
-    mut ask: impl FnMut(&ForkDir) -> Result<usize, RunDirError>,
-) -> Result<usize, RunDirError> {
-    let (mut sum, mut failure) = (0, None);
+    ask: impl Fn(&ForkDir) -> Result<T, RunDirError>,
+) -> Result<T, RunDirError> {
+    let (mut sum, mut failure) = (T::default(), None);
     for fork in ForkDir::all(paths)? {
         match ask(&fork) {
-            Ok(count) => sum += count,
+            Ok(count) => sum = sum + count,
             Err(RunDirError::Dead { .. }) => {}
             Err(error) => failure = Some(error),
         }

@@ -4,6 +4,7 @@
 use crate::local::lineage::Base;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Add;
 use std::path::PathBuf;
 
 /// What is to be branched, and how.
@@ -52,6 +53,14 @@ pub struct PausedToDisk {
     /// Memory that they have in place of what their image has, bytes.
     #[serde(rename = "disk_bytes")]
     pub bytes: u64,
+}
+
+impl Add for PausedToDisk {
+    type Output = PausedToDisk;
+
+    fn add(self, other: PausedToDisk) -> PausedToDisk {
+        PausedToDisk { children: self.children + other.children, bytes: self.bytes + other.bytes }
+    }
 }
 
 /// A snapshot of a child that is to be taken.

@@ -28,8 +28,8 @@ impl Supervisor {
             let meant = |child: &&Child| id.is_none_or(|id| id == child.id) && !child.state.is_over();
             children.iter().filter(meant).map(|child| child.id.clone()).collect()
         };
-        ids.iter().try_fold(PausedToDisk::default(), |PausedToDisk { children, bytes }, id| {
-            Ok(PausedToDisk { children: children + 1, bytes: bytes + self.put_on_disk(id)? })
+        ids.iter().try_fold(PausedToDisk::default(), |sum, id| {
+            Ok(sum + PausedToDisk { children: 1, bytes: self.put_on_disk(id)? })
         })
     }
 
