@@ -1,6 +1,5 @@
-//! Ctrl-C, SIGTERM and SIGHUP: as an [`Interrupt`] of the engine's work, and as the end of a server.
+//! Ctrl-C, SIGTERM and SIGHUP: as an [`Interrupt`] of the engine's work.
 
-use std::io;
 use std::sync::{Arc, Barrier};
 use std::thread;
 
@@ -42,18 +41,6 @@ pub fn watch() -> Interrupt {
     });
     ready.wait();
     interrupt
-}
-
-/// Completes on Ctrl-C or SIGTERM. To be called in a runtime.
-pub fn stop_signal() -> io::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => (),
-            _ = interrupt.recv() => (),
-        }
-    })
 }
 
 /// Whether whoever started us wants us to outlive the terminal.

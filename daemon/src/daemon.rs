@@ -13,6 +13,7 @@ use crate::state::{Daemon, Keys};
 use crate::tokens::Tokens;
 use forkd_engine::chain::chain;
 use forkd_engine::fork::zygote::raise_file_limit;
+use forkd_engine::interrupt::stop_signal;
 use forkd_engine::local::daemon::{DaemonOptions, OnExit, lock};
 use forkd_engine::local::paths::Paths;
 use rustix::fs::{FlockOperation, flock};
@@ -21,7 +22,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::runtime::Builder;
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
 /// Threads that answer requests; what blocks has others.
@@ -114,16 +114,4 @@ async fn count_on(daemon: Arc<Daemon>) {
         }
         tokio::time::sleep(COUNTED_EVERY).await;
     }
-}
-
-/// Completes on SIGTERM or Ctrl-C.
-fn stop_signal() -> std::io::Result<impl Future<Output = ()>> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => (),
-            _ = interrupt.recv() => (),
-        }
-    })
 }

@@ -1,7 +1,9 @@
-//! How a caller ends work that takes long. A leaf: everything may look at it.
+//! How a caller ends work that takes long, and what ends a server. A leaf: everything may look at it.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// Exit status after Ctrl-C.
 const CTRL_C: u8 = 130;
@@ -57,4 +59,16 @@ impl Interrupt {
             end_process(status);
         }
     }
+}
+
+/// Completes on Ctrl-C or SIGTERM. To be called in a runtime.
+pub fn stop_signal() -> io::Result<impl Future<Output = ()>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => (),
+            _ = interrupt.recv() => (),
+        }
+    })
 }

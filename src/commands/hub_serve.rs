@@ -7,11 +7,11 @@ use serde::Serialize;
 
 use crate::cli::ServeArgs;
 use crate::failure::CommandError;
-use crate::interrupt::stop_signal;
 use crate::output::Output;
 use crate::runtime::runtime;
 use forkd_engine::hub::serve::{ServeOptions, Server};
 use forkd_engine::hub::shape::LinkShape;
+use forkd_engine::interrupt::stop_signal;
 
 #[derive(Serialize)]
 struct Listening {

@@ -16,10 +16,10 @@ use super::umount;
 use crate::cli::MountArgs;
 use crate::environment;
 use crate::failure::CommandError;
-use crate::interrupt::stop_signal;
 use crate::output::Output;
 use crate::runtime::runtime;
 use forkd_engine::hub::mount::{Hub, MountOptions};
+use forkd_engine::interrupt::stop_signal;
 use forkd_engine::local::mounts;
 use forkd_engine::local::paths::Paths;
 

@@ -2,7 +2,7 @@
 
 use super::body::JsonBody;
 use super::caller::Caller;
-use super::create::reserve;
+use super::create::{one, reserve};
 use super::error::{ApiError, ErrorBody};
 use super::sandboxes::found;
 use super::shapes::Sandbox;
@@ -35,10 +35,6 @@ pub struct BranchRequest {
     /// Variables of which each gets the next value.
     #[serde(default)]
     vary: BTreeMap<String, Vec<String>>,
-}
-
-fn one() -> u32 {
-    1
 }
 
 /// What came of it.

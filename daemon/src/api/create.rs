@@ -17,9 +17,9 @@ use forkd_engine::local::lifetime::Lifetime;
 use forkd_engine::network::gateway::{DNS_PORT, GatewayOptions};
 use forkd_engine::network::policy::Policy;
 use forkd_engine::network::rule::Rule;
+use forkd_fs::digest::Digest;
 use forkd_vmm::process::monotonic_ns;
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::str::FromStr;
@@ -70,7 +70,8 @@ pub struct CreateRequest {
     cpus: Option<f64>,
 }
 
-fn one() -> u32 {
+/// How many where nobody says.
+pub fn one() -> u32 {
     1
 }
 
@@ -140,7 +141,7 @@ pub async fn create(
             return make(&daemon, &mark, order).await;
         };
         let _turn = daemon.keys.turn(format!("{}/{key}", owner.tenant().unwrap_or_default())).await;
-        let digest = hex(&Sha256::digest(&bytes));
+        let digest = Digest::of(&bytes).to_string();
         if let Some(fork) = known(&daemon, owner, key.clone()).await? {
             return repeat(&fork, &digest);
         }
@@ -150,10 +151,6 @@ pub async fn create(
     });
     let made = making.await.map_err(|error| ApiError::internal(error.to_string()))??;
     Ok((StatusCode::CREATED, Json(made)))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 fn key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
