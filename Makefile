@@ -39,7 +39,7 @@ build:
 	install -m 755 $(TARGET)/forkd.stripped $(SHIPPED)/forkd
 	strip -o $(TARGET)/forkd.stripped $(TARGET)/release/forkd-daemon
 	install -m 755 $(TARGET)/forkd.stripped $(SHIPPED)/forkd-daemon
-	install -m 755 $(TARGET)/release/forkd-agent $(SHIPPED)/forkd-agent
+	install -m 755 $(TARGET)/guest/$(TRIPLE)/release/forkd-agent $(SHIPPED)/forkd-agent
 
 ## puts forkd, the agent and the daemon into PREFIX/bin (/usr/local/bin)
 PREFIX ?= /usr/local
